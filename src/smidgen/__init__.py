@@ -1,0 +1,91 @@
+"""Tune a smidgen of a pretrained model: find the few parameters that matter, train only those, ship kilobytes.
+
+The public names and nothing else. They are loaded when first used, so that `import smidgen` is quick.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from smidgen.version import __version__
+
+if TYPE_CHECKING:
+    from smidgen.attach import attach, attached, detach, disabled, print_trainable_parameters
+    from smidgen.data import Task
+    from smidgen.delta import Delta
+    from smidgen.errors import SmidgenError
+    from smidgen.estimate import plan
+    from smidgen.evaluate import evaluate
+    from smidgen.merge import RoundingWarning, merge
+    from smidgen.method import Method
+    from smidgen.methods.bitfit import BitFit
+    from smidgen.methods.full import Full
+    from smidgen.methods.head import Head
+    from smidgen.methods.ia3 import IA3
+    from smidgen.methods.ln import LN
+    from smidgen.methods.lora import LoRA
+    from smidgen.models import load
+    from smidgen.objective import Objective, StayClose, TaskLoss
+    from smidgen.optim import optimizer, parameter_groups
+    from smidgen.plan import Plan
+    from smidgen.recipe import Recipe, parse
+    from smidgen.sites import Site, find_sites
+    from smidgen.train import fit
+    from smidgen.trainer import TrainerCallback
+
+_HOMES = {
+    "attach": ("attach", "attached", "detach", "disabled", "print_trainable_parameters"),
+    "data": ("Task",),
+    "delta": ("Delta",),
+    "errors": ("SmidgenError",),
+    "estimate": ("plan",),
+    "evaluate": ("evaluate",),
+    "merge": ("RoundingWarning", "merge"),
+    "method": ("Method",),
+    "models": ("load",),
+    "objective": ("Objective", "StayClose", "TaskLoss"),
+    "optim": ("optimizer", "parameter_groups"),
+    "plan": ("Plan",),
+    "recipe": ("Recipe", "parse"),
+    "sites": ("Site", "find_sites"),
+    "train": ("fit",),
+    "trainer": ("TrainerCallback",),
+}
+
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "IA3", "LN", "BitFit", "Full", "Head", "LoRA", "__version__", *_HOME,
+]  # fmt: skip
+
+
+class _Package(ModuleType):
+    """A package whose submodules do not hide the functions of the same name (attach, merge, evaluate, plan)."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module("smidgen.methods")
+    if name in _HOME:
+        value = getattr(import_module(f"smidgen.{_HOME[name]}"), name)
+    else:
+        from smidgen.recipe import Term
+
+        value = Term.registry.get(name)
+    if value is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,116 @@
+"""What is attached to a model: the originals that were set aside and the masters that stand in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smidgen.errors import AttachError
+from smidgen.plan import Plan
+from smidgen.ports import LOW
+
+
+@dataclass
+class Swap:
+    """One existing tensor with a master in its place, at every module that owns it."""
+
+    name: str
+    owners: tuple[str, ...]
+    original: nn.Parameter
+    master: nn.Parameter
+    trained: bool = True
+
+
+@dataclass
+class Attachment:
+    """The record that `attach` leaves on the model (as `model._smidgen`) and `detach` takes back."""
+
+    plan: Plan
+    swaps: list[Swap]
+    edits: list[tuple[str, str]]  # (module path, key) of each edit
+    flags: dict[str, bool]  # requires_grad of every base parameter before
+    dtype: torch.dtype  # the base's
+    added: dict[str, nn.Parameter] = field(default_factory=dict)
+    handles: list[Any] = field(default_factory=list)
+    active: bool = True
+
+    def plug(self, model: nn.Module) -> None:
+        """Put the masters in."""
+        for swap in self.swaps:
+            _set(model, swap, swap.master)
+        self._switch(model, True)
+
+    def unplug(self, model: nn.Module) -> None:
+        """Put the very original Parameters back, moved to where the module now lives."""
+        for swap in self.swaps:
+            if swap.original.device != swap.master.device:
+                swap.original.data = swap.original.data.to(swap.master.device)
+            _set(model, swap, swap.original)
+        self._switch(model, False)
+
+    def _switch(self, model: nn.Module, on: bool) -> None:
+        for path, key in self.edits:
+            edits: Any = model.get_submodule(path).edits
+            edits[key].enabled = on
+        for path, _, _ in self.low_modules():
+            model.get_submodule(path)._casting = on  # type: ignore[assignment]
+        self.active = on
+
+    def low_modules(self) -> list[tuple[str, tuple[str, ...], bool]]:
+        """Modules of a low-precision base that hold masters: path, terms, whether it is a norm."""
+        norms = {row.site.path for row in self.plan.rows if row.site.kind == "norm"}
+        terms: dict[str, list[str]] = {}
+        for swap in self.swaps:
+            if swap.original.dtype in LOW:
+                for owner in swap.owners:
+                    path, _, term = owner.rpartition(".")
+                    terms.setdefault(path, []).append(term)
+        return [(path, tuple(names), path in norms) for path, names in terms.items()]
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Saved name and master of every trained tensor, head included, in the plan's order."""
+        masters = {swap.name: swap.master for swap in self.swaps if swap.trained}
+        for name in self.plan.shapes:
+            yield name, masters[name] if name in masters else self.added[name]
+
+    def base_tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter of the untouched base, by its first name."""
+        originals = {owner: swap.original for swap in self.swaps for owner in swap.owners}
+        for name, parameter in model.named_parameters():
+            if name in self.flags:
+                yield name, originals.get(name, parameter)
+
+
+def _set(model: nn.Module, swap: Swap, parameter: nn.Parameter) -> None:
+    for owner in swap.owners:
+        path, _, term = owner.rpartition(".")
+        model.get_submodule(path)._parameters[term] = parameter
+
+
+def attachment(model: nn.Module) -> Attachment:
+    """The record on an attached model. Raises AttachError if nothing is attached."""
+    record = model.__dict__.get("_smidgen")
+    if not isinstance(record, Attachment):
+        raise AttachError(f"nothing is attached to this {type(model).__name__}; call smidgen.attach(model, recipe)")
+    return record
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether something is attached to the model."""
+    return "_smidgen" in model.__dict__
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Saved name -> master of every trained tensor of an attached model, head included."""
+    return dict(attachment(model).trained())
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> tensor of the untouched base, whether something is attached or not."""
+    if is_attached(model):
+        return dict(attachment(model).base_tensors(model))
+    return dict(model.named_parameters())

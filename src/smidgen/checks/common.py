@@ -1,0 +1,26 @@
+"""What several checks need."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from smidgen.attachment import attachment
+from smidgen.cases import Case
+
+
+def equal(a: Tensor, b: Tensor, what: str) -> None:
+    """Bit for bit."""
+    assert torch.equal(a, b), f"{what}: differs by up to {(a.double() - b.double()).abs().max().item():.3g}"
+
+
+def hooks(model: nn.Module) -> int:
+    """Number of forward hooks on all modules."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def resting(case: Case) -> set[str]:
+    """Names of trained tensors that may stand still, by their method's word."""
+    rows = attachment(case.model).plan.rows
+    pairs = ((row, term, name) for row in rows for (term, _), (name, _) in zip(row.terms, row.names(), strict=True))
+    return {name for row, term, name in pairs if row.method.may_rest(row.site, term)}

@@ -1,0 +1,249 @@
+"""The command line: each command is one call of the Python API and a view of its result."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import smidgen as sm
+import smidgen.views as views  # not `from smidgen`: its __getattr__ would load torch
+from smidgen.errors import DeltaError, SmidgenError
+from smidgen.version import __version__
+
+UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that this typer uses
+Option = typer.Option
+
+
+Dtype = StrEnum("Dtype", "float32 bfloat16 float16 float64")
+Format = StrEnum("Format", "peft smidgen")
+Model = Annotated[str, Option("--model", help="built-in name (minilm, smollm2), folder, or hub id")]
+Base = Annotated[str | None, Option("--model", help="the delta's base, if it is not where it was")]
+RecipeText = Annotated[str, Option("--recipe", help="what to train, such as 'LN() + LoRA(rank=8)'")]
+Data = Annotated[str, Option("--data", help="bbc-news, a file, a folder of split files, or hub id")]
+AnyData = Annotated[str | None, Option("--data", help="data that shapes the head")]
+DeltaFolder = Annotated[str, Option("--delta", help="folder of a delta, or hub id")]
+Out = Annotated[Path, Option("--out", help="folder to write")]
+Text = Annotated[list[str] | None, Option("--text", help="text column; twice for two texts")]
+Label = Annotated[str | None, Option("--label", help="label column")]
+Kind = Annotated[str | None, Option("--kind", help="classification, regression, tokens or causal-lm")]
+Metric = Annotated[str | None, Option("--metric", help="metric that counts")]
+Limit = Annotated[int | None, Option("--limit", min=1, help="use so many training examples")]
+Most = Annotated[int | None, Option("--limit", min=1, help="use so many examples of the split")]
+BatchSize = Annotated[int, Option("--batch-size", min=1)]
+Length = Annotated[int | None, Option("--max-length", min=1, help="tokens per text")]
+Pooling = Annotated[str | None, Option("--pooling", help="first, mean or last; default is the model's own")]
+OwnDtype = Annotated[Dtype | None, Option("--dtype", help="of the base; default as in training")]
+Json = Annotated[bool, Option("--json", help="one JSON object on stdout")]
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"smidgen {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, Option("--version", callback=_version, is_eager=True)] = False,
+    debug: Annotated[bool, Option("--debug", help="show tracebacks; anywhere in the line")] = False,
+) -> None:
+    """Tune a smidgen of a pretrained model. Begin with: smidgen demo"""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def demo(out: Out = Path("smidgen-demo"), as_json: Json = False) -> None:
+    """Train LayerNorms alone on BBC news in two minutes, compare with a plain head, predict."""
+    from smidgen.demo import INTRO, demo
+
+    views.note(INTRO)
+    result = demo(out, views.note)
+    views.show(result.to_json(), views.demonstrated(result, out), as_json)
+
+
+@app.command()
+def plan(
+    model: Model, recipe: RecipeText = "LN()", data: AnyData = None, text: Text = None, label: Label = None,
+    kind: Kind = None, pooling: Pooling = None, batch_size: BatchSize = 32, max_length: Length = None,
+    dtype: Annotated[Dtype, Option("--dtype", help="of the base")] = Dtype.float32,
+    every: Annotated[bool, Option("--all", help="every tensor on its own line")] = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Show what a recipe would train, and what it costs; nothing is trained."""
+    wanted = sm.parse(recipe)
+    task = None if data is None else _task(data, text, label, kind)
+    network, _ = sm.load(model, task=task, dtype=dtype.value)
+    result = sm.plan(network, wanted, pooling=pooling, batch_size=batch_size, length=max_length or 128)
+    views.show(result.to_json(), views.plan(result, every), as_json)
+
+
+@app.command()
+def tune(
+    model: Model, data: Data, out: Out, recipe: RecipeText = "LN()", seed: int = 0,
+    epochs: Annotated[int, Option(min=1)] = 3,
+    lr: Annotated[float | None, Option(help="default: the method's own")] = None,
+    head_lr: Annotated[float | None, Option(help="learning rate of the head")] = None,
+    batch_size: BatchSize = 32, max_length: Length = None,
+    dtype: Annotated[Dtype, Option("--dtype", help="of the base; not of what is trained")] = Dtype.float32,
+    pooling: Pooling = None, limit: Limit = None, text: Text = None, label: Label = None, kind: Kind = None,
+    metric: Metric = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Train a recipe on a task. Stopped at any moment, the same command goes on from there."""
+    from smidgen.runs import RunFolder
+
+    wanted = sm.parse(recipe)
+    task = _task(data, text, label, kind, metric, limit)
+    network, tokenizer = sm.load(model, task=task, dtype=dtype.value, seed=seed)
+    settings: dict[str, Any] = {"seed": seed, "epochs": epochs, "lr": lr, "head_lr": head_lr}
+    settings |= {"batch_size": batch_size, "max_length": max_length, "pooling": pooling}
+    already = RunFolder(out).finished
+    try:
+        delta = sm.fit(network, wanted, task, out=out, tokenizer=tokenizer, **settings)
+    except KeyboardInterrupt:
+        state = RunFolder(out, writer=False).resume()
+        step = state.numbers["step"] if state else 0
+        views.note(f"stopped at step {step}; the same command goes on from there")
+        raise typer.Exit(130) from None
+    report = {**_summary(delta), "out": str(out), "already_finished": already, "files": views.sizes(out)}
+    views.show(report, views.tuned(delta, out, data, already), as_json)
+
+
+@app.command()
+def evaluate(
+    delta: DeltaFolder, data: Data, model: Base = None,
+    split: Annotated[str, Option(help="train, validation or test")] = "test",
+    text: Text = None, label: Label = None, kind: Kind = None, metric: Metric = None, limit: Most = None,
+    batch_size: BatchSize = 64, max_length: Length = None, dtype: OwnDtype = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Metrics of a delta on a split of a task."""
+    trained, network, tokenizer = _open(delta, model, dtype)
+    task = _task(data, text, label, kind, metric, limit and {split: limit})
+    options: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size, "max_length": max_length}
+    result = sm.evaluate(network, task, delta=trained, split=split, **options)
+    report: dict[str, Any] = {"delta": delta, "data": data, "split": split, "metric": result.metric}
+    report |= {"scores": result.values, "examples": len(result.references), "truncated": result.truncated}
+    views.show(report, views.evaluated(result, trained, task.name, split), as_json)
+
+
+@app.command()
+def predict(
+    delta: DeltaFolder, model: Base = None,
+    text: Annotated[list[str] | None, Option("--text", help="a text; may be given again")] = None,
+    pair: Annotated[list[str] | None, Option("--pair", help="its second text, for tasks of two")] = None,
+    file: Annotated[Path | None, Option("--file", help=".jsonl of the task's columns, or lines")] = None,
+    max_new_tokens: Annotated[int, Option(min=1, help="of a continuation (causal-lm)")] = 64,
+    dtype: OwnDtype = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Labels with probabilities for new texts; continuations for a causal language model."""
+    from smidgen.demo import predict, read_texts
+
+    trained, network, tokenizer = _open(delta, model, dtype)
+    texts, pairs = read_texts(file, trained) if file else (text or [], pair)
+    options: dict[str, Any] = {"pairs": pairs, "max_new_tokens": max_new_tokens}
+    rows = predict(network, texts, delta=trained, tokenizer=tokenizer, **options)
+    views.show({"predictions": [asdict(row) for row in rows]}, views.predictions(rows), as_json)
+
+
+@app.command()
+def merge(
+    delta: DeltaFolder, out: Out, model: Base = None,
+    dtype: Annotated[Dtype | None, Option("--dtype", help="of the merged model; default: the base's")] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Fold a delta into its base: a plain model and its tokenizer, without any cost at inference."""
+    import torch
+
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise DeltaError(f"{out} is not empty; choose another --out")
+    trained, network, tokenizer = _open(delta, model)
+    merged: Any = sm.merge(network, trained, dtype=getattr(torch, dtype) if dtype else None)
+    merged.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    report = {"class": type(merged).__name__, "out": str(out), "files": views.sizes(out)}
+    views.show(report, views.listing(out), as_json)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="folder of a delta or of a PEFT adapter")],
+    target: Annotated[Path, typer.Argument(help="folder to write")],
+    to: Annotated[Format, Option("--to", help="what to write")],
+    model: Base = None, data: AnyData = None, dtype: OwnDtype = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Turn a delta into an adapter of HF PEFT, or the other way round (then --model is needed)."""
+    from smidgen.convert import from_peft, to_peft
+
+    if to is Format.peft:
+        trained, network, _ = _open(source, model, dtype)
+        to_peft(trained, network, target)
+    elif model is None:
+        raise DeltaError("an adapter is read for a base: give --model, and --data if it has a new head")
+    else:
+        task = None if data is None else _task(data)
+        network, _ = sm.load(model, task=task, dtype=dtype or "float32")
+        from_peft(source, network).save(target)
+    views.show({"to": to, "out": str(target), "files": views.sizes(target)}, views.listing(target), as_json)
+
+
+@app.command()
+def inspect(delta: Annotated[str, typer.Argument(help="folder or hub id")], as_json: Json = False) -> None:
+    """What a delta is: recipe, base, values, labels, scores, files."""
+    trained = sm.Delta.load(delta)
+    report = {**trained.to_json(), **_summary(trained), "files": views.sizes(Path(delta))}
+    views.show(report, views.inspected(trained, Path(delta)), as_json)
+
+
+def _task(
+    data: str, text: list[str] | None = None, label: str | None = None, kind: str | None = None,
+    metric: str | None = None, limit: Any = None,
+) -> sm.Task:  # fmt: skip
+    task = sm.Task.load(data, text=text or None, label=label, kind=kind, metric=metric, limit=limit)
+    views.note(views.described(task))
+    return task
+
+
+def _open(delta: str, model: str | None, dtype: str | None = None) -> tuple[sm.Delta, Any, Any]:
+    """A delta with its base, that is where the delta says unless `model` is given, and the tokenizer."""
+    trained = sm.Delta.load(delta)
+    name = model or trained.base.name
+    if not name:
+        raise DeltaError("the delta does not say where its base is; give --model")
+    return trained, *sm.load(name, delta=trained, dtype=dtype or trained.base.dtype)
+
+
+def _summary(delta: sm.Delta) -> dict[str, Any]:
+    kept = {key: delta.info.get(key) for key in ("scores", "best_epoch", "steps")}
+    return {"recipe": str(delta.recipe), "trained": delta.trained, "head_values": delta.head_values, **kept}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    given = list(sys.argv[1:] if args is None else args)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        with views.one_line_warnings():
+            line = [word for word in given if word != "--debug"]
+            return app(line, prog_name="smidgen", standalone_mode=False) or 0
+    except Exception as error:
+        if "--debug" in given:
+            raise
+        mistake = isinstance(error, SmidgenError | UsageError | OSError)
+        text = error.format_message() if isinstance(error, UsageError) else error
+        views.error(text if mistake else f"{type(error).__name__}: {error} (a bug; --debug shows where)")
+        return 2 if mistake else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

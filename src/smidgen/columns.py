@@ -1,0 +1,214 @@
+"""Which columns hold the texts and the label, what kind of task that makes, and labels turned into ids."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import ClassLabel, Dataset, Value
+
+from smidgen.errors import DataError, nearest
+
+KINDS = ("classification", "regression", "tokens", "causal-lm")
+PAIRS = (
+    ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"),
+    ("question1", "question2"), ("text1", "text2"), ("text_a", "text_b"),
+)  # fmt: skip
+SINGLES = ("sentence", "text", "tweet", "review", "content", "question", "utterance", "tokens", "words")
+TARGETS = ("label", "labels", "target", "score", "category", "class", "intent", "ner_tags", "tags")
+UNLABELLED = (None, -1)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of a task are: kind, text columns, label column (None for causal-lm)."""
+
+    kind: str
+    text: tuple[str, ...]
+    label: str | None
+
+
+def infer(rows: Dataset, kind: str | None, text: Sequence[str] | None, label: str | None) -> Columns:
+    """Columns of a task: what is given, and the rest by known names and by the type of the label.
+
+    Raises:
+        DataError: a column or kind that does not exist; none, or more than one, that could be meant.
+    """
+    if kind is not None and kind not in KINDS:
+        raise DataError(f"unknown kind {kind!r}; there are {', '.join(KINDS)}{nearest(kind, KINDS)}")
+    there = rows.column_names
+    for name in (*(text or ()), *([label] if label else [])):
+        if name not in there:
+            raise DataError(f"no column {name!r}; the columns are {', '.join(there)}{nearest(name, there)}")
+    if kind == "causal-lm" or (kind is None and label is None and not _known(there, TARGETS)):
+        language = tuple(text) if text and kind else _language(there, bool(kind)) if not text else None
+        if language:
+            return Columns("causal-lm", _checked_language(rows, language), None)
+    label = label or _only(_known(there, TARGETS), there, "label")
+    kind = kind or _kind_of(rows.features[label], label)
+    fitting = [n for n in there if n != label and hasattr(rows.features[n], "feature") == (kind == "tokens")]
+    text = tuple(text) if text else _texts(fitting, there)
+    _check_types(rows, kind, text)
+    return Columns(kind, text, label)
+
+
+def _known(there: Sequence[str], names: Sequence[str]) -> list[str]:
+    return [name for name in names if name in there]
+
+
+def _only(found: Sequence[Any], there: Sequence[str], what: str) -> Any:
+    if len(found) != 1:
+        names = ["+".join(one) if isinstance(one, tuple) else one for one in found]
+        which = f"could be any of {', '.join(names)}" if found else "is not known by name"
+        raise DataError(f"the {what} column {which}; the columns are {', '.join(there)}; name it with {what}=")
+    return found[0]
+
+
+def _texts(fitting: Sequence[str], there: Sequence[str]) -> tuple[str, ...]:
+    pairs = [pair for pair in PAIRS if set(pair) <= set(fitting)]
+    used = {name for pair in pairs for name in pair}
+    singles = [(name,) for name in _known(fitting, SINGLES) if name not in used]
+    return tuple(_only([*pairs, *singles], there, "text"))
+
+
+def _language(there: Sequence[str], plain: bool) -> tuple[str, ...]:
+    forms = [("prompt", "completion"), ("messages",), *([("text",)] if plain else [])]
+    found = [form for form in forms if set(form) <= set(there)]
+    return found[0] if len(found) == 1 else _only(found, there, "text") if plain else ()
+
+
+def _checked_language(rows: Dataset, text: tuple[str, ...]) -> tuple[str, ...]:
+    if text != ("messages",):
+        _check_types(rows, "causal-lm", text)
+    return text
+
+
+def _kind_of(feature: Any, name: str) -> str:
+    if isinstance(feature, ClassLabel):
+        return "classification"
+    if isinstance(feature, Value) and feature.dtype != "null":
+        return "regression" if feature.dtype.startswith("float") else "classification"
+    if hasattr(feature, "feature"):
+        return "tokens"
+    what = "no values" if isinstance(feature, Value) else "mixed types" if _mixed(feature) else str(feature)
+    raise DataError(f"label column {name!r} holds {what}; expected names, whole numbers, numbers or lists of tags")
+
+
+def _mixed(feature: Any) -> bool:
+    return type(feature).__name__ == "Json"  # what datasets makes of a column whose rows differ in type
+
+
+def _check_types(rows: Dataset, kind: str, text: tuple[str, ...]) -> None:
+    most = 1 if kind == "tokens" else 2
+    if not 1 <= len(text) <= most:
+        raise DataError(f"{kind} takes {' or '.join('12'[:most])} text columns, found {len(text)}: {', '.join(text)}")
+    for name in text:
+        feature = rows.features[name]
+        inner = getattr(feature, "feature", None) if kind == "tokens" else feature
+        if not (isinstance(inner, Value) and "string" in inner.dtype):
+            what = "mixed types" if _mixed(feature) else getattr(feature, "dtype", feature)
+            wanted = "lists of words" if kind == "tokens" else "text"
+            raise DataError(f"column {name!r} holds {what}; expected {wanted}")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Label values in id order, and the names they go by. Both are empty for regression."""
+
+    values: tuple[Any, ...]
+    names: tuple[str, ...]
+
+
+def label_set(rows: Dataset, columns: Columns) -> Labels:
+    """The labels of a split: declared names if there are any, else whole numbers in order, else sorted names.
+
+    Raises:
+        DataError: labels are missing, of mixed types, or all the same.
+    """
+    if columns.kind not in ("classification", "tokens"):
+        return Labels((), ())
+    assert columns.label is not None
+    feature = rows.features[columns.label]
+    declared = getattr(feature, "feature", feature)
+    found = _distinct(rows[columns.label][:], columns)
+    if len(found) < 2:
+        raise DataError(f"only one label in the data to learn from: {found[0]!r}; there must be at least two")
+    if isinstance(declared, ClassLabel):
+        return Labels(tuple(range(len(declared.names))), tuple(declared.names))
+    return Labels(tuple(found), tuple(str(int(v)) if isinstance(v, float) else str(v) for v in found))
+
+
+def _distinct(values: Sequence[Any], columns: Columns) -> list[Any]:
+    if columns.kind == "tokens" and not all(isinstance(value, list) for value in values):
+        raise DataError(f"label column {columns.label!r} must hold a list of tags in every row for kind 'tokens'")
+    flat = [tag for value in values for tag in value] if columns.kind == "tokens" else values
+    found = set(flat)
+    if not found or None in found:
+        missing = next((i for i, v in enumerate(values) if v is None or columns.kind == "tokens"), 0)
+        raise DataError(f"row {missing} of the data to learn from has no label in column {columns.label!r}")
+    if len({type(value) for value in found}) > 1 or any(isinstance(v, (list, dict)) for v in found):
+        raise DataError(f"label column {columns.label!r} holds mixed types: {sorted(map(repr, found))[:5]}")
+    if any(isinstance(value, float) and not value.is_integer() for value in found):
+        raise DataError(f"label column {columns.label!r} holds fractions; use kind='regression'")
+    numeric = all(isinstance(value, str) and value.removeprefix("-").isdecimal() for value in found)
+    return sorted(found, key=int) if numeric else sorted(found)
+
+
+def is_unlabelled(rows: Dataset, columns: Columns, labels: Labels) -> bool:
+    """Whether no row has a label: no such column, or only null, or only -1 where -1 is not a label."""
+    if columns.label is None:
+        return False
+    if columns.label not in rows.column_names:
+        return True
+    return all(value in UNLABELLED and value not in labels.values for value in rows[columns.label][:])
+
+
+def to_ids(rows: Dataset, split: str, columns: Columns, labels: Labels) -> list[Any]:
+    """Labels of a split as ids, floats (regression) or lists of ids (tokens).
+
+    Raises:
+        DataError: a label is missing, unknown, or not a finite number; tags and words differ in number.
+    """
+    assert columns.label is not None
+    values = rows[columns.label][:]
+    if columns.kind == "regression":
+        return [_number(value, split, i, columns.label) for i, value in enumerate(values)]
+    if len(values) and None in values:
+        raise DataError(f"{split} has no label in row {values.index(None)}; drop the row, or all labels of {split}")
+    ids = {value: i for i, value in enumerate(labels.values)}
+    lookup = _lookup(ids, split, labels)
+    if columns.kind == "classification":
+        return [lookup(value) for value in values]
+    for i, (words, tags) in enumerate(zip(rows[columns.text[0]][:], values, strict=True)):
+        if words is None or len(words) != len(tags):
+            raise DataError(f"{split} row {i} has {len(words or [])} words and {len(tags)} tags")
+    return [[lookup(tag) for tag in tags] for tags in values]
+
+
+def _lookup(ids: Mapping[Any, int], split: str, labels: Labels) -> Callable[[Any], int]:
+    def lookup(value: Any) -> int:
+        try:
+            return ids[value]
+        except (KeyError, TypeError):
+            known = ", ".join(labels.names[:10]) + (", ..." if len(labels.names) > 10 else "")
+            raise DataError(f"{split} has the label {value!r}, unseen in training; known are {known}") from None
+
+    return lookup
+
+
+def _number(value: Any, split: str, row: int, column: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise DataError(f"{split} row {row}: {column!r} is {value!r}, not a finite number")
+    return float(value)
+
+
+def check_texts(rows: Dataset, split: str, columns: Columns) -> None:
+    """Raises DataError if a split lacks a text column, or a row of it."""
+    for name in columns.text:
+        if name not in rows.column_names:
+            raise DataError(f"{split} has no column {name!r}; its columns are {', '.join(rows.column_names)}")
+        values = rows[name][:]
+        if None in values:
+            raise DataError(f"{split} row {values.index(None)} has no text in column {name!r}")

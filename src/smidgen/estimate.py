@@ -1,0 +1,96 @@
+"""plan: the resolved recipe with an estimate of memory and work, counted on tensors without content."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from smidgen.attach import place
+from smidgen.plan import Plan, resolve
+from smidgen.prefix import frozen_prefix
+from smidgen.recipe import Recipe, Term
+
+
+def plan(
+    model: nn.Module,
+    recipe: str | Term | Recipe,
+    *,
+    pooling: str | None = None,
+    batch_size: int = 32,
+    length: int = 128,
+) -> Plan:
+    """What a recipe would do to a model: sites, shapes, counts, file size, lowest edit, memory and FLOPs.
+
+    The model is not touched and may live on the meta device: the forward and backward pass is counted on a copy whose
+    tensors have no content. `costs` is {"unknown": reason} for a model that cannot be run so (no `input_ids`).
+
+    Args:
+        batch_size, length: shape of the batch that the estimate is for.
+
+    Raises:
+        PlanError: the recipe does not fit the model.
+    """
+    resolved = resolve(model, recipe, pooling)
+    try:
+        costs: dict[str, Any] = _costs(model, resolved, batch_size, length)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, KeyError, AttributeError) as error:
+        costs = {"unknown": str(error).splitlines()[0][:120]}
+    return replace(resolved, costs=costs)
+
+
+def _costs(model: nn.Module, resolved: Plan, batch_size: int, length: int) -> dict[str, Any]:
+    ghost, mode = _ghost(model)
+    with mode:
+        place(ghost, resolved)
+        ghost.train()
+        for module in frozen_prefix(ghost, resolved):
+            module.eval()
+        saved, forward, total = _count(ghost, torch.zeros(batch_size, length, dtype=torch.long))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    state = 16 * (resolved.trained + resolved.head_values)  # master, gradient and two moments, 4 bytes each
+    return {
+        "batch_size": batch_size,
+        "length": length,
+        "weights_bytes": weights,
+        "training_state_bytes": state,
+        "activation_bytes": saved,
+        "total_bytes": weights + state + saved,
+        "forward_flops_per_token": forward // (batch_size * length),
+        "training_flops_per_token": total // (batch_size * length),
+    }
+
+
+def _ghost(model: nn.Module) -> tuple[nn.Module, FakeTensorMode]:
+    """A copy whose tensors have shapes but no content, placed on the CPU so that its kernels are the ones counted."""
+    mode = FakeTensorMode()
+    memo: dict[int, Any] = {}
+    with mode:
+        for tensor in (*model.parameters(), *model.buffers()):
+            fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+            memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+    return copy.deepcopy(model, memo), mode
+
+
+def _count(model: nn.Module, ids: Tensor) -> tuple[int, int, int]:
+    """Bytes kept for the backward pass, FLOPs of the forward pass, FLOPs of both. ids: (B, T)."""
+    owned = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in owned:
+            kept[storage._cdata] = storage  # holding it keeps its address from being used again
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor), FlopCounterMode(display=False) as counter:
+        logits = model(input_ids=ids).logits
+        forward = counter.get_total_flops()
+        logits.float().sum().backward()
+    return sum(storage.nbytes() for storage in kept.values()), forward, counter.get_total_flops()

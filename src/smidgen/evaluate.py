@@ -1,0 +1,142 @@
+"""Run a model over a split: one output per example, and the task's metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from smidgen.attach import attached
+from smidgen.data import Task
+from smidgen.delta import Delta
+from smidgen.encode import Encoded
+from smidgen.errors import ModelError
+from smidgen.metrics import METRICS, score
+from smidgen.models import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Metrics of one split and what they were computed from.
+
+    Attributes:
+        metric: name of the task's own metric.
+        values: metric name -> number.
+        predictions, references: per example: label id, float, label names per token, or (nll, tokens).
+        truncated: examples longer than the model takes.
+    """
+
+    metric: str
+    values: dict[str, float]
+    predictions: list[Any] = field(repr=False)
+    references: list[Any] = field(repr=False)
+    truncated: int = 0
+
+    @property
+    def value(self) -> float:
+        """The task's own metric."""
+        return self.values[self.metric]
+
+    @property
+    def better(self) -> float:
+        """The same, turned so that more is better."""
+        return self.value if METRICS[self.metric].higher_is_better else -self.value
+
+
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    *,
+    delta: Delta | None = None,
+    split: str = "test",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    batch_size: int = 64,
+    max_length: int | None = None,
+) -> Scores:
+    """Metrics of a model, with a delta attached for the time, on a split of a task.
+
+    Raises:
+        DataError: the task lacks the split, or its labels.
+        DeltaError: the delta belongs to another base.
+    """
+    tokenizer = tokenizer or tokenizer_of(model)
+    if max_length is None and delta is not None:
+        max_length = delta.info.get("settings", {}).get("max_length")
+    encoded = task.encode(tokenizer, split, max_length=max_length)
+    with attached(model, delta) if delta is not None else nullcontext():
+        outputs = run(model, encoded, task, tokenizer, batch_size)
+    return scores(task, outputs, encoded.truncated)
+
+
+def scores(task: Task, outputs: Sequence[tuple[Any, Any]], truncated: int = 0) -> Scores:
+    """Metrics from (prediction, reference) pairs in the order of the split."""
+    predictions, references = [p for p, _ in outputs], [r for _, r in outputs]
+    values = score(task.kind, task.metric, predictions, references, task.labels)
+    return Scores(task.metric, values, predictions, references, truncated)
+
+
+def run(
+    model: nn.Module,
+    encoded: Encoded | Sequence[dict[str, Any]],
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = 64,
+) -> list[tuple[Any, Any]]:
+    """(prediction, reference) of each example; in eval mode, mode restored. Batches go by length, order does not."""
+    training = {module: module.training for module in model.modules()}
+    collate, device = task.collator(tokenizer), next(model.parameters()).device
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
+    results: list[Any] = [None] * len(encoded)
+    model.eval()
+    with torch.inference_mode():
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = {k: v.to(device) for k, v in collate([encoded[i] for i in rows]).items()}
+            labels = batch.pop("labels", None)
+            logits = model(**batch).logits.float()
+            for row, pair in zip(rows, _pairs(task, logits, labels), strict=True):
+                results[row] = pair
+    for module, mode in training.items():
+        module.training = mode
+    return results
+
+
+def _pairs(task: Task, logits: Tensor, labels: Tensor | None) -> list[tuple[Any, Any]]:
+    if labels is None:
+        return [(p, None) for p in _predictions(task, logits)]
+    if task.kind == "causal-lm":
+        return _language(logits, labels)
+    if task.kind == "tokens":
+        return [_tokens(task, row, label) for row, label in zip(logits.argmax(-1), labels, strict=True)]
+    return list(zip(_predictions(task, logits), labels.tolist(), strict=True))
+
+
+def _predictions(task: Task, logits: Tensor) -> list[Any]:
+    return (logits.squeeze(-1) if task.kind == "regression" else logits.argmax(-1)).tolist()
+
+
+def _tokens(task: Task, predicted: Tensor, labels: Tensor) -> tuple[list[str], list[str]]:
+    kept = labels != -100
+    names = task.labels
+    return [names[i] for i in predicted[kept].tolist()], [names[i] for i in labels[kept].tolist()]
+
+
+def _language(logits: Tensor, labels: Tensor) -> list[tuple[Any, Any]]:
+    """Per example: summed negative log-likelihood and number of predicted tokens. logits: (B, T, V)."""
+    shifted, targets = logits[:, :-1], labels[:, 1:]
+    nll = F.cross_entropy(shifted.transpose(1, 2), targets, ignore_index=-100, reduction="none").sum(1)
+    return list(zip(nll.tolist(), (targets != -100).sum(1).tolist(), strict=True))
+
+
+def tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that knows where it came from. Raises ModelError if it does not."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not name:
+        raise ModelError("the model does not say where it came from; pass tokenizer=")
+    return load_tokenizer(name)

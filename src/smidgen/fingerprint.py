@@ -1,0 +1,80 @@
+"""A fingerprint of a base model: architecture, tensor names, shapes and content, head left out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smidgen.attachment import base_tensors
+from smidgen.errors import DeltaError
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a delta was trained on. `content` is a digest of the bytes in `dtype`; `name` is for people."""
+
+    architecture: str
+    structure: str
+    content: str
+    dtype: str
+    name: str = ""
+
+    def to_json(self) -> dict[str, str]:
+        """Plain data."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, model: nn.Module, head: Collection[str], dtype: torch.dtype | None = None) -> Fingerprint:
+        """Digest of all parameters but the head's, in sorted order, taken in `dtype` (default: the base's own)."""
+        tensors = {n: t for n, t in sorted(base_tensors(model).items()) if n not in head}
+        dtype = dtype or base_dtype(tensors)
+        structure, content = hashlib.sha256(), hashlib.sha256()
+        for name, tensor in tensors.items():
+            structure.update(f"{name}{tuple(tensor.shape)}".encode())
+            data = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+            content.update(data.reshape(-1).view(torch.uint8).numpy().data)
+        config: Any = getattr(model, "config", None)
+        kind = getattr(config, "model_type", type(model).__name__)
+        name = str(getattr(config, "_name_or_path", "") or "")
+        return cls(kind, structure.hexdigest()[:32], content.hexdigest()[:32], str(dtype)[6:], name)
+
+
+def base_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype that most values of a model have."""
+    counts: dict[torch.dtype, int] = {}
+    for tensor in tensors.values():
+        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
+    return max(counts, key=lambda d: counts[d], default=torch.float32)
+
+
+def verify(model: nn.Module, wanted: Fingerprint, head: Collection[str]) -> None:
+    """Refuse a model that is not the base of a delta.
+
+    A base loaded in a wider dtype is compared after rounding to the recorded one.
+
+    Raises:
+        DeltaError: another architecture, other tensors, other values, or a narrower dtype that cannot be compared.
+    """
+    found = base_dtype(base_tensors(model))
+    recorded: torch.dtype = getattr(torch, wanted.dtype)
+    what = f"this delta was trained on {wanted.name or wanted.architecture!r}"
+    if torch.finfo(found).bits < torch.finfo(recorded).bits:
+        raise DeltaError(
+            f"{what} in {wanted.dtype}, but the base is loaded in {str(found)[6:]}, so it cannot be verified; "
+            f"load it with dtype={wanted.dtype} (or pass verify=False to go without the check)"
+        )
+    have = Fingerprint.of(model, head, recorded)
+    if have.architecture != wanted.architecture:
+        raise DeltaError(f"{what} ({wanted.architecture}), but this model is a {have.architecture}")
+    if have.structure != wanted.structure:
+        raise DeltaError(f"{what}; this {have.architecture} has other tensors or shapes ({have.name or 'unnamed'})")
+    if have.content != wanted.content:
+        raise DeltaError(
+            f"{what}; this model has the same shapes but other values (fingerprint {have.content[:8]}, "
+            f"wanted {wanted.content[:8]}): another checkpoint, or one that was changed"
+        )

@@ -1,0 +1,254 @@
+"""The training loop. Its state is a few tensors and numbers, so that a run can stop and go on at any step."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object, set_seed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from smidgen.attach import attach, detach, disabled, remove
+from smidgen.attachment import attachment, is_attached, trained_parameters
+from smidgen.batches import ShuffledBatches
+from smidgen.data import Task
+from smidgen.delta import Delta
+from smidgen.errors import TrainError
+from smidgen.evaluate import Scores, run, scores, tokenizer_of
+from smidgen.fingerprint import Fingerprint
+from smidgen.heads import head_names
+from smidgen.objective import Objective
+from smidgen.optim import optimizer
+from smidgen.prefix import frozen_prefix
+from smidgen.progress import Bar
+from smidgen.recipe import Recipe
+from smidgen.runs import RunFolder, State, pack_optimizer, unpack_optimizer
+from smidgen.settings import Settings
+from smidgen.watch import check_gradients, check_moved, memory_guard, snapshot
+
+UNTESTED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+class Loop:
+    """One run of `fit`."""
+
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, task: Task, settings: Settings, objective: Objective,
+        out: str | os.PathLike[str] | None, tokenizer: PreTrainedTokenizerBase | None, progress: bool | None,
+    ) -> None:  # fmt: skip
+        self.accelerator = Accelerator()
+        if self.accelerator.distributed_type in UNTESTED:
+            kind = self.accelerator.distributed_type.value
+            raise TrainError(f"{kind} is not supported yet; use one process or DDP (accelerate launch --multi_gpu)")
+        self.model, self.recipe, self.task, self.settings = model, recipe, task, settings
+        self.objective, self.tokenizer = objective, tokenizer or tokenizer_of(model)
+        self.main, self.world = self.accelerator.is_main_process, self.accelerator.num_processes
+        self.folder = RunFolder(out, writer=self.main)
+        self.show = progress if self.main else False
+        self.state = State({}, {"step": 0, "best": None, "best_epoch": None, "history": []})
+
+    def fit(self) -> Delta:
+        """Open or resume the run, train, and give back the best state; the model is left as it came."""
+        asked = self._asked()
+        record = self.folder.open(asked)
+        if self.folder.finished and self.folder.path is not None:
+            return Delta.load(self.folder.path)
+        chosen = record["chosen"] if record else {}
+        limit = chosen.get("max_length", self.settings.max_length)
+        self.rows = self.task.encode(self.tokenizer, "train", max_length=limit)
+        self.held = self.task.encode(self.tokenizer, "validation", max_length=limit)
+        self.batches = -(-len(self.rows) // self.settings.batch_size)
+        self.total = self.batches * self.settings.epochs
+        mode = {module: module.training for module in self.model.modules()}
+        attach(self.model, self.recipe, pooling=self.settings.pooling, seed=self.settings.seed)
+        try:
+            if record is None:
+                self.folder.start(asked, self._chosen())
+            return self._train()
+        finally:
+            if is_attached(self.model):
+                remove(self.model)
+            for module, training in mode.items():
+                module.training = training
+            self.model.zero_grad(set_to_none=True)
+
+    def _asked(self) -> dict[str, Any]:
+        base = Fingerprint.of(self.model, head_names(self.model))
+        return {
+            "model": base.name,
+            "base": base.content,
+            "recipe": self.recipe.to_json(),
+            "task": self.task.name,
+            "data": self.task.fingerprint,
+            "objective": repr(self.objective),
+            "settings": asdict(self.settings),
+        }
+
+    def _chosen(self) -> dict[str, Any]:
+        groups = optimizer(self.model, self.settings.lr, self.settings.head_lr).param_groups
+        return {
+            "max_length": self.rows.max_length,
+            "truncated": self.rows.truncated,
+            "steps": self.total,
+            "lr": {group["name"]: group["lr"] for group in groups},
+            "checkpoint_steps": self._every,
+            "processes": self.world,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+
+    @property
+    def _every(self) -> int:
+        return self.settings.checkpoint_steps or max(10, self.total // 20)
+
+    def _train(self) -> Delta:
+        s = self.settings
+        self.optimizer = optimizer(self.model, s.lr, s.head_lr, s.weight_decay)
+        self.names = [name for group in self.optimizer.param_groups for name in group["names"]]
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.prepared = self.accelerator.prepare_model(self.model)
+        self.start = snapshot(self.model)
+        set_seed(s.seed + self.accelerator.process_index)
+        self._dry_run()
+        self._resume()
+        step = self.state.numbers["step"]
+        with Bar(self.total, step, self.show, str(self.recipe)) as self.bar:
+            try:
+                for epoch in range(step // self.batches, s.epochs):
+                    self._epoch(epoch)
+            except KeyboardInterrupt:
+                self._checkpoint()
+                raise
+        return self._finish()
+
+    def _epoch(self, epoch: int) -> None:
+        s, numbers = self.settings, self.state.numbers
+        skip = numbers["step"] - epoch * self.batches
+        order = ShuffledBatches(
+            len(self.rows), s.batch_size, s.seed, epoch,
+            skip=skip, rank=self.accelerator.process_index, world=self.world,
+        )  # fmt: skip
+        loader = DataLoader(self.rows, batch_sampler=order, collate_fn=self.task.collator(self.tokenizer))  # type: ignore[arg-type]
+        self._train_mode()
+        for batch in loader:
+            self._step({k: v.to(self.accelerator.device) for k, v in batch.items()})
+            if numbers["step"] % self._every == 0 and numbers["step"] < (epoch + 1) * self.batches:
+                self._checkpoint()
+        self._validate(epoch)
+        self._checkpoint()
+
+    def _train_mode(self) -> None:
+        self.model.train()
+        for module in frozen_prefix(self.model, attachment(self.model).plan):
+            module.eval()
+
+    def _step(self, batch: dict[str, Tensor]) -> None:
+        numbers = self.state.numbers
+        factor = self.settings.rate(numbers["step"], self.total)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        with memory_guard(self.settings.batch_size):
+            loss = self._loss(self.prepared, batch)
+            value = float(loss.detach())
+            if not torch.isfinite(loss):
+                raise TrainError(
+                    f"the loss is {value} at step {numbers['step']}, lr {self.rates[0] * factor:.2g}; "
+                    "try a lower lr, or look at the data of this step"
+                )
+            self.accelerator.backward(loss)
+        nn.utils.clip_grad_norm_(list(trained_parameters(self.model).values()), self.settings.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        numbers["step"] += 1
+        self.bar.step(value, len(batch["input_ids"]) * self.world)
+        if numbers["step"] % 10 == 0 or numbers["step"] == self.total:
+            rate = round(self.bar.rate, 1)
+            self.folder.log({"step": numbers["step"], "loss": value, "lr": factor * self.rates[0], "rate": rate})
+        if numbers["step"] == min(5, self.total) and self.total > 1:
+            check_moved(self.model, self.start, numbers["step"])
+
+    def _loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        reference = None
+        if self.objective.needs_reference:
+            with disabled(self.model), torch.no_grad():
+                reference = self.model(**batch)
+        return self.objective(model(**batch), batch, reference)
+
+    def _dry_run(self) -> None:
+        """One forward and backward pass in eval mode: every trained tensor must be reached."""
+        self.model.eval()
+        rows = [self.rows[i] for i in range(min(2, len(self.rows)))]
+        batch = {k: v.to(self.accelerator.device) for k, v in self.task.collator(self.tokenizer)(rows).items()}
+        self._loss(self.model, batch).backward()
+        check_gradients(self.model)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _validate(self, epoch: int) -> None:
+        result = self._held_out()
+        numbers = self.state.numbers
+        entry = {"epoch": epoch + 1, "step": numbers["step"], "validation": result.values}
+        self.folder.log(entry)
+        numbers["history"].append(entry)
+        self.bar.validated(result.metric, result.value)
+        if numbers["best"] is None or result.better > numbers["best"]:
+            numbers["best"], numbers["best_epoch"] = result.better, epoch + 1
+            self.best = snapshot(self.model)
+
+    def _held_out(self) -> Scores:
+        rank = self.accelerator.process_index
+        mine = [self.held[i] for i in range(rank, len(self.held), self.world)]
+        outputs = run(self.model, mine, self.task, self.tokenizer, 2 * self.settings.batch_size)
+        numbered = gather_object([(rank + k * self.world, pair) for k, pair in enumerate(outputs)])
+        return scores(self.task, [pair for _, pair in sorted(numbered, key=lambda item: item[0])])
+
+    def _checkpoint(self) -> None:
+        tensors = {f"trained/{n}": p for n, p in trained_parameters(self.model).items()}
+        tensors |= {f"best/{n}": t for n, t in self.best.items()}
+        tensors |= pack_optimizer(self.optimizer, self.names)
+        device = self.accelerator.device
+        tensors["rng/cpu"] = self.accelerator.gather(torch.get_rng_state()[None].to(device))
+        if device.type == "cuda":
+            tensors["rng/cuda"] = self.accelerator.gather(torch.cuda.get_rng_state()[None].to(device))
+        self.folder.checkpoint(State(tensors, self.state.numbers))
+
+    def _resume(self) -> None:
+        self.best: dict[str, Tensor] = {}
+        state = self.folder.resume()
+        if state is None:
+            return
+        self.state.numbers = state.numbers
+        with torch.no_grad():
+            for name, parameter in trained_parameters(self.model).items():
+                parameter.copy_(state.tensors[f"trained/{name}"])
+        self.best = {n[5:]: t.to(self.accelerator.device) for n, t in state.tensors.items() if n.startswith("best/")}
+        unpack_optimizer(self.optimizer, self.names, state.tensors)
+        rank = self.accelerator.process_index
+        torch.set_rng_state(state.tensors["rng/cpu"][rank])
+        if "rng/cuda" in state.tensors:
+            torch.cuda.set_rng_state(state.tensors["rng/cuda"][rank])
+
+    def _finish(self) -> Delta:
+        if self.total > 1:
+            check_moved(self.model, self.start, self.total)
+        with torch.no_grad():
+            for name, parameter in trained_parameters(self.model).items():
+                parameter.copy_(self.best[name])
+        numbers = self.state.numbers
+        best = next(e for e in numbers["history"] if e["epoch"] == numbers["best_epoch"])
+        delta = detach(self.model).with_info(
+            task={"name": self.task.name, "kind": self.task.kind, "metric": self.task.metric, "text": list(self.task.text)},
+            settings={**asdict(self.settings), "max_length": self.rows.max_length},
+            scores={f"validation {k}": v for k, v in best["validation"].items()},
+            best_epoch=numbers["best_epoch"],
+            steps=self.total,
+        )  # fmt: skip
+        if self.folder.path is not None and self.main:
+            delta.save(self.folder.path)
+            self.folder.finish()
+        self.accelerator.wait_for_everyone()
+        return delta

@@ -1,0 +1,132 @@
+"""What a method is: a frozen dataclass of pure tensor functions that never sees how it is attached.
+
+A method says what it does by the functions that it defines; the ports read them.
+
+| function | meaning | port |
+|---|---|---|
+| `trains(site)` | names of the site's own parameters that are trained | parameter |
+| `acts(site)` | whether it adds something here; then `init(site)` gives the tensors | module |
+| `before(p, x, site)` | the new input of the site's module | module |
+| `after(p, x, y, site)` | the new output, from the input and the output so far | module |
+| `merge(p, weight, bias, site)` | weight and bias that do the same without the method | - |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from smidgen.errors import RecipeError, nearest
+from smidgen.layers import layer_indices
+from smidgen.recipe import Term
+from smidgen.sites import Site
+
+Tensors = Mapping[str, Tensor]
+Layers = str | int | tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Method(Term, abstract=True):
+    """Base of all methods. A subclass is one file; its docstring gives paper, formula, shapes and departures.
+
+    Class attributes:
+        lr: learning rate that `fit` uses when none is given.
+        exceptions: conformance check -> reason why this method is excused from it.
+        mergeable: whether `merge` can fold the added tensors into the weight.
+    """
+
+    lr: ClassVar[float] = 1e-3
+    exceptions: ClassVar[Mapping[str, str]] = {}
+    mergeable: ClassVar[bool] = True
+
+    def trains(self, site: Site) -> tuple[str, ...]:
+        """Names of the parameters owned by the site that are trained in place."""
+        return ()
+
+    def acts(self, site: Site) -> bool:
+        """Whether the method adds tensors at this site."""
+        return False
+
+    def may_rest(self, site: Site, term: str) -> bool:
+        """Whether this tensor may stand still in training although nothing is wrong (say why in the file)."""
+        return False
+
+    def input_dropout(self) -> float:
+        """Share of the input that the module port drops, in training, before `after` sees it."""
+        return 0.0
+
+    def init(self, site: Site) -> dict[str, Tensor]:
+        """Fresh tensors for a site, symbol -> tensor, drawn from torch's global generator."""
+        return {}
+
+    def before(self, p: Tensors, x: Tensor, site: Site) -> Tensor:
+        """The module's new input. x: (..., width_in)."""
+        return x
+
+    def after(self, p: Tensors, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        """The module's new output. x: (..., width_in), y: (..., width_out)."""
+        return y
+
+    def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
+        """The formula once more, folded. weight: (width_out, width_in), bias: (width_out,) or None."""
+        return weight, bias
+
+    @classmethod
+    def overrides(cls, function: str) -> bool:
+        """Whether the method defines `function` itself."""
+        return getattr(cls, function) is not getattr(Method, function)
+
+
+def in_layers(site: Site, layers: Layers) -> bool:
+    """Whether the site lies in one of the wanted layers; sites outside all blocks only count when `layers` is None."""
+    if layers is None:
+        return True
+    if site.layer is None:
+        return False
+    return site.layer in (layer_indices(layers, site.depth) or ())
+
+
+def targeted(site: Site, target: Sequence[str]) -> bool:
+    """Whether a linear site has one of the roles, or lies at a module path ending in one of the names."""
+    if site.kind != "linear":
+        return False
+    return any(_matches(site, name) for name in target)
+
+
+def _matches(site: Site, name: str) -> bool:
+    if name == "linear":
+        return site.rows is None and "block" in site.roles
+    if name in site.roles and name in LINEAR_ROLES:
+        return True
+    return site.rows is None and (site.path == name or site.path.endswith("." + name))
+
+
+LINEAR_ROLES = ("query", "key", "value", "attention_out", "ff_in", "ff_out")
+
+
+def one_of(method: str, field: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raise RecipeError, naming the nearest, unless `value` is among `allowed`."""
+    if value not in allowed:
+        hint = nearest(str(value), allowed)
+        raise RecipeError(f"{method}: {field}={value!r} is not one of {', '.join(allowed)}{hint}")
+
+
+def at_least(method: str, field: str, value: Any, least: float, kind: type = int) -> None:
+    """Raise RecipeError unless `value` is a number of the kind and not below `least`."""
+    good = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if not good or value < least:
+        name = "whole number" if kind is int else "number"
+        raise RecipeError(f"{method}: {field}={value!r} must be a {name} of at least {least}")
+
+
+def layers_field(method: str, value: Layers) -> None:
+    """Raise RecipeError unless `value` can name layers: None, 3, (0, 5), "top:2", "bottom:2" or "2:5"."""
+    if value is None:
+        return
+    try:
+        layer_indices(value, 1_000_000)
+    except ValueError as error:
+        raise RecipeError(f"{method}: {error}") from None

@@ -1,0 +1,88 @@
+"""LoRA."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smidgen.errors import RecipeError
+from smidgen.method import Layers, Method, Tensors, at_least, in_layers, layers_field, targeted
+from smidgen.sites import Site
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    """Add a product of two thin matrices to a linear map.
+
+    Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685, section 4.1.
+
+        y = W x + b + (alpha / rank) * B A dropout(x)
+        W_merged = W + (alpha / rank) * B A
+
+    Shapes:
+        A: (rank, width_in)   uniform in +-1/sqrt(width_in)
+        B: (width_out, rank)  zeros
+
+    Fields:
+        rank, alpha: width of the bottleneck and strength; alpha=None means alpha = rank.
+        target: roles ("query", "key", "value", "attention_out", "ff_in", "ff_out"), "linear" for every linear
+            map in the blocks, or endings of module paths ("q_proj").
+        layers: as in LN.
+        exclude: roles or endings of module paths to leave out.
+        dropout: on the input of A, in training.
+
+    Departures: the paper draws A from a normal distribution; its authors' code, and all since, from the uniform
+    one above. Slices of a fused projection (GPT-2, Phi-3) each get a pair of their own.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    target: str | tuple[str, ...] = ("query", "value")
+    layers: Layers = None
+    exclude: str | tuple[str, ...] = ()
+    dropout: float = 0.0
+
+    lr: ClassVar[float] = 1e-3
+
+    def __post_init__(self) -> None:
+        at_least("LoRA", "rank", self.rank, 1)
+        layers_field("LoRA", self.layers)
+        if not 0 <= self.dropout < 1:
+            raise RecipeError(f"LoRA: dropout={self.dropout!r} must lie in [0, 1)")
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def input_dropout(self) -> float:
+        return self.dropout
+
+    def acts(self, site: Site) -> bool:
+        wanted = targeted(site, _names(self.target)) and not targeted(site, _names(self.exclude))
+        return wanted and in_layers(site, self.layers)
+
+    def init(self, site: Site) -> dict[str, Tensor]:
+        if self.rank > min(site.width_in, site.width_out):
+            raise RecipeError(
+                f"LoRA: rank={self.rank} is above the smaller side of {site.name} "
+                f"({site.width_out} x {site.width_in}); at most {min(site.width_in, site.width_out)} works"
+            )
+        bound = 1 / math.sqrt(site.width_in)
+        A = torch.empty(self.rank, site.width_in).uniform_(-bound, bound)
+        return {"A": A, "B": torch.zeros(site.width_out, self.rank)}
+
+    def after(self, p: Tensors, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        return y + self.scale * F.linear(F.linear(x, p["A"]), p["B"])  # (..., width_out)
+
+    def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
+        return weight + self.scale * (p["B"] @ p["A"]), bias
+
+
+def _names(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value

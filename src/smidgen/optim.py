@@ -1,0 +1,50 @@
+"""Optimiser groups of an attached model: one learning rate per method, one for the head, no decay on edits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from smidgen.attachment import attachment
+from smidgen.method import Method
+
+HEAD_LR = 1e-3
+
+
+def parameter_groups(
+    model: nn.Module, lr: float | None = None, head_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Groups for any torch optimiser, in the plan's order.
+
+    Args:
+        lr: for all methods; by default each method's own (LN 3e-3, LoRA 1e-3, Full 5e-5).
+        head_lr: for the head; 1e-3 by default.
+        weight_decay: of the trained values; 0 by default, because decay pulls a gain to 0, not to where it began.
+    """
+    record = attachment(model)
+    masters = dict(record.trained())
+    groups = []
+    for index, method in enumerate(record.plan.recipe):
+        names = [n for row in record.plan.rows if row.index == index for n, _ in row.names()]
+        if names and isinstance(method, Method):
+            groups.append(_group(str(method), masters, names, lr or method.lr, weight_decay))
+    if record.plan.head:
+        names = [name for name, _ in record.plan.head]
+        groups.append(_group("head", masters, names, head_lr or HEAD_LR, weight_decay))
+    return groups
+
+
+def _group(
+    label: str, masters: dict[str, nn.Parameter], names: list[str], lr: float, weight_decay: float
+) -> dict[str, Any]:
+    parameters = [masters[name] for name in names]
+    return {"params": parameters, "lr": lr, "weight_decay": weight_decay, "name": label, "names": names}
+
+
+def optimizer(
+    model: nn.Module, lr: float | None = None, head_lr: float | None = None, weight_decay: float = 0.0
+) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`; hand it to Trainer as `optimizers=(sm.optimizer(model), None)`."""
+    return torch.optim.AdamW(parameter_groups(model, lr, head_lr, weight_decay))

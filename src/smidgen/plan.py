@@ -1,0 +1,231 @@
+"""Plan: a recipe resolved on a model, before anything is touched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from smidgen.errors import PlanError
+from smidgen.heads import check_pooling, head_names, own_pooling, unused_under
+from smidgen.method import Method
+from smidgen.recipe import Recipe, Term, as_recipe
+from smidgen.sites import Site, find_sites, roles_found, shares_layers
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one site: existing parameters that it trains, or tensors that it adds."""
+
+    index: int
+    method: Method
+    site: Site
+    terms: tuple[tuple[str, Shape], ...]
+    added: bool
+
+    @property
+    def key(self) -> str:
+        """Name of the edit on its module: the index in the recipe, with the role for a slice."""
+        if self.site.rows is None:
+            return str(self.index)
+        return f"{self.index}-{self.site.name[len(self.site.path) + 1 : -1]}"
+
+    def names(self) -> Iterator[tuple[str, Shape]]:
+        """Saved name and shape of each tensor: `path.term`, or `path.edits.key.symbol`."""
+        prefix = f"{self.site.path}." if self.site.path else ""
+        prefix += f"edits.{self.key}." if self.added else ""
+        for term, shape in self.terms:
+            yield prefix + term, shape
+
+    @property
+    def values(self) -> int:
+        """Number of trained values."""
+        return sum(prod(shape) for _, shape in self.terms)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe will do to a model. The head is counted apart, the same in every recipe."""
+
+    recipe: Recipe
+    model: str
+    rows: tuple[Row, ...]
+    head: tuple[tuple[str, Shape], ...]
+    pretrained: int
+    pooling: str | None
+    reads: str | None
+    costs: dict[str, Any] | None = field(default=None, compare=False)
+
+    @property
+    def trained(self) -> int:
+        """Trained values, head apart."""
+        return sum(row.values for row in self.rows)
+
+    @property
+    def head_values(self) -> int:
+        """Values of the head."""
+        return sum(prod(shape) for _, shape in self.head)
+
+    @property
+    def share(self) -> float:
+        """Trained values over pretrained values, head apart."""
+        return self.trained / self.pretrained
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Saved name -> shape of all tensors of the delta, head included."""
+        return {name: shape for row in self.rows for name, shape in row.names()} | dict(self.head)
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the safetensors file in bytes, exactly."""
+        return safetensors_size(self.shapes)
+
+    @property
+    def lowest(self) -> str:
+        """The lowest edited place: nothing below it needs a gradient."""
+        if not self.rows:
+            return "head"
+        if any(row.site.layer is None and "final" not in row.site.roles for row in self.rows):
+            return "embeddings"
+        layers = [(row.site.stack, row.site.layer) for row in self.rows if row.site.layer is not None]
+        if not layers:
+            return "final norm"
+        lowest: dict[str, int] = {}
+        for stack, layer in layers:
+            lowest[stack] = min(layer, lowest.get(stack, layer))
+        return ", ".join(f"{stack}.{layer}" for stack, layer in lowest.items())
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        return {
+            "recipe": str(self.recipe),
+            "model": self.model,
+            "trained": self.trained,
+            "head": self.head_values,
+            "pretrained": self.pretrained,
+            "share": self.share,
+            "file_bytes": self.file_bytes,
+            "lowest": self.lowest,
+            "pooling": self.pooling or self.reads,
+            "costs": self.costs,
+            "tensors": {name: list(shape) for name, shape in self.shapes.items()},
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.recipe} on {self.model}"]
+        lines += [f"  {name:<60} {list(shape)}" for row in self.rows for name, shape in row.names()]
+        lines.append(
+            f"trains {self.trained:,} of {self.pretrained:,} values ({self.share:.4%}); "
+            f"head apart {self.head_values:,}; file {self.file_bytes:,} bytes; lowest edit: {self.lowest}"
+        )
+        return "\n".join(lines)
+
+
+def resolve(model: nn.Module, recipe: str | Term | Recipe, pooling: str | None = None) -> Plan:
+    """Resolve a recipe on a model, which may live on the meta device and is not touched.
+
+    Raises:
+        PlanError: a method matches nothing, two methods train the same tensor, the base is quantised, or layers
+            are named on a model that shares them.
+    """
+    recipe = as_recipe(recipe)
+    pooling = check_pooling(model, pooling)
+    _refuse_unsupported(model, recipe)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    idle = set(unused_under(model, pooling))
+    head = [name for name in head_names(model) if name not in idle]
+    closed = {id(parameters[name]) for name in (*head, *idle)}
+    sites = find_sites(model)
+    rows: list[Row] = []
+    for index, method in enumerate(recipe):
+        if not isinstance(method, Method):
+            raise PlanError(f"{method} is not a method")
+        found = list(_rows(index, method, sites, parameters, closed))
+        if not found and _wants_sites(method):
+            raise PlanError(_no_match(method, model, sites))
+        rows += found
+    _refuse_twice(rows, parameters)
+    outside = {id(parameters[name]) for name in head_names(model)}
+    pretrained = sum(p.numel() for n, p in model.named_parameters() if id(p) not in outside)
+    shapes = tuple((name, tuple(parameters[name].shape)) for name in head)
+    return Plan(recipe, type(model).__name__, tuple(rows), shapes, pretrained, pooling, own_pooling(model))
+
+
+def _wants_sites(method: Method) -> bool:
+    return method.overrides("trains") or method.overrides("acts")
+
+
+def _rows(
+    index: int, method: Method, sites: list[Site], parameters: dict[str, nn.Parameter], closed: set[int]
+) -> Iterator[Row]:
+    seen: set[int] = set()
+    for site in sites:
+        prefix = f"{site.path}." if site.path else ""
+        owned = {term: parameters[prefix + term] for term, _ in site.terms}
+        trained = [term for term in method.trains(site) if id(owned[term]) not in closed | seen]
+        seen.update(id(owned[term]) for term in trained)
+        if trained:
+            yield Row(index, method, site, tuple((t, tuple(owned[t].shape)) for t in trained), added=False)
+        in_head = any(id(p) in closed for p in owned.values())
+        if not in_head and method.acts(site):
+            with torch.device("meta"):
+                tensors = method.init(site)
+            yield Row(index, method, site, tuple((k, tuple(v.shape)) for k, v in tensors.items()), added=True)
+
+
+def _no_match(method: Method, model: nn.Module, sites: list[Site]) -> str:
+    name = type(model).__name__
+    roles = ", ".join(roles_found(sites)) or "none"
+    text = f"{method} matches no site of {name}; roles found: {roles}"
+    if not any(site.kind == "norm" for site in sites):
+        text += "; its norms have no parameters, so there is no gain or bias to tune"
+    stacked = [site.path for site in sites if any(len(shape) == 3 for _, shape in site.terms)]
+    if stacked:
+        text += f"; {stacked[0]} holds stacked 3-D expert weights, which hooks cannot reach"
+    return text
+
+
+def _refuse_unsupported(model: nn.Module, recipe: Recipe) -> None:
+    if getattr(model, "is_quantized", False) or any(not _float(p) for p in model.parameters()):
+        raise PlanError(
+            f"{type(model).__name__} is quantised; load it in float32, bfloat16 or float16 (quantised bases are "
+            "not supported yet)"
+        )
+    named = [term for term in recipe if getattr(term, "layers", None) is not None]
+    if named and shares_layers(model):
+        raise PlanError(
+            f"{named[0]}: {type(model).__name__} uses the same layers at every depth, so layers= cannot pick some; "
+            "leave it out"
+        )
+
+
+def _float(parameter: nn.Parameter) -> bool:
+    return parameter.is_floating_point() and parameter.element_size() > 1
+
+
+def _refuse_twice(rows: list[Row], parameters: dict[str, nn.Parameter]) -> None:
+    owner: dict[int, tuple[Row, str]] = {}
+    for row in rows:
+        for name, _ in row.names() if not row.added else ():
+            other, first = owner.setdefault(id(parameters[name]), (row, name))
+            if other.index != row.index:
+                raise PlanError(f"{first} would be trained twice: by {other.method} and by {row.method}")
+
+
+def safetensors_size(shapes: dict[str, Shape], itemsize: int = 4) -> int:
+    """Bytes of a safetensors file with these tensors: 8 + header padded to 8 + data."""
+    header, offset = {}, 0
+    for name, shape in sorted(shapes.items()):
+        end = offset + prod(shape) * itemsize
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8 + offset

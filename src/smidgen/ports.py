@@ -1,0 +1,172 @@
+"""The ways to touch a model. A method never sees a port; it says which one by the functions that it defines.
+
+Parameter port: a trained copy stands in `module._parameters` under the base tensor's own name.
+Module port: one module-level hook function that reads `module.edits`, so that deepcopy, pickle, DataParallel
+replicas and one compiled graph keep working and the base's state_dict names stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from smidgen.errors import AttachError
+from smidgen.method import Method
+from smidgen.sites import Site
+
+LOW = (torch.bfloat16, torch.float16)
+NATIVE = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+def master_dtype(base: torch.dtype) -> torch.dtype:
+    """dtype in which values are trained: float32, or float64 on a float64 base."""
+    return torch.float64 if base == torch.float64 else torch.float32
+
+
+class Edit(nn.Module):
+    """The tensors that one method adds at one site, as parameters named by the paper's symbols."""
+
+    def __init__(self, method: Method, site: Site, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.method, self.site, self.enabled = method, site, True
+        for symbol, tensor in tensors.items():
+            self.register_parameter(symbol, nn.Parameter(tensor))
+
+    def cast(self, x: Tensor) -> dict[str, Tensor]:
+        """Matrices enter a matrix product, so they take the activations' dtype; vectors stay masters."""
+        return {k: v.to(x.dtype) if v.ndim > 1 else v for k, v in self.named_parameters(recurse=False)}
+
+    def before(self, x: Tensor) -> Tensor:
+        """The edited input, in the dtype of x."""
+        return self.method.before(self.cast(x), x, self.site).to(x.dtype)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """The edited output, in the dtype of y; only the site's rows of a fused projection change."""
+        p = self.method.input_dropout()
+        x = F.dropout(x, p) if p and self.training else x
+        if self.site.rows is None:
+            return self.method.after(self.cast(x), x, y, self.site).to(y.dtype)
+        a, b = self.site.rows
+        part = self.method.after(self.cast(x), x, y[..., a:b], self.site).to(y.dtype)
+        return torch.cat((y[..., :a], part, y[..., b:]), dim=-1)
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"{self.method} at {self.site.name}"
+
+
+class Edits(nn.ModuleDict):
+    """All edits at one module, left to right; a later one wraps the earlier ones, in the way `merge` folds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: list[Tensor] | None = None
+
+
+def run_before(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward pre-hook: the outermost edit (the last one) sees the input first."""
+    edits = module.edits
+    if not args:
+        raise AttachError(f"{type(module).__name__} was called without a positional input; its edits need one")
+    x, inputs = args[0], []
+    for edit in reversed(list(edits.values())):
+        inputs.append(x)
+        x = edit.before(x) if edit.enabled else x
+    edits.inputs = inputs[::-1]
+    return (x, *args[1:])
+
+
+def run_after(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Forward hook: each edit sees the input that came to its own level."""
+    edits = module.edits
+    inputs, edits.inputs = edits.inputs, None
+    for level, edit in enumerate(edits.values()):
+        if edit.enabled:
+            output = edit.after(inputs[level] if inputs else args[0], output)
+    return output
+
+
+def add_edit(module: Any, key: str, edit: Edit) -> None:
+    """Put an edit on a module, behind those that are there, and place the hooks once."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise AttachError(
+            f"{edit.site.name} belongs to nn.MultiheadAttention, which never calls it: hooks cannot reach it"
+        )
+    if not isinstance(getattr(module, "edits", None), Edits):
+        if "edits" in dir(module):
+            raise AttachError(f"{type(module).__name__} at {edit.site.name} already has an attribute 'edits'")
+        module.add_module("edits", Edits())
+        module._edit_handles = [module.register_forward_hook(run_after)]
+    if edit.method.overrides("before") and len(module._edit_handles) == 1:
+        module._edit_handles.append(module.register_forward_pre_hook(run_before))
+    edit.train(module.training)
+    module.edits[key] = edit
+
+
+def drop_edits(module: Any) -> None:
+    """Take all edits and their hooks off a module."""
+    for handle in module.__dict__.pop("_edit_handles"):
+        handle.remove()
+    del module._modules["edits"]
+
+
+def lift_norm(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Pre-hook of a norm of torch's own, whose kernels want input and terms in one dtype: compute in float32."""
+    if not module._casting:
+        return None
+    module._input_dtype = args[0].dtype
+    return (args[0].float(), *args[1:])
+
+
+def lower_norm(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    """Forward hook of a norm with float32 terms in a low-precision base: back to the dtype that came in."""
+    if not module._casting:
+        return None
+    return output.to(module._input_dtype if isinstance(module, NATIVE) else args[0].dtype)
+
+
+def lower_terms(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Pre-hook of any other module in a low-precision base: it computes with its masters rounded to the base's dtype.
+
+    The rounded tensors stand in the instance's `__dict__`, which attribute look-up reads before `_parameters`.
+    """
+    if not module._casting:
+        return None
+    base = module._base_dtype
+    for term in module._lowered_terms:
+        module.__dict__[term] = module._parameters[term].to(base)
+    return tuple(a.to(base) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+def raise_terms(module: Any, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook (always called): take the rounded tensors away again."""
+    for term in module._lowered_terms:
+        module.__dict__.pop(term, None)
+
+
+def place_casts(module: Any, terms: tuple[str, ...], base: torch.dtype, norm: bool) -> None:
+    """Hooks that let float32 masters stand in a module of a low-precision base."""
+    handles: list[RemovableHandle]
+    module._lowered_terms, module._base_dtype, module._casting = terms, base, True
+    if norm:
+        handles = [module.register_forward_hook(lower_norm)]
+        if isinstance(module, NATIVE):
+            handles.append(module.register_forward_pre_hook(lift_norm))
+    else:
+        handles = [
+            module.register_forward_pre_hook(lower_terms),
+            module.register_forward_hook(raise_terms, always_call=True),
+        ]
+    module._cast_handles = handles
+
+
+def drop_casts(module: Any) -> None:
+    """The inverse of `place_casts`."""
+    for handle in module._cast_handles:
+        handle.remove()
+    for name in ("_cast_handles", "_casting", "_input_dtype", "_base_dtype", "_lowered_terms"):
+        module.__dict__.pop(name, None)

@@ -1,0 +1,134 @@
+"""A run's folder: run.json (what was asked and chosen), metrics.jsonl, one checkpoint file, and at the end the delta.
+
+The checkpoint is a single safetensors file that is replaced by a rename, so that a run killed at any moment leaves a
+whole one. Starting the same run again goes on from it; metrics.jsonl is cut back to where it was then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from smidgen.delta import META
+from smidgen.errors import TrainError
+from smidgen.files import read_json, write_files
+
+RUN, METRICS, CHECKPOINT = "run.json", "metrics.jsonl", "checkpoint.safetensors"
+
+
+@dataclass
+class State:
+    """Everything that the next step depends on."""
+
+    tensors: dict[str, Tensor]
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+class RunFolder:
+    """One run's folder, or nothing at all if `path` is None."""
+
+    def __init__(self, path: str | os.PathLike[str] | None, writer: bool = True) -> None:
+        self.path = None if path is None else Path(path)
+        self.writer = writer and path is not None
+
+    def open(self, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The record of an earlier start of the same run, or None for a new one.
+
+        Raises:
+            TrainError: the folder holds another run, or something else.
+        """
+        if self.path is None or not self.path.exists():
+            return None
+        if not self.path.is_dir():
+            raise TrainError(f"{self.path} is a file, not a folder")
+        if not (self.path / RUN).is_file():
+            if any(not p.name.startswith(".") for p in self.path.iterdir()):
+                raise TrainError(f"{self.path} is not empty and holds no run of smidgen; choose another --out")
+            return None
+        record = read_json(self.path / RUN)
+        differing = sorted(k for k in asked if record["asked"].get(k) != _plain(asked[k]))
+        if differing:
+            key = differing[0]
+            raise TrainError(
+                f"{self.path} holds another run: {key} was {record['asked'].get(key)!r}, now {asked[key]!r}; "
+                "choose another --out, or remove the folder"
+            )
+        return record
+
+    def start(self, asked: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
+        """Write what was asked and every automatic choice, to be used again on resuming."""
+        if self.writer and self.path:
+            content = json.dumps({"asked": asked, "chosen": chosen}, indent=1, sort_keys=True).encode()
+            write_files(self.path, {RUN: content, METRICS: b""})
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end: the delta is there."""
+        return self.path is not None and (self.path / META).is_file()
+
+    def log(self, entry: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        if self.writer and self.path:
+            with open(self.path / METRICS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def checkpoint(self, state: State) -> None:
+        """Replace the checkpoint."""
+        if self.writer and self.path:
+            length = (self.path / METRICS).stat().st_size
+            metadata = {"state": json.dumps({**state.numbers, "metrics_bytes": length})}
+            tensors = {name: t.detach().cpu().contiguous() for name, t in state.tensors.items()}
+            write_files(self.path, {CHECKPOINT: save(tensors, metadata)})
+
+    def resume(self) -> State | None:
+        """The last checkpoint, with metrics.jsonl cut back to it; None if there is none yet."""
+        if self.path is None or not (self.path / CHECKPOINT).is_file():
+            return None
+        try:
+            with safe_open(self.path / CHECKPOINT, framework="pt") as file:
+                numbers = json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise TrainError(f"{self.path / CHECKPOINT} is damaged ({error}); remove it to start over") from None
+        if self.writer:
+            os.truncate(self.path / METRICS, numbers.pop("metrics_bytes"))
+        return State(tensors, numbers)
+
+    def finish(self) -> None:
+        """The delta is saved; the checkpoint is not needed any more."""
+        if self.writer and self.path:
+            (self.path / CHECKPOINT).unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """Optimiser state as flat tensors; `names` in the order of the optimiser's parameters."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"optimizer/{names[i]}/{key}": torch.as_tensor(value)
+        for i, entry in state.items()
+        for key, value in entry.items()
+    }
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of `pack_optimizer`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        kind, _, rest = key.partition("/")
+        if kind == "optimizer":
+            name, _, entry = rest.rpartition("/")
+            state.setdefault(names.index(name), {})[entry] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,39 @@
+"""How to train."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from smidgen.errors import TrainError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. None means: chosen automatically, recorded in run.json and reused on resuming."""
+
+    seed: int = 0
+    epochs: int = 3
+    lr: float | None = None
+    head_lr: float | None = None
+    batch_size: int = 32
+    max_length: int | None = None
+    pooling: str | None = None
+    warmup: float = 0.06
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    checkpoint_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise TrainError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("lr", "head_lr", "clip"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise TrainError(f"{name}={value} must be above 0")
+
+    def rate(self, step: int, total: int) -> float:
+        """Share of the full learning rate at a step: linear warm-up, then linear decay; never 0."""
+        rise = max(1, round(self.warmup * total))
+        return min((step + 1) / rise, (total - step) / max(1, total - rise + 1), 1.0)

@@ -1,0 +1,52 @@
+"""fit: one loop on Accelerate. The base is untouched; the best state on validation comes back as a Delta."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from smidgen.data import Task
+from smidgen.delta import Delta
+from smidgen.errors import TrainError
+from smidgen.loop import Loop
+from smidgen.objective import Objective, TaskLoss
+from smidgen.recipe import Recipe, Term, as_recipe
+from smidgen.settings import Settings
+
+
+def fit(
+    model: nn.Module,
+    recipe: str | Term | Recipe,
+    task: Task,
+    *,
+    objective: Objective | None = None,
+    out: str | os.PathLike[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: bool | None = None,
+    **settings: Any,
+) -> Delta:
+    """Train a recipe on a task and give it back as a Delta; the base comes back bit for bit.
+
+    AdamW without decay on edits, linear warm-up and decay, clipping; best epoch on the validation split kept. With
+    `out`, the run can be killed at any moment and started again by the same call; after its end the same call gives
+    the saved delta.
+
+    Args:
+        model: from `smidgen.load(name, task=task)`, or any transformers model of the right class.
+        objective: loss of (outputs, batch, reference outputs); by default the model's own.
+        settings: fields of `Settings`: seed, epochs, lr, head_lr, batch_size, max_length, pooling, ...
+
+    Raises:
+        TrainError: the loss or a gradient is not finite, a trained tensor is not reached or does not move, `out`
+            holds another run, or a batch does not fit into memory.
+    """
+    try:
+        wanted = Settings(**settings)
+    except TypeError as error:
+        known = ", ".join(Settings.__dataclass_fields__)
+        raise TrainError(f"{str(error).partition(') ')[2] or error}; settings: {known}") from None
+    loss = objective or TaskLoss()
+    return Loop(model, as_recipe(recipe), task, wanted, loss, out, tokenizer, progress).fit()

@@ -1,0 +1,78 @@
+"""Under transformers.Trainer: save and resume deltas, and watch that every trained tensor moves."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor, nn
+from transformers import TrainerCallback as Base
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from smidgen.attach import refuse_save
+from smidgen.attachment import attachment, trained_parameters
+from smidgen.delta import Delta
+from smidgen.files import write_files
+from smidgen.watch import check_gradients, check_moved, snapshot
+
+WATCH = 5
+
+
+class TrainerCallback(Base):
+    """For `Trainer(model=attached_model, optimizers=(sm.optimizer(model), None), callbacks=[sm.TrainerCallback()])`.
+
+    A checkpoint holds a delta (`checkpoint-N/delta.safetensors`, ...) and the trained tensors under their names in
+    the model as `model.safetensors`, from which Trainer itself resumes and reloads its best. The rest of the base is
+    not written again.
+
+    Raises (while training):
+        TrainError: a trained tensor gets no gradient, or stands still after five steps.
+        AttachError: nothing is attached to the model.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember where the tensors stand; let Trainer save."""
+        model: nn.Module = kwargs["model"]
+        attachment(model)
+        self.begin, self.first = snapshot(model), state.global_step
+        model.__dict__["save_pretrained"] = functools.partial(save_trained, model)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """At the first step: every trained tensor has a gradient."""
+        if state.global_step == self.first:
+            check_gradients(kwargs["model"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After a few steps: every trained tensor has moved."""
+        if state.global_step == self.first + WATCH:
+            check_moved(kwargs["model"], self.begin, WATCH)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """From here on saving the attached model whole is refused again."""
+        kwargs["model"].__dict__["save_pretrained"] = refuse_save
+
+
+def save_trained(
+    model: nn.Module,
+    save_directory: str | os.PathLike[str],
+    *args: Any,
+    state_dict: Any = None,
+    **kwargs: Any,
+) -> None:
+    """Stands in for save_pretrained while Trainer trains."""
+    folder = Path(save_directory)
+    Delta.of(model).save(folder)
+    trained = {id(p) for p in trained_parameters(model).values()}
+    tensors: dict[str, Tensor] = {
+        name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if id(p) in trained
+    }
+    write_files(folder, {"model.safetensors": save(tensors, {"format": "pt"})})

@@ -1,0 +1,254 @@
+"""What results look like to a person: rich tables on stdout, notes and errors as single lines on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from smidgen.data import Task
+    from smidgen.delta import Delta
+    from smidgen.demo import Demonstration, Prediction
+    from smidgen.evaluate import Scores
+    from smidgen.plan import Plan, Row
+
+WIDTH = 120  # of output that goes to a file or a pipe
+
+
+def show(data: Any, view: RenderableType, as_json: bool) -> None:
+    """The one result of a command on stdout: a JSON object, or what a person reads."""
+    if as_json:
+        print(json.dumps(plain(data), ensure_ascii=False))
+    else:
+        console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+        console.print(view, soft_wrap=isinstance(view, str), markup=False)
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON has it: numbers that are not finite become null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def note(text: object) -> None:
+    """One line on stderr."""
+    typer.secho(" ".join(str(text).split()), err=True, dim=True)
+
+
+def error(text: object) -> None:
+    """One line on stderr that begins with `error:`."""
+    typer.echo(f"{typer.style('error:', fg='red')} {' '.join(str(text).split())}", err=True)
+
+
+@contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Warnings meant for a user become one line each; those for developers are left out."""
+
+    def line(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        note(f"note: {message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)
+        warnings.showwarning = line
+        yield
+
+
+def size(count: float) -> str:
+    """A number of bytes: `55,432 bytes`, `91.2 MB`."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if count >= factor:
+            return f"{count / factor:,.1f} {unit}"
+    return f"{count:,.0f} bytes"
+
+
+def number(value: Any) -> str:
+    """A score or a count."""
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> Table:
+    """A plain table; columns whose name begins with `#` are numbers, aligned to the right."""
+    result = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    for name in columns:
+        result.add_column(name.lstrip("#"), justify="right" if name[0] == "#" else "left", overflow="fold")
+    for row in rows:
+        result.add_row(*(Text(cell if isinstance(cell, str) else number(cell)) for cell in row))
+    return result
+
+
+def facts(entries: Mapping[str, object]) -> Table:
+    """Names and values below one another."""
+    result = Table(box=None, show_header=False, pad_edge=False)
+    result.add_column(style="dim", no_wrap=True)
+    result.add_column(overflow="fold")
+    for key, value in entries.items():
+        result.add_row(key, Text(str(value)))
+    return result
+
+
+def plan(result: Plan, every: bool = False) -> RenderableType:
+    """A plan: its sites grouped by place in the block (or every tensor), its sums, its costs."""
+    if every:
+        rows: Any = [(name, _shape(shape)) for row in result.rows for name, shape in row.names()]
+        sites = table(("tensor", "shape"), rows)
+    else:
+        sites = table(("method", "place", "role", "#sites", "tensors", "#values"), _grouped(result.rows))
+    sums = {
+        "trains": f"{result.trained:,} of {result.pretrained:,} values ({result.share:.4%})",
+        "head": f"{result.head_values:,} values, always trained, counted apart" if result.head else "none",
+        "pooling": result.pooling or result.reads,
+        "file": size(result.file_bytes),
+        "lowest edit": f"{result.lowest} (no gradient below)",
+        **{name.replace("_", " "): text for name, text in _costs(result.costs or {})},
+    }
+    title = Text(f"{result.recipe} on {result.model}", style="bold")
+    return Group(title, sites, facts({k: v for k, v in sums.items() if v is not None}))
+
+
+def _grouped(rows: Sequence[Row]) -> Iterator[tuple[object, ...]]:
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        place = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.site.name)
+        tensors = ", ".join(f"{term} {_shape(shape)}" for term, shape in row.terms)
+        key = (str(row.method), place, " ".join(sorted(row.site.roles)), tensors)
+        groups.setdefault(key, []).append(row)
+    for (method, place, roles, tensors), members in groups.items():
+        yield method, place, roles, len(members), tensors, sum(row.values for row in members)
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(str(n) for n in shape) or "1"
+
+
+def _costs(costs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in costs.items():
+        if key == "unknown":
+            yield "memory", f"not estimated ({value})"
+        elif key.endswith("_bytes"):
+            yield f"{key[:-6]} memory", size(value)
+        elif "flops" in key and isinstance(value, int | float):
+            yield key, f"{value / 1e6:,.1f} M"
+        else:
+            yield key, number(value)
+
+
+def described(task: Task) -> str:
+    """A task in one line, with what was told from the data."""
+    rows = ", ".join(f"{len(split):,} {name}" for name, split in task.splits.items())
+    labels = f", {len(task.labels)} labels" if task.labels else ""
+    notes = "".join(f"; {name} {why}" for name, why in task.notes.items())
+    return f"{task.name}: {task.kind} of {' and '.join(task.text)}{labels}; {rows}{notes}"
+
+
+def scores(values: Mapping[str, float]) -> Table:
+    """Metrics of one split."""
+    return table(("metric", "#value"), values.items())
+
+
+def evaluated(result: Scores, delta: Delta, data: str, split: str) -> RenderableType:
+    """Metrics with where they come from."""
+    title = Text(f"{delta.recipe} on {data}, {split}: {len(result.references):,} examples", style="bold")
+    cut = f"{result.truncated:,} examples were cut to max_length" if result.truncated else ""
+    return Group(title, scores(result.values), Text(cut))
+
+
+def tuned(delta: Delta, out: Path, data: str, already: bool) -> RenderableType:
+    """A finished run: scores, files, what to do next."""
+    done = "was already finished; this is its result" if already else "finished"
+    head = f", head {delta.head_values:,}" if delta.head else ""
+    return Group(
+        Text(f"{delta.recipe} {done}: {delta.trained:,} values{head}", style="bold"),
+        scores(delta.info.get("scores", {})),
+        listing(out),
+        Text(f"next:  smidgen evaluate --delta {out} --data {data}", style="dim"),
+        Text(f"       smidgen predict --delta {out} --text '...'", style="dim"),
+        Text(f"       smidgen merge --delta {out} --out {out}-merged", style="dim"),
+    )
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """File name -> bytes of a local folder."""
+    return {p.name: p.stat().st_size for p in sorted(folder.glob("*")) if p.is_file()}
+
+
+def listing(folder: Path) -> Table:
+    """The files of a folder."""
+    rows = [(name, size(count)) for name, count in sizes(folder).items()]
+    return table((f"files in {folder}", "#size"), rows)
+
+
+def inspected(delta: Delta, folder: Path) -> RenderableType:
+    """What a delta is."""
+    task, settings = delta.info.get("task", {}), delta.info.get("settings", {})
+    base = delta.base
+    entries = {
+        "base": f"{base.name or 'unnamed'} ({base.architecture}, {base.dtype})",
+        "fingerprint": f"{base.content} (structure {base.structure})",
+        "values": f"{delta.trained:,} trained, head {delta.head_values:,}, in {len(delta.tensors)} tensors",
+        "labels": ", ".join(delta.labels[:12]) + (", ..." if len(delta.labels) > 12 else ""),
+        "pooling": delta.pooling or "the class's own",
+        "task": ", ".join(f"{k} {v}" for k, v in task.items()),
+        "settings": ", ".join(f"{k} {v}" for k, v in settings.items() if v is not None),
+    }
+    kept = {k: v for k, v in entries.items() if v}
+    parts: list[RenderableType] = [Text(str(delta.recipe), style="bold"), facts(kept)]
+    if delta.info.get("scores"):
+        parts.append(scores(delta.info["scores"]))
+    return Group(*parts, listing(folder))
+
+
+def predictions(rows: Sequence[Prediction]) -> RenderableType:
+    """Texts with what the model says about each."""
+    if any(row.probabilities for row in rows):
+        cells = [(_short(row.text), row.label, *_odds(row.probabilities)) for row in rows]
+        return table(("text", "label", "#probability", "next"), cells)
+    return table(("text", "prediction"), [(_short(row.text), row.answer) for row in rows])
+
+
+def _odds(probabilities: Mapping[str, float]) -> tuple[str, str]:
+    ranked = sorted(probabilities.items(), key=lambda item: -item[1])
+    second = f"{ranked[1][0]} {ranked[1][1]:.3f}" if len(ranked) > 1 else ""
+    return f"{ranked[0][1]:.3f}", second
+
+
+def _short(text: str, limit: int = 70) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def demonstrated(result: Demonstration, out: Path) -> RenderableType:
+    """The demo's comparison, its predictions and what to try next."""
+    columns = ("arm", "#test accuracy", "#trained values", "#head values", "#file", "#seconds")
+    arms = [
+        (a.name, a.accuracy, a.trained, a.head, size(a.file_bytes), f"{a.seconds:.0f}" if a.seconds else "-")
+        for a in result.arms
+    ]
+    return Group(
+        table(columns, arms),
+        Text(f"LN()'s delta is in {out}. Read back from disk, it says:", style="bold"),
+        predictions(result.predictions),
+        Text(f"next:  smidgen inspect {out}", style="dim"),
+        Text(f"       smidgen predict --delta {out} --text '...'", style="dim"),
+        Text("       smidgen plan --model minilm --recipe 'LN() + LoRA(rank=8)'", style="dim"),
+        Text("       smidgen tune --model minilm --data your.csv --out runs/mine", style="dim"),
+    )

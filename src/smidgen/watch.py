@@ -1,0 +1,76 @@
+"""Nothing fails in silence: every trained tensor is reached by a gradient and moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from smidgen.attachment import attachment, trained_parameters
+from smidgen.errors import TrainError
+
+
+def check_gradients(model: nn.Module) -> None:
+    """After a backward pass: every trained tensor must have a finite gradient.
+
+    Raises:
+        TrainError: naming the tensors that the loss does not depend on, or whose gradient is not finite.
+    """
+    parameters = trained_parameters(model)
+    unreached = [name for name, p in parameters.items() if p.grad is None]
+    if unreached:
+        raise TrainError(
+            f"{len(unreached)} of {len(parameters)} trained tensors got no gradient, first {unreached[0]}: the "
+            "forward pass never used them; narrow the recipe (which=, layers=, target=) to what this model runs"
+        )
+    broken = [n for n, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    if broken:
+        raise TrainError(f"the gradient of {broken[0]} is not finite; lower the learning rate or check the data")
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all trained values, to compare with later."""
+    return {name: p.detach().clone() for name, p in trained_parameters(model).items()}
+
+
+def still(model: nn.Module, start: dict[str, Tensor]) -> list[str]:
+    """Names of trained tensors that are bit for bit where they were, without a declared reason."""
+    resting = set(_resting(model))
+    now = trained_parameters(model)
+    return [n for n, p in now.items() if n not in resting and torch.equal(p.detach(), start[n])]
+
+
+def check_moved(model: nn.Module, start: dict[str, Tensor], steps: int) -> None:
+    """After a few optimiser steps with a learning rate above 0: every trained tensor must have moved.
+
+    Raises:
+        TrainError: naming the tensors that stand still.
+    """
+    names = still(model, start)
+    if names:
+        raise TrainError(
+            f"{len(names)} of {len(start)} trained tensors did not move in {steps} steps, first {names[0]}: is it in "
+            "the optimiser (smidgen.optimizer(model)), and is its learning rate above 0?"
+        )
+
+
+def _resting(model: nn.Module) -> Iterator[str]:
+    for row in attachment(model).plan.rows:
+        for (term, _), (name, _) in zip(row.terms, row.names(), strict=True):
+            if row.method.may_rest(row.site, term):
+                yield name
+
+
+@contextmanager
+def memory_guard(batch_size: int) -> Iterator[None]:
+    """Turn an out-of-memory error into one line that suggests a smaller batch."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error).lower()
+        if not isinstance(error, MemoryError) and "out of memory" not in text and "can't allocate memory" not in text:
+            raise
+        smaller = max(1, batch_size // 2)
+        raise TrainError(f"a batch of {batch_size} does not fit into memory; try batch_size={smaller}") from error

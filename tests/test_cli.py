@@ -1,0 +1,434 @@
+"""Every command on tiny models: what it prints, its JSON, and what a mistake looks like."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+import smidgen as sm
+from smidgen.cli import main
+from smidgen.runs import RunFolder
+
+WORDS = [
+    "[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "fine", "great", "bad", "poor", "awful", "film", "plot",
+    "was", "the", "and", "a", "very", "so", "it", "is",
+]  # fmt: skip
+COMMANDS = ["demo", "plan", "tune", "evaluate", "predict", "merge", "inspect", "convert"]
+TEXTS = {"pos": ("good", "fine", "great"), "neg": ("bad", "poor", "awful")}
+
+
+@dataclass
+class Said:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        assert self.code == 0, self.err
+        assert self.out.count("\n") == 1
+        return json.loads(self.out)
+
+
+def call(*args: object) -> Said:
+    out, err = StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main([str(arg) for arg in args])
+    return Said(code, out.getvalue(), err.getvalue())
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="[SEP]", model_max_length=32, **names)
+
+
+def bert(folder: Path, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = BertModel(BertConfig(vocab_size=len(WORDS), max_position_embeddings=32, **sizes))
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def llama(folder: Path) -> Path:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), max_position_embeddings=64, **sizes))
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
+    made = []
+    for i in range(start, start + count):
+        label = ("pos", "neg")[i % 2]
+        words = [TEXTS[label][i % 3], WORDS[10 + i % 10], WORDS[10 + i // 10 % 10]]
+        made.append({"text": " ".join(["the film was", *words]), "label": label})
+    return made
+
+
+@dataclass
+class World:
+    """A base, data, and a delta trained by the command line."""
+
+    root: Path
+    said: Said
+
+    @property
+    def base(self) -> Path:
+        return self.root / "base"
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def delta(self) -> Path:
+        return self.root / "run"
+
+    @property
+    def tune(self) -> list[object]:
+        files = ["--model", self.base, "--data", self.data, "--out", self.delta]
+        return ["tune", *files, "--epochs", 2, "--lr", 0.02, "--batch-size", 8]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    made = World(tmp_path_factory.mktemp("world"), Said(0, "", ""))
+    bert(made.base)
+    for split, count, start in (("train", 64, 0), ("validation", 16, 64), ("test", 16, 80)):
+        jsonl(made.data / f"{split}.jsonl", rows(count, start))
+    made.said = call(*made.tune)
+    return made
+
+
+def test_help_is_quick_and_version(world: World) -> None:
+    alone = call()
+    assert alone.code == 0
+    assert all(name in alone.out for name in COMMANDS)
+    assert call("--version").out == f"smidgen {sm.__version__}\n"
+    code = "import sys, smidgen.cli as c; c.main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_tune_prints_scores_files_and_what_next(world: World) -> None:
+    said = world.said
+    assert said.code == 0, said.err
+    for part in ("LN() finished", "validation accuracy", "delta.safetensors", "smidgen evaluate --delta"):
+        assert part in said.out
+    assert "64 train, 16 validation, 16 test" in said.err
+    assert sm.Delta.load(world.delta).labels == ("neg", "pos")
+
+
+def test_tune_again_is_already_finished(world: World) -> None:
+    before = {p: p.stat().st_mtime_ns for p in world.delta.iterdir()}
+    said = call(*world.tune, "--json")
+    assert said.json["already_finished"] is True
+    assert said.json["files"]["delta.safetensors"] < 60_000
+    assert "validation accuracy" in said.json["scores"]
+    assert "already finished" in call(*world.tune).out
+    assert before == {p: p.stat().st_mtime_ns for p in world.delta.iterdir()}
+
+
+LOST = pytest.mark.xfail(strict=True, reason="stopped in a validation, that validation is never made up for")
+
+
+@pytest.mark.parametrize("when", ["loss", pytest.param("validation", marks=LOST)])
+def test_an_interrupted_run_goes_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    command = [*world.tune[:5], "--out", tmp_path / "run", *world.tune[7:]]
+    log = RunFolder.log
+
+    def stop(self: RunFolder, entry: Any) -> None:
+        log(self, entry)
+        if when in entry:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "log", stop)
+        said = call(*command)
+    assert said.code == 130
+    assert re.search(r"stopped at step \d+; the same command goes on from there", said.err)
+    assert "Traceback" not in said.err
+    assert call(*command).code == 0
+    ours, theirs = sm.Delta.load(tmp_path / "run"), sm.Delta.load(world.delta)
+    assert all(torch.equal(ours.tensors[name], theirs.tensors[name]) for name in theirs.tensors)
+
+
+def test_plan(world: World) -> None:
+    said = call(
+        "plan",
+        "--model",
+        world.base,
+        "--data",
+        world.data,
+        "--recipe",
+        "LN() + LoRA(rank=2)",
+        "--max-length",
+        16,
+    )
+    assert said.code == 0, said.err
+    for part in (
+        "encoder.layer.*.output.LayerNorm",
+        "weight 16",
+        "lowest edit",
+        "counted apart",
+        "total memory",
+    ):
+        assert part in said.out
+    every = call("plan", "--model", world.base, "--all")
+    assert "encoder.layer.1.output.LayerNorm.bias" in every.out
+    report = call("plan", "--model", world.base, "--json").json
+    assert report["trained"] == 5 * 32
+    assert report["head"] == 0
+
+
+def test_evaluate(world: World) -> None:
+    said = call("evaluate", "--delta", world.delta, "--data", world.data)
+    assert said.code == 0, said.err
+    assert "16 examples" in said.out
+    report = call("evaluate", "--delta", world.delta, "--data", world.data, "--limit", 8, "--json").json
+    assert report["examples"] == 8
+    assert 0 <= report["scores"]["accuracy"] <= 1
+    assert call("evaluate", "--delta", world.delta, "--data", world.data, "--split", "validation").code == 0
+
+
+def test_evaluate_agrees_with_the_run(world: World) -> None:
+    saved = sm.Delta.load(world.delta).info["scores"]["validation accuracy"]
+    options = ["--data", world.data, "--split", "validation", "--json"]
+    assert call("evaluate", "--delta", world.delta, *options).json["scores"]["accuracy"] == saved
+
+
+def test_predict(world: World, tmp_path: Path) -> None:
+    said = call("predict", "--delta", world.delta, "--text", "the film was good", "--text", "so awful")
+    assert said.code == 0, said.err
+    assert "the film was good" in said.out
+    listed = tmp_path / "texts.txt"
+    listed.write_text("the film was good\n\nso awful\n")
+    columns = jsonl(tmp_path / "texts.jsonl", [{"text": "the film was good", "id": 1}, {"text": "so awful"}])
+    ask = ["predict", "--delta", world.delta, "--json", "--file"]
+    first, second = call(*ask, listed).json, call(*ask, columns).json
+    assert first == second
+    for row in first["predictions"]:
+        assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        assert row["answer"] == max(row["probabilities"], key=row["probabilities"].get)
+
+
+def test_merge_gives_a_plain_model(world: World, tmp_path: Path) -> None:
+    said = call("merge", "--delta", world.delta, "--out", tmp_path / "merged", "--json")
+    assert said.json["class"] == "BertForSequenceClassification"
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    delta = sm.Delta.load(world.delta)
+    model, tok = sm.load(world.base, delta=delta)
+    batch = tok("the film was good", return_tensors="pt")
+    with sm.attached(model, delta), torch.no_grad():
+        assert torch.equal(model(**batch).logits, plain(**batch).logits)
+
+
+def test_merge_tells_of_rounding_in_one_line(world: World, tmp_path: Path) -> None:
+    said = call("merge", "--delta", world.delta, "--out", tmp_path / "merged", "--dtype", "bfloat16")
+    assert said.code == 0, said.err
+    lines = [line for line in said.err.splitlines() if line.startswith("note:")]
+    assert len(lines) == 1
+    assert "rounded" in lines[0]
+    assert "model.safetensors" in said.out
+
+
+def test_inspect(world: World) -> None:
+    said = call("inspect", world.delta)
+    assert said.code == 0, said.err
+    for part in ("LN()", "neg, pos", "validation accuracy", "delta.safetensors", "fingerprint"):
+        assert part in said.out
+    report = call("inspect", world.delta, "--json").json
+    assert report["trained"] == 5 * 32
+    assert report["base"]["name"] == str(world.base)
+
+
+def test_convert_to_peft_and_back(world: World, tmp_path: Path) -> None:
+    said = call("convert", world.delta, tmp_path / "peft", "--to", "peft")
+    assert said.code == 0, said.err
+    assert "adapter_config.json" in said.out
+    options = ["--model", world.base, "--data", world.data, "--json"]
+    report = call("convert", tmp_path / "peft", tmp_path / "back", "--to", "smidgen", *options).json
+    assert "delta.json" in report["files"]
+    ours, theirs = sm.Delta.load(tmp_path / "back"), sm.Delta.load(world.delta)
+    assert all(torch.equal(ours.tensors[name], theirs.tensors[name]) for name in theirs.tensors)
+
+
+def test_two_texts(tmp_path: Path) -> None:
+    bert(tmp_path / "base")
+    made = [{"premise": r["text"], "hypothesis": "it is good", "label": r["label"]} for r in rows(40)]
+    data = jsonl(tmp_path / "pairs.jsonl", made)
+    columns = ["--text", "premise", "--text", "hypothesis", "--label", "label"]
+    files = ["--model", tmp_path / "base", "--data", data, "--out", tmp_path / "run"]
+    said = call("tune", *files, "--epochs", 1, *columns)
+    assert said.code == 0, said.err
+    ask = ["predict", "--delta", tmp_path / "run", "--text", "the film was good"]
+    assert call(*ask, "--pair", "it is good", "--json").json["predictions"][0]["pair"] == "it is good"
+    alone = call(*ask)
+    assert alone.code == 2
+    assert "takes 2 texts" in alone.err
+
+
+def test_causal_lm_continues(tmp_path: Path) -> None:
+    llama(tmp_path / "base")
+    data = jsonl(tmp_path / "lm.jsonl", [{"text": r["text"]} for r in rows(80)])
+    options = ["--model", tmp_path / "base", "--data", data, "--kind", "causal-lm", "--max-length", 16]
+    said = call("tune", *options, "--out", tmp_path / "run", "--epochs", 1, "--batch-size", 8)
+    assert said.code == 0, said.err
+    assert "validation perplexity" in said.out
+    ask = ["predict", "--delta", tmp_path / "run", "--text", "the film", "--max-new-tokens", 4, "--json"]
+    assert isinstance(call(*ask).json["predictions"][0]["answer"], str)
+
+
+def _broken(world: World, folder: Path, change: Any) -> Path:
+    shutil.copytree(world.delta, folder)
+    change(folder)
+    return folder
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "delta.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _scramble(folder: Path) -> None:
+    path = folder / "delta.safetensors"
+    path.write_bytes(b"\xff" * 16 + path.read_bytes()[16:])
+
+
+def _add_key(folder: Path) -> None:
+    meta = json.loads((folder / "delta.json").read_text())
+    (folder / "delta.json").write_text(json.dumps({**meta, "extra": 1}))
+
+
+def _tune(world: World, **change: object) -> list[object]:
+    options = {"model": world.base, "data": world.data, "out": "new", "epochs": 1, **change}
+    return ["tune", *(part for key, value in options.items() for part in (f"--{key}", value))]
+
+
+MISTAKES: dict[str, tuple[Any, str]] = {
+    "unknown model": (lambda w, t: _tune(w, model="no-such-model"), "cannot load the model 'no-such-model'"),
+    "no such folder": (lambda w, t: _tune(w, model="./nowhere"), "no model at ./nowhere"),
+    "misspelt method": (lambda w, t: _tune(w, recipe="LoRa(rnak=8)"), "did you mean 'LoRA'?"),
+    "misspelt field": (lambda w, t: _tune(w, recipe="LoRA(rnak=8)"), "did you mean 'rank'?"),
+    "unreadable recipe": (lambda w, t: _tune(w, recipe="LN("), "cannot read the recipe"),
+    "no site": (lambda w, t: _tune(w, recipe="LN(which='qk')"), "matches no site"),
+    "no site, plan": (
+        lambda w, t: ["plan", "--model", w.base, "--recipe", "LN(which='qk')"],
+        "matches no site",
+    ),
+    "missing data": (lambda w, t: _tune(w, data="nowhere.jsonl"), "not found: nowhere.jsonl"),
+    "unknown data": (lambda w, t: _tune(w, data="bbc-new"), "did you mean 'bbc-news'?"),
+    "empty data": (lambda w, t: _tune(w, data=jsonl(t / "empty.jsonl", [])), "empty"),
+    "one label": (lambda w, t: _tune(w, data=jsonl(t / "one.jsonl", rows(40)[::2])), "label"),
+    "unknown text column": (lambda w, t: _tune(w, text="txet"), "txet"),
+    "unknown label column": (lambda w, t: _tune(w, label="lable"), "lable"),
+    "unknown metric": (lambda w, t: _tune(w, metric="acuracy"), "did you mean 'accuracy'?"),
+    "unknown kind": (lambda w, t: _tune(w, kind="classify"), "classify"),
+    "unknown pooling": (lambda w, t: _tune(w, pooling="max"), "pooling='max'"),
+    "unknown dtype": (lambda w, t: _tune(w, dtype="float8"), "--dtype"),
+    "lr below zero": (lambda w, t: _tune(w, lr=-1), "must be above 0"),
+    "no epochs": (lambda w, t: _tune(w, epochs=0), "--epochs"),
+    "another run": (lambda w, t: _tune(w, out=w.delta, seed=7), "holds another run"),
+    "folder in use": (lambda w, t: _tune(w, out=w.data), "not empty"),
+    "out is a file": (lambda w, t: _tune(w, out=w.data / "train.jsonl"), "is a file"),
+    "missing option": (lambda w, t: ["tune", "--model", w.base], "Missing option"),
+    "unknown option": (lambda w, t: _tune(w, epoch=1), "--epoch"),
+    "unknown command": (lambda w, t: ["tun"], "No such command"),
+    "truncated file": (lambda w, t: ["inspect", _broken(w, t / "d", _truncate)], "delta.safetensors"),
+    "corrupt file": (lambda w, t: ["inspect", _broken(w, t / "d", _scramble)], "corrupt or truncated"),
+    "extra key": (lambda w, t: ["inspect", _broken(w, t / "d", _add_key)], "unexpected extra"),
+    "no delta": (lambda w, t: ["inspect", w.data], "holds no delta"),
+    "no folder": (lambda w, t: ["inspect", "./nowhere"], "no delta at"),
+    "another base": (
+        lambda w, t: ["predict", "--delta", w.delta, "--model", bert(t / "other", 1), "--text", "good"],
+        "other values",
+    ),
+    "another base, merge": (
+        lambda w, t: ["merge", "--delta", w.delta, "--model", bert(t / "other", 1), "--out", "new"],
+        "other values",
+    ),
+    "another class of base": (
+        lambda w, t: ["predict", "--delta", w.delta, "--model", llama(t / "other"), "--text", "good"],
+        "llama",
+    ),
+    "merge over files": (lambda w, t: ["merge", "--delta", w.delta, "--out", w.data], "not empty"),
+    "no such split": (
+        lambda w, t: ["evaluate", "--delta", w.delta, "--data", w.data, "--split", "tset"],
+        "did you mean 'test'?",
+    ),
+    "nothing to predict": (lambda w, t: ["predict", "--delta", w.delta], "no texts"),
+    "no such texts": (lambda w, t: ["predict", "--delta", w.delta, "--file", "nowhere.txt"], "cannot read"),
+    "adapter without model": (lambda w, t: ["convert", w.data, "new", "--to", "smidgen"], "give --model"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    build, expected = MISTAKES[case]
+    args = build(world, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = _tree(world.root, tmp_path)
+    said = call(*args)
+    assert said.code == 2, said.err
+    assert said.out == ""
+    errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, said.err
+    assert said.err.splitlines()[-1] == errors[0]
+    assert expected in errors[0]
+    assert "Traceback" not in said.err
+    assert _tree(world.root, tmp_path) == before
+
+
+def _tree(*roots: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for root in roots for path in root.rglob("*") if path.is_file()}
+
+
+def test_debug_shows_the_traceback(world: World) -> None:
+    with pytest.raises(sm.SmidgenError, match="holds no delta"):
+        main(["inspect", str(world.data), "--debug"])
+
+
+def test_a_bug_says_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smidgen.views.inspected", lambda *_: 1 / 0)
+    said = call("inspect", world.delta)
+    assert said.code == 1
+    assert said.err.startswith("error: ZeroDivisionError")
+    assert "--debug" in said.err

@@ -1,0 +1,47 @@
+"""Every registered method x every tiny model x every check; then sums of methods."""
+
+import pytest
+
+from smidgen.method import Method
+from smidgen.recipe import Term, parse
+from smidgen.testing import CHECKS, MODELS, applies, check_method, run_check
+
+METHODS = [cls() for name, cls in sorted(Term.registry.items()) if issubclass(cls, Method)]
+SUMS = [
+    parse(text)
+    for text in (
+        "LN() + LoRA(rank=2, target='linear')",
+        "LoRA(rank=2, target='linear') + IA3() + LN(which='output')",
+        "IA3() + LoRA(rank=2, target=('ff_out', 'value')) + IA3(layers='top:1')",
+        "LN(terms='gain') + LoRA(rank=4, alpha=1.5, target='query', layers=0, exclude='value')",
+    )
+]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("check", CHECKS)
+def test_method(check, method, model):
+    if not applies(method, model):
+        pytest.skip(f"{method} has nothing to act on in {model}")
+    if type(method).__name__ == "Head" and model != "bert":
+        pytest.skip("no head to train")
+    if type(method).__name__ == "Head" and check == "acts":
+        pytest.skip("adds nothing")
+    run_check(check, method, model)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("recipe", SUMS, ids=str)
+@pytest.mark.parametrize("check", [name for name in CHECKS if name != "docstring_is_true"])
+def test_sum(check, recipe, model):
+    run_check(check, recipe, model)
+
+
+def test_registry_is_not_empty():
+    assert {"LN", "BitFit", "Full", "Head", "IA3", "LoRA"} <= set(Term.registry)
+    assert len(CHECKS) >= 18
+
+
+def test_check_method_runs_the_whole_suite():
+    assert check_method("LN(which='output')") == len(CHECKS) * len(MODELS)

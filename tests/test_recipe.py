@@ -1,0 +1,95 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smidgen.errors import RecipeError
+from smidgen.methods.bitfit import BitFit
+from smidgen.methods.head import Head
+from smidgen.methods.ia3 import IA3
+from smidgen.methods.ln import LN, WHICH
+from smidgen.methods.lora import LoRA
+from smidgen.recipe import Recipe, Term, as_recipe, parse
+
+layers = st.one_of(st.none(), st.integers(0, 40), st.sampled_from(["top:2", "bottom:1", "2:5"]), st.just((0, 5)))
+methods = st.one_of(
+    st.builds(LN, st.sampled_from(WHICH), st.sampled_from(["both", "gain", "bias"]), layers),
+    st.builds(BitFit, st.booleans(), layers),
+    st.builds(IA3, layers),
+    st.builds(Head),
+    st.builds(
+        LoRA,
+        st.integers(1, 512),
+        st.one_of(st.none(), st.floats(0.01, 1e6)),
+        st.sampled_from(["linear", "q_proj", ("query", "key")]),
+        layers,
+        st.sampled_from([(), "value"]),
+        st.floats(0, 0.99),
+    ),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(methods, min_size=1, max_size=4))
+def test_spelling_and_json_round_trip(terms):
+    recipe = Recipe(tuple(terms))
+    assert parse(str(recipe)) == recipe
+    assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+def test_sum_is_associative_and_spelled_shortly():
+    a, b, c = LN(), LoRA(rank=4), BitFit(norms=False)
+    assert (a + b) + c == a + (b + c)
+    assert str(a + b + c) == "LN() + LoRA(rank=4) + BitFit(norms=False)"
+    assert as_recipe("LN()") == as_recipe(LN()) == Recipe((LN(),))
+
+
+def test_saved_form_lists_every_field():
+    assert set(LoRA().to_json()) == {"name", "rank", "alpha", "target", "layers", "exclude", "dropout"}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("LoRa(rnak=8)", "no method is called 'LoRa'; did you mean 'LoRA'?"),
+        ("LoRA(rnak=8)", "LoRA has no field 'rnak'; did you mean 'rank'?"),
+        ("LN", "LN needs brackets: write LN()"),
+        ("Ln", "did you mean 'LN'?"),
+        ("LN() * 3", "only + between methods"),
+        ("__import__('os').system('true')", "is not understood"),
+        ("LN(which=open('x'))", "is not a number"),
+        ("LN(**{})", "'**' is not understood"),
+        ("LN(", "cannot read the recipe"),
+        ("", "cannot read the recipe"),
+        ("LN(which='outptu')", "did you mean 'output'?"),
+        ("LN(terms='weights')", "is not one of both, gain, bias"),
+        ("LN(layers='top:x')", "layers='top:x'"),
+        ("LN(layers='upper:2')", "layers='upper:2'"),
+        ("LoRA(rank=0)", "must be a whole number of at least 1"),
+        ("LoRA(rank=2.5)", "must be a whole number"),
+        ("LoRA(dropout=1.0)", "must lie in [0, 1)"),
+        ("LN('all', 'both', None, 4)", "LN: "),
+    ],
+)
+def test_bad_spelling_is_one_clear_line(text, says):
+    with pytest.raises(RecipeError) as caught:
+        parse(text)
+    message = str(caught.value)
+    assert says in message
+    assert "\n" not in message
+
+
+def test_saved_form_with_missing_or_extra_field_is_refused():
+    with pytest.raises(RecipeError, match="lacks the field"):
+        Term.from_json({"name": "LN", "which": "all"})
+    with pytest.raises(RecipeError, match="no field 'speed'"):
+        Term.from_json({**LN().to_json(), "speed": 1})
+
+
+def test_two_terms_of_one_name_are_refused():
+    with pytest.raises(TypeError, match="two recipe terms are named LN"):
+        type("LN", (Term,), {"__doc__": "Another.", "__module__": "elsewhere"})
+
+
+def test_term_without_docstring_is_refused():
+    with pytest.raises(TypeError, match="has no docstring"):
+        type("Nameless", (Term,), {})
