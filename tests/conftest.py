@@ -8,6 +8,7 @@ import torch
 
 import smidgen.methods  # noqa: F401  (fills the registry)
 
+torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 SHARED = Path(__file__).parents[2] / "shared"
 
 

@@ -74,7 +74,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def bert(folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    model = BertModel(BertConfig(vocab_size=len(WORDS), max_position_embeddings=32, **sizes))
+    config = BertConfig(vocab_size=len(WORDS), max_position_embeddings=32, initializer_range=0.3, **sizes)
+    model = BertModel(config)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
@@ -126,7 +127,7 @@ class World:
     @property
     def tune(self) -> list[object]:
         files = ["--model", self.base, "--data", self.data, "--out", self.delta]
-        return ["tune", *files, "--epochs", 2, "--lr", 0.02, "--batch-size", 8]
+        return ["tune", *files, "--epochs", 3, "--lr", 0.05, "--head-lr", 0.1, "--batch-size", 8]
 
 
 @pytest.fixture(scope="module")
@@ -229,8 +230,19 @@ def test_evaluate(world: World) -> None:
     assert call("evaluate", "--delta", world.delta, "--data", world.data, "--split", "validation").code == 0
 
 
+@pytest.mark.xfail(strict=True, reason="labels of data and delta are not compared")
+def test_evaluate_refuses_other_labels(world: World, tmp_path: Path) -> None:
+    other = [{**row, "label": row["label"].replace("neg", "zzz")} for row in rows(16)]
+    for split in ("train", "test"):
+        jsonl(tmp_path / "data" / f"{split}.jsonl", other)
+    said = call("evaluate", "--delta", world.delta, "--data", tmp_path / "data")
+    assert said.code == 2
+    assert "zzz" in said.err
+
+
 def test_evaluate_agrees_with_the_run(world: World) -> None:
     saved = sm.Delta.load(world.delta).info["scores"]["validation accuracy"]
+    assert saved > 0.9
     options = ["--data", world.data, "--split", "validation", "--json"]
     assert call("evaluate", "--delta", world.delta, *options).json["scores"]["accuracy"] == saved
 

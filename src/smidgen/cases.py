@@ -41,7 +41,7 @@ class Case:
     def __post_init__(self) -> None:
         self.base = self.run()
 
-    def run(self, model: nn.Module | None = None) -> Tensor:
+    def run(self, model: Any = None) -> Tensor:
         """Logits without gradient, in eval mode."""
         model = self.model if model is None else model
         with torch.no_grad():
@@ -84,16 +84,27 @@ def shake(parameters: Any, scale: float = 0.1, seed: int = 1) -> None:
 def _bert() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "num_labels": 3,
+    }
     return BertForSequenceClassification(
-        BertConfig(**sizes, vocab_size=61, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        BertConfig(**sizes, vocab_size=61, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     )
 
 
 def _llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }
     return LlamaForCausalLM(
         LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=61, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     )
@@ -102,17 +113,17 @@ def _llama() -> nn.Module:
 def _gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    drops = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    drops: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    tokens: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=32, vocab_size=61, **drops, **tokens))
 
 
 def _t5() -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    sizes: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     return T5ForConditionalGeneration(
-        T5Config(**sizes, vocab_size=61, dropout_rate=0.0, decoder_start_token_id=0, feed_forward_proj="gated-gelu")
+        T5Config(**sizes, vocab_size=61, dropout_rate=0.0, feed_forward_proj="gated-gelu")
     )
 
 

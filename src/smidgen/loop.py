@@ -27,8 +27,9 @@ from smidgen.optim import optimizer
 from smidgen.prefix import frozen_prefix
 from smidgen.progress import Bar
 from smidgen.recipe import Recipe
-from smidgen.runs import RunFolder, State, pack_optimizer, unpack_optimizer
+from smidgen.runs import RunFolder, State
 from smidgen.settings import Settings
+from smidgen.state import pack, unpack
 from smidgen.watch import check_gradients, check_moved, memory_guard, snapshot
 
 UNTESTED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -62,6 +63,7 @@ class Loop:
         limit = chosen.get("max_length", self.settings.max_length)
         self.rows = self.task.encode(self.tokenizer, "train", max_length=limit)
         self.held = self.task.encode(self.tokenizer, "validation", max_length=limit)
+        self.collate = self.task.collator(self.tokenizer)
         self.batches = -(-len(self.rows) // self.settings.batch_size)
         self.total = self.batches * self.settings.epochs
         mode = {module: module.training for module in self.model.modules()}
@@ -109,10 +111,9 @@ class Loop:
     def _train(self) -> Delta:
         s = self.settings
         self.optimizer = optimizer(self.model, s.lr, s.head_lr, s.weight_decay)
-        self.names = [name for group in self.optimizer.param_groups for name in group["names"]]
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.prepared = self.accelerator.prepare_model(self.model)
-        self.start = snapshot(self.model)
+        self.start, self.best = snapshot(self.model), snapshot(self.model)
         set_seed(s.seed + self.accelerator.process_index)
         self._dry_run()
         self._resume()
@@ -129,11 +130,10 @@ class Loop:
     def _epoch(self, epoch: int) -> None:
         s, numbers = self.settings, self.state.numbers
         skip = numbers["step"] - epoch * self.batches
-        order = ShuffledBatches(
-            len(self.rows), s.batch_size, s.seed, epoch,
-            skip=skip, rank=self.accelerator.process_index, world=self.world,
-        )  # fmt: skip
-        loader = DataLoader(self.rows, batch_sampler=order, collate_fn=self.task.collator(self.tokenizer))  # type: ignore[arg-type]
+        share = {"rank": self.accelerator.process_index, "world": self.world}
+        order = ShuffledBatches(len(self.rows), s.batch_size, s.seed, epoch, skip=skip, **share)
+        rows: Any = self.rows  # a sequence is all that DataLoader needs
+        loader: DataLoader[Any] = DataLoader(rows, batch_sampler=order, collate_fn=self.collate)
         self._train_mode()
         for batch in loader:
             self._step({k: v.to(self.accelerator.device) for k, v in batch.items()})
@@ -183,7 +183,7 @@ class Loop:
         """One forward and backward pass in eval mode: every trained tensor must be reached."""
         self.model.eval()
         rows = [self.rows[i] for i in range(min(2, len(self.rows)))]
-        batch = {k: v.to(self.accelerator.device) for k, v in self.task.collator(self.tokenizer)(rows).items()}
+        batch = {k: v.to(self.accelerator.device) for k, v in self.collate(rows).items()}
         self._loss(self.model, batch).backward()
         check_gradients(self.model)
         self.optimizer.zero_grad(set_to_none=True)
@@ -207,30 +207,14 @@ class Loop:
         return scores(self.task, [pair for _, pair in sorted(numbered, key=lambda item: item[0])])
 
     def _checkpoint(self) -> None:
-        tensors = {f"trained/{n}": p for n, p in trained_parameters(self.model).items()}
-        tensors |= {f"best/{n}": t for n, t in self.best.items()}
-        tensors |= pack_optimizer(self.optimizer, self.names)
-        device = self.accelerator.device
-        tensors["rng/cpu"] = self.accelerator.gather(torch.get_rng_state()[None].to(device))
-        if device.type == "cuda":
-            tensors["rng/cuda"] = self.accelerator.gather(torch.cuda.get_rng_state()[None].to(device))
+        tensors = pack(self.model, self.best, self.optimizer, self.accelerator)
         self.folder.checkpoint(State(tensors, self.state.numbers))
 
     def _resume(self) -> None:
-        self.best: dict[str, Tensor] = {}
         state = self.folder.resume()
-        if state is None:
-            return
-        self.state.numbers = state.numbers
-        with torch.no_grad():
-            for name, parameter in trained_parameters(self.model).items():
-                parameter.copy_(state.tensors[f"trained/{name}"])
-        self.best = {n[5:]: t.to(self.accelerator.device) for n, t in state.tensors.items() if n.startswith("best/")}
-        unpack_optimizer(self.optimizer, self.names, state.tensors)
-        rank = self.accelerator.process_index
-        torch.set_rng_state(state.tensors["rng/cpu"][rank])
-        if "rng/cuda" in state.tensors:
-            torch.cuda.set_rng_state(state.tensors["rng/cuda"][rank])
+        if state is not None:
+            self.state.numbers = state.numbers
+            self.best = unpack(state.tensors, self.model, self.optimizer, self.accelerator)
 
     def _finish(self) -> Delta:
         if self.total > 1:
@@ -241,7 +225,7 @@ class Loop:
         numbers = self.state.numbers
         best = next(e for e in numbers["history"] if e["epoch"] == numbers["best_epoch"])
         delta = detach(self.model).with_info(
-            task={"name": self.task.name, "kind": self.task.kind, "metric": self.task.metric, "text": list(self.task.text)},
+            task=self._described(),
             settings={**asdict(self.settings), "max_length": self.rows.max_length},
             scores={f"validation {k}": v for k, v in best["validation"].items()},
             best_epoch=numbers["best_epoch"],
@@ -252,3 +236,7 @@ class Loop:
             self.folder.finish()
         self.accelerator.wait_for_everyone()
         return delta
+
+    def _described(self) -> dict[str, Any]:
+        task = self.task
+        return {"name": task.name, "kind": task.kind, "metric": task.metric, "text": list(task.text)}

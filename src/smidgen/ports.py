@@ -126,7 +126,10 @@ def lower_norm(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | N
     """Forward hook of a norm with float32 terms in a low-precision base: back to the dtype that came in."""
     if not module._casting:
         return None
-    return output.to(module._input_dtype if isinstance(module, NATIVE) else args[0].dtype)
+    dtype: torch.dtype = args[0].dtype
+    if isinstance(module, NATIVE):
+        dtype = module._input_dtype  # type: ignore[assignment]
+    return output.to(dtype)
 
 
 def lower_terms(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -31,7 +31,7 @@ def frozen_prefix(model: nn.Module, plan: Plan) -> list[nn.Module]:
 
 def _before(model: nn.Module, stack: str) -> list[nn.Module]:
     """Leaf modules that are registered before a stack: the embeddings and what belongs to them."""
-    found = []
+    found: list[nn.Module] = []
     for path, module in model.named_modules():
         if path == stack:
             return found

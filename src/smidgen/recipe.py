@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -89,7 +89,7 @@ class Recipe:
         return [term.to_json() for term in self.terms]
 
     @classmethod
-    def from_json(cls, data: list[Mapping[str, Any]]) -> Self:
+    def from_json(cls, data: Sequence[Mapping[str, Any]]) -> Self:
         """The inverse of `to_json`."""
         return cls(tuple(Term.from_json(entry) for entry in data))
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -90,18 +89,30 @@ class RunFolder:
             write_files(self.path, {CHECKPOINT: save(tensors, metadata)})
 
     def resume(self) -> State | None:
-        """The last checkpoint, with metrics.jsonl cut back to it; None if there is none yet."""
-        if self.path is None or not (self.path / CHECKPOINT).is_file():
+        """The last checkpoint, with metrics.jsonl cut back to it; None if there is none yet.
+
+        Raises:
+            TrainError: the checkpoint is damaged.
+        """
+        if self.path is None:
             return None
+        state, length = self._read() if (self.path / CHECKPOINT).is_file() else (None, 0)
+        if self.writer:
+            (self.path / METRICS).touch()
+            os.truncate(self.path / METRICS, length)
+            for part in self.path.glob(".part-*"):  # of a write that was killed
+                part.unlink(missing_ok=True)
+        return state
+
+    def _read(self) -> tuple[State, int]:
+        path = Path(self.path or "", CHECKPOINT)
         try:
-            with safe_open(self.path / CHECKPOINT, framework="pt") as file:
+            with safe_open(path, framework="pt") as file:
                 numbers = json.loads(file.metadata()["state"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise TrainError(f"{self.path / CHECKPOINT} is damaged ({error}); remove it to start over") from None
-        if self.writer:
-            os.truncate(self.path / METRICS, numbers.pop("metrics_bytes"))
-        return State(tensors, numbers)
+                return State(tensors, numbers), numbers.pop("metrics_bytes")
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise TrainError(f"{path} is damaged ({error}); remove it to start over") from None
 
     def finish(self) -> None:
         """The delta is saved; the checkpoint is not needed any more."""
@@ -111,24 +122,3 @@ class RunFolder:
 
 def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
-
-
-def pack_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """Optimiser state as flat tensors; `names` in the order of the optimiser's parameters."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"optimizer/{names[i]}/{key}": torch.as_tensor(value)
-        for i, entry in state.items()
-        for key, value in entry.items()
-    }
-
-
-def unpack_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `pack_optimizer`."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        kind, _, rest = key.partition("/")
-        if kind == "optimizer":
-            name, _, entry = rest.rpartition("/")
-            state.setdefault(names.index(name), {})[entry] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from smidgen.plan import Plan, Row
 
 WIDTH = 120  # of output that goes to a file or a pipe
+PREDICT, MERGE = "predict --delta {} --text '...'", "merge --delta {} --out {}-merged"
+PLAN = "plan --model minilm --recipe 'LN() + LoRA(rank=8)'"
+TUNE = "tune --model minilm --data your.csv --out runs/mine"
 
 
 def show(data: Any, view: RenderableType, as_json: bool) -> None:
@@ -33,8 +37,7 @@ def show(data: Any, view: RenderableType, as_json: bool) -> None:
     if as_json:
         print(json.dumps(plain(data), ensure_ascii=False))
     else:
-        console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
-        console.print(view, soft_wrap=isinstance(view, str), markup=False)
+        Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False).print(view)
 
 
 def plain(value: Any) -> Any:
@@ -81,14 +84,12 @@ def size(count: float) -> str:
 
 def number(value: Any) -> str:
     """A score or a count."""
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return str(value) if not isinstance(value, int | float) else f"{value:{',' if type(value) is int else '.4f'}}"
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> Table:
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     """A plain table; columns whose name begins with `#` are numbers, aligned to the right."""
-    result = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in columns:
         result.add_column(name.lstrip("#"), justify="right" if name[0] == "#" else "left", overflow="fold")
     for row in rows:
@@ -130,7 +131,7 @@ def _grouped(rows: Sequence[Row]) -> Iterator[tuple[object, ...]]:
     for row in rows:
         place = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.site.name)
         tensors = ", ".join(f"{term} {_shape(shape)}" for term, shape in row.terms)
-        key = (str(row.method), place, " ".join(sorted(row.site.roles)), tensors)
+        key = (str(row.method), place, " ".join(sorted(row.site.roles - {"block"})), tensors)
         groups.setdefault(key, []).append(row)
     for (method, place, roles, tensors), members in groups.items():
         yield method, place, roles, len(members), tensors, sum(row.values for row in members)
@@ -180,10 +181,13 @@ def tuned(delta: Delta, out: Path, data: str, already: bool) -> RenderableType:
         Text(f"{delta.recipe} {done}: {delta.trained:,} values{head}", style="bold"),
         scores(delta.info.get("scores", {})),
         listing(out),
-        Text(f"next:  smidgen evaluate --delta {out} --data {data}", style="dim"),
-        Text(f"       smidgen predict --delta {out} --text '...'", style="dim"),
-        Text(f"       smidgen merge --delta {out} --out {out}-merged", style="dim"),
+        _next(f"evaluate --delta {out} --data {data}", PREDICT.format(out), MERGE.format(out, out)),
     )
+
+
+def _next(*commands: str) -> Text:
+    lines = "\n       ".join(f"smidgen {command}" for command in commands)
+    return Text(f"next:  {lines}", style="dim", no_wrap=True, overflow="ignore")
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -210,19 +214,19 @@ def inspected(delta: Delta, folder: Path) -> RenderableType:
         "task": ", ".join(f"{k} {v}" for k, v in task.items()),
         "settings": ", ".join(f"{k} {v}" for k, v in settings.items() if v is not None),
     }
-    kept = {k: v for k, v in entries.items() if v}
-    parts: list[RenderableType] = [Text(str(delta.recipe), style="bold"), facts(kept)]
+    parts = [facts({k: v for k, v in entries.items() if v})]
     if delta.info.get("scores"):
         parts.append(scores(delta.info["scores"]))
-    return Group(*parts, listing(folder))
+    return Group(Text(str(delta.recipe), style="bold"), *parts, listing(folder))
 
 
 def predictions(rows: Sequence[Prediction]) -> RenderableType:
     """Texts with what the model says about each."""
+    texts = [shorten(row.text, 70, placeholder="...") for row in rows]
     if any(row.probabilities for row in rows):
-        cells = [(_short(row.text), row.label, *_odds(row.probabilities)) for row in rows]
+        cells = [(text, row.label, *_odds(row.probabilities)) for text, row in zip(texts, rows, strict=True)]
         return table(("text", "label", "#probability", "next"), cells)
-    return table(("text", "prediction"), [(_short(row.text), row.answer) for row in rows])
+    return table(("text", "prediction"), [(text, row.answer) for text, row in zip(texts, rows, strict=True)])
 
 
 def _odds(probabilities: Mapping[str, float]) -> tuple[str, str]:
@@ -231,24 +235,17 @@ def _odds(probabilities: Mapping[str, float]) -> tuple[str, str]:
     return f"{ranked[0][1]:.3f}", second
 
 
-def _short(text: str, limit: int = 70) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
 def demonstrated(result: Demonstration, out: Path) -> RenderableType:
     """The demo's comparison, its predictions and what to try next."""
     columns = ("arm", "#test accuracy", "#trained values", "#head values", "#file", "#seconds")
     arms = [
-        (a.name, a.accuracy, a.trained, a.head, size(a.file_bytes), f"{a.seconds:.0f}" if a.seconds else "-")
+        (a.name, a.accuracy, a.trained, a.head, size(a.file_bytes), "-" if a.seconds is None else round(a.seconds))
         for a in result.arms
     ]
     return Group(
         table(columns, arms),
+        Text(result.remark),
         Text(f"LN()'s delta is in {out}. Read back from disk, it says:", style="bold"),
         predictions(result.predictions),
-        Text(f"next:  smidgen inspect {out}", style="dim"),
-        Text(f"       smidgen predict --delta {out} --text '...'", style="dim"),
-        Text("       smidgen plan --model minilm --recipe 'LN() + LoRA(rank=8)'", style="dim"),
-        Text("       smidgen tune --model minilm --data your.csv --out runs/mine", style="dim"),
+        _next(f"inspect {out}", PREDICT.format(out), PLAN, TUNE),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from smidgen.attach import detach, disabled
@@ -70,7 +72,7 @@ def compiled_sees_attach_and_detach(case: Case) -> None:
     requires_grad hide the fault.)"""
     case.model.requires_grad_(False)
     compiled = torch.compile(case.model, backend="eager")
-    close = {"rtol": 1e-9, "atol": 1e-9}
+    close: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
     torch.testing.assert_close(case.run(compiled), case.base, **close)
     case.attach(perturb=0.3)
     torch.testing.assert_close(case.run(compiled), case.run(), **close)

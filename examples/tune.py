@@ -1,0 +1,33 @@
+"""Tune the LayerNorms of MiniLM on part of BBC news, measure on the test split, save, load, predict."""
+
+import os
+import tempfile
+
+import torch
+
+import smidgen as sm
+
+FAST = "SMIDGEN_EXAMPLE_FAST" in os.environ
+LIMIT = {"train": 32, "validation": 16, "test": 16} if FAST else {"train": 480, "validation": 100, "test": 200}
+
+task = sm.Task.load("bbc-news", limit=LIMIT)
+model, tokenizer = sm.load("minilm", task=task)
+plan = sm.plan(model, "LN()", batch_size=16, length=64)
+print(f"{plan.recipe}: {plan.trained:,} of {plan.pretrained:,} values, head apart {plan.head_values:,}")
+
+delta = sm.fit(model, "LN()", task, epochs=1 if FAST else 3, batch_size=16, max_length=64)
+print(sm.evaluate(model, task, delta=delta).values)
+
+with tempfile.TemporaryDirectory() as folder:
+    delta.save(folder)
+    print({name: os.path.getsize(f"{folder}/{name}") for name in sorted(os.listdir(folder))})
+    delta = sm.Delta.load(folder)
+
+texts = [
+    "The striker scored twice in extra time.",
+    "Shares fell sharply after the bank's results.",
+]
+with sm.attached(model, delta), torch.no_grad():
+    logits = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits  # (2, 5)
+for text, label in zip(texts, logits.argmax(-1).tolist(), strict=True):
+    print(f"{delta.labels[label]:<14} {text}")
