@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
+# On shared cores, threads that wait should sleep, not spin.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test check lint docs clean
 

@@ -1,7 +1,7 @@
-"""Head(), LN(), BitFit(), LoRA() and Full() on one classification task: mean and spread over seeds, as JSON and a table.
+"""Head(), LN(), BitFit(), LoRA() and Full() on one task: mean and spread over seeds, as JSON and a table.
 
-    python benchmarks/arms.py --data ../shared/data/glue/sst2 --limit 4000 --epochs 2 --split validation
-    python benchmarks/arms.py --data bbc-news --limit 1500 --epochs 3 --split test --max-length 128
+python benchmarks/arms.py --data ../shared/data/glue/sst2 --limit 4000 --epochs 2 --split validation
+python benchmarks/arms.py --data bbc-news --limit 1500 --epochs 3 --split test --max-length 128
 """
 
 import argparse

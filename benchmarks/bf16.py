@@ -1,11 +1,12 @@
 """Does LN-tuning train on a bfloat16 base? smidgen and HF PEFT in one script: SmolLM2-135M on tinyshakespeare.
 
-    python benchmarks/bf16.py --text ../shared/data/lm/tinyshakespeare.txt
+python benchmarks/bf16.py --text ../shared/data/lm/tinyshakespeare.txt
 """
 
 import argparse
 import time
 import warnings
+from pathlib import Path
 
 import torch
 from environment import describe, write
@@ -14,7 +15,7 @@ import smidgen as sm
 
 
 def batches(tokenizer, path, length, count, size):
-    ids = tokenizer(open(path, encoding="utf-8").read(), return_tensors="pt").input_ids[0]
+    ids = tokenizer(Path(path).read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
     blocks = ids[: len(ids) // length * length].view(-1, length)
     order = torch.randperm(len(blocks) - 16, generator=torch.Generator().manual_seed(0))
     train = [blocks[order[i * size : (i + 1) * size]] for i in range(count)]

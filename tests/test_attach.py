@@ -104,8 +104,7 @@ def test_disabled_gives_the_base_and_keeps_the_trained():
 
 @pytest.mark.parametrize("what", ["edits", "out_proj"])
 def test_a_refused_attach_leaves_the_model_as_it_was(what):
-    model = encoder() if what == "out_proj" else with_edits()
-    recipe = "LoRA(rank=2, target='out_proj')" if what == "out_proj" else "LoRA(rank=2, target='linear')"
+    model, recipe = (encoder(), Everywhere()) if what == "out_proj" else (with_edits(), "LoRA(rank=2, target='linear')")
     with h.untouched(model), pytest.raises(AttachError):
         sm.attach(model, recipe)
     assert not is_attached(model)
@@ -124,7 +123,9 @@ def test_attached_twice():
 def test_nothing_attached():
     model = h.bert()
     for call in (sm.detach, sm.Delta.of, sm.merge, sm.print_trainable_parameters, sm.optimizer):
-        with pytest.raises(AttachError, match=r"nothing is attached to this BertForSequenceClassification.*sm\w*\.attach"):
+        with pytest.raises(
+            AttachError, match=r"nothing is attached to this BertForSequenceClassification.*sm\w*\.attach"
+        ):
             call(model)
 
 
@@ -184,9 +185,27 @@ def with_edits():
     return model
 
 
+@dataclass(frozen=True)
+class Everywhere(Method, abstract=True):
+    """Scale what some modules of width 16 give."""
+
+    def acts(self, site):
+        return site.path.endswith(("linear2", "out_proj"))
+
+    def init(self, site):
+        return {"l": torch.ones(16)}
+
+    def after(self, p, x, y, site):
+        return p["l"] * y
+
+
 def test_out_proj_of_multihead_attention():
-    with pytest.raises(AttachError, match=r"self_attn\.out_proj belongs to nn\.MultiheadAttention, which never calls it"):
+    with pytest.raises(PlanError, match=r"target='out_proj'\) matches no site of TransformerEncoder; roles found"):
         sm.attach(encoder(), "LoRA(rank=2, target='out_proj')")
+    with pytest.raises(
+        AttachError, match=r"self_attn\.out_proj belongs to nn\.MultiheadAttention, which never calls it"
+    ):
+        sm.attach(encoder(), Everywhere())
 
 
 def test_a_module_that_has_edits_of_its_own():
@@ -213,7 +232,9 @@ def test_a_rank_above_the_width():
 
 def test_saving_an_attached_model(tmp_path):
     model = sm.attach(h.bert(), "LN()")
-    with pytest.raises(AttachError, match=r"smidgen\.Delta\.of\(model\)\.save.*smidgen\.merge\(model\)\.save_pretrained"):
+    with pytest.raises(
+        AttachError, match=r"smidgen\.Delta\.of\(model\)\.save.*smidgen\.merge\(model\)\.save_pretrained"
+    ):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
     twin = copy.deepcopy(model)
@@ -260,7 +281,9 @@ def test_an_edit_on_a_tied_weight_is_not_merged():
     model = h.causal("gpt2")
     sm.attach(model, "LoRA(rank=2, target='lm_head')")
     shake(trained_parameters(model).values(), 0.1)
-    with pytest.raises(AttachError, match=r"lm_head\.weight is tied to \['transformer\.wte\.weight', 'lm_head\.weight'\]"):
+    with pytest.raises(
+        AttachError, match=r"lm_head\.weight is tied to \['transformer\.wte\.weight', 'lm_head\.weight'\]"
+    ):
         sm.merge(model)
 
 

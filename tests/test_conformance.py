@@ -4,7 +4,7 @@ import pytest
 
 from smidgen.method import Method
 from smidgen.recipe import Term, parse
-from smidgen.testing import CHECKS, MODELS, applies, check_method, run_check
+from smidgen.testing import CHECKS, MODELS, SLOW, applies, check_method, run_check
 
 METHODS = [cls() for name, cls in sorted(Term.registry.items()) if issubclass(cls, Method)]
 SUMS = [
@@ -18,9 +18,11 @@ SUMS = [
 ]
 
 
-@pytest.mark.parametrize("model", MODELS)
+PAIRS = [(check, model) for check in CHECKS for model in MODELS if (check, model) not in SLOW]
+
+
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(("check", "model"), PAIRS)
 def test_method(check, method, model):
     if not applies(method, model):
         pytest.skip(f"{method} has nothing to act on in {model}")
@@ -31,9 +33,8 @@ def test_method(check, method, model):
     run_check(check, method, model)
 
 
-@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("recipe", SUMS, ids=str)
-@pytest.mark.parametrize("check", [name for name in CHECKS if name != "docstring_is_true"])
+@pytest.mark.parametrize(("check", "model"), [pair for pair in PAIRS if pair[0] != "docstring_is_true"])
 def test_sum(check, recipe, model):
     run_check(check, recipe, model)
 
@@ -44,4 +45,4 @@ def test_registry_is_not_empty():
 
 
 def test_check_method_runs_the_whole_suite():
-    assert check_method("LN(which='output')") == len(CHECKS) * len(MODELS)
+    assert check_method("LN(which='output')") == len(PAIRS)

@@ -25,14 +25,6 @@ def task(tmp_path_factory):
     return h.task(tmp_path_factory.mktemp("task"), train=40)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def train(task, out=None, dropout=0.2, recipe=RECIPE, **options):
     torch.rand(3)  # wherever the global generator stands
     return sm.fit(h.bert(dropout), recipe, task, tokenizer=h.tokenizer(), out=out, **{**SETTINGS, **options})
@@ -173,9 +165,7 @@ def test_an_error_in_the_middle_leaves_the_last_checkpoint(task, tmp_path):
 
     whole, model = train(task, objective=Broken([-1])), h.bert(0.2)
     with h.untouched(model), pytest.raises(OSError, match="gone"):
-        sm.fit(
-            model, RECIPE, task, tokenizer=h.tokenizer(), objective=Broken([9]), out=tmp_path / "run", **SETTINGS
-        )
+        sm.fit(model, RECIPE, task, tokenizer=h.tokenizer(), objective=Broken([9]), out=tmp_path / "run", **SETTINGS)
     h.same(train(task, tmp_path / "run", objective=Broken([-1])), whole)
 
 
@@ -203,9 +193,7 @@ def test_a_damaged_checkpoint(damage, task, tmp_path):
         path.write_bytes({"garbage": b"\x07" * 200, "truncated": whole[: len(whole) // 2], "empty": b""}[damage])
     model = h.bert(0.2)
     with h.untouched(model), pytest.raises(TrainError, match=rf"{CHECKPOINT} is damaged.*remove it to start over"):
-        sm.fit(
-            model, RECIPE, task, tokenizer=h.tokenizer(), objective=Interrupted(), out=tmp_path / "run", **SETTINGS
-        )
+        sm.fit(model, RECIPE, task, tokenizer=h.tokenizer(), objective=Interrupted(), out=tmp_path / "run", **SETTINGS)
     path.unlink()
     h.same(train(task, tmp_path / "run", objective=Interrupted()), train(task, objective=Interrupted()))
     steps = [line["step"] for line in lines(tmp_path / "run") if "loss" in line]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from smidgen.attachment import base_tensors
 from smidgen.errors import DeltaError
+from smidgen.heads import new_pooler
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Fingerprint:
     @classmethod
     def of(cls, model: nn.Module, head: Collection[str], dtype: torch.dtype | None = None) -> Fingerprint:
         """Digest of all parameters but the head's, in sorted order, taken in `dtype` (default: the base's own)."""
-        tensors = {n: t for n, t in sorted(base_tensors(model).items()) if n not in head}
+        left_out = {*head, *new_pooler(model)}
+        tensors = {n: t for n, t in sorted(base_tensors(model).items()) if n not in left_out}
         dtype = dtype or base_dtype(tensors)
         structure, content = hashlib.sha256(), hashlib.sha256()
         for name, tensor in tensors.items():
@@ -61,8 +63,10 @@ def verify(model: nn.Module, wanted: Fingerprint, head: Collection[str]) -> None
         DeltaError: another architecture, other tensors, other values, or a narrower dtype that cannot be compared.
     """
     found = base_dtype(base_tensors(model))
-    recorded: torch.dtype = getattr(torch, wanted.dtype)
+    recorded = getattr(torch, str(wanted.dtype), None)
     what = f"this delta was trained on {wanted.name or wanted.architecture!r}"
+    if not isinstance(recorded, torch.dtype) or not recorded.is_floating_point:
+        raise DeltaError(f"{what} in {wanted.dtype!r}, which is no dtype of a base: the delta is damaged")
     if torch.finfo(found).bits < torch.finfo(recorded).bits:
         raise DeltaError(
             f"{what} in {wanted.dtype}, but the base is loaded in {str(found)[6:]}, so it cannot be verified; "

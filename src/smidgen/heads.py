@@ -6,6 +6,7 @@ pooled vector at every position, so that whichever token the class reads, it rea
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,17 +99,22 @@ def unused_under(model: nn.Module, pooling: str | None) -> tuple[str, ...]:
     return tuple(name for name, _ in model.named_parameters() if name.startswith(prefix))
 
 
+def new_pooler(model: nn.Module) -> tuple[str, ...]:
+    """Names of the base model's own pooler if the checkpoint lacked it: it is head, or without effect."""
+    new: Any = getattr(model, "_smidgen_new", None) or ()
+    return tuple(name for name in unused_under(model, POOLINGS[0]) if name in new)
+
+
 def place_pooling(model: nn.Module, pooling: str) -> RemovableHandle:
     """Hook the base model so that its output carries the pooled vector at every position."""
     base: Any = model.base_model
-    base._pooling = pooling
-    return base.register_forward_hook(pool_output, with_kwargs=True)
+    return base.register_forward_hook(partial(pool_output, pooling), with_kwargs=True)
 
 
-def pool_output(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def pool_output(pooling: str, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook: last_hidden_state (B, T, d) -> its pooled vector (B, d), repeated over T."""
     hidden = output[0]
-    pooled = pool(hidden, kwargs.get("attention_mask"), base._pooling)
+    pooled = pool(hidden, kwargs.get("attention_mask"), pooling)
     spread = pooled[:, None, :].expand_as(hidden)
     if isinstance(output, tuple):
         return (spread, pooled, *output[2:]) if len(output) > 1 and output[1].ndim == 2 else (spread, *output[1:])

@@ -1,0 +1,457 @@
+"""fit: it learns, the base is untouched, the best epoch comes back, and what is wrong is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import smidgen as sm
+from smidgen.attachment import trained_parameters
+from smidgen.batches import ShuffledBatches
+from smidgen.errors import ModelError, TrainError
+from smidgen.evaluate import Scores
+from smidgen.objective import Objective, StayClose, TaskLoss
+from smidgen.plan import resolve
+from smidgen.prefix import frozen_prefix
+from smidgen.runs import METRICS
+from smidgen.settings import Settings
+from smidgen.watch import memory_guard
+from tests import helpers as h
+
+QUICK = {"epochs": 2, "batch_size": 8, "lr": 1e-2, "head_lr": 1e-2, "progress": False}
+LOOP = sys.modules.get("smidgen.loop") or __import__("smidgen.loop", fromlist=["Loop"])
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return h.task(tmp_path_factory.mktemp("films"), train=64)
+
+
+def fit(task, recipe="LN()", model=None, **options):
+    return sm.fit(model or h.bert(), recipe, task, tokenizer=h.tokenizer(), **{**QUICK, **options})
+
+
+# What comes out
+
+
+@pytest.mark.parametrize(("recipe", "lr"), [("LN()", 5e-2), ("LoRA(rank=4, target='linear')", 2e-2), ("Full()", 1e-2)])
+@pytest.mark.parametrize("pooling", [None, "mean"])
+def test_learns_and_leaves_the_base_untouched(recipe, lr, pooling, task):
+    model = h.bert().train()
+    with h.untouched(model):
+        delta = fit(task, recipe, model, epochs=8, lr=lr, head_lr=2e-2, pooling=pooling)
+    assert delta.info["scores"]["validation accuracy"] > 0.9
+    scores = sm.evaluate(model, task, delta=delta, split="validation", tokenizer=h.tokenizer())
+    assert scores.values == {k.removeprefix("validation "): v for k, v in delta.info["scores"].items()}
+    before = sm.evaluate(model, task, split="validation", tokenizer=h.tokenizer())
+    assert before.value < 0.9, "the base alone can do it: the test shows nothing"
+    assert sm.evaluate(model, task, delta=delta, tokenizer=h.tokenizer()).value > 0.9
+    assert delta.pooling == pooling
+
+
+def test_what_is_recorded(task, tmp_path):
+    delta = fit(task, out=tmp_path / "run", max_length=9)
+    assert delta.info["task"] == {"name": task.name, "kind": "classification", "metric": "accuracy", "text": ["text"]}
+    assert delta.info["settings"]["max_length"] == 9
+    assert (delta.info["steps"], delta.info["settings"]["epochs"]) == (16, 2)
+    loaded = sm.Delta.load(tmp_path / "run")
+    h.same(loaded, delta)
+    assert loaded.info == json.loads(json.dumps(dict(delta.info)))
+    entries = [json.loads(line) for line in (tmp_path / "run" / METRICS).read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [8, 10, 16, 16]
+    assert set(entries[1]) == {"step", "loss", "lr", "rate"}
+    assert entries[-1] == {"epoch": 2, "step": 16, "validation": entries[-1]["validation"]}
+    assert not list((tmp_path / "run").glob(".part-*"))
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(task):
+    first, again, other = (
+        fit(task, "LoRA(rank=2, dropout=0.1)", h.bert(0.1), seed=seed, epochs=1) for seed in (3, 3, 4)
+    )
+    h.same(first, again)
+    name = next(iter(first.tensors))
+    assert not torch.equal(first.tensors[name], other.tensors[name])
+
+
+def declining(monkeypatch, values):
+    """Validation that gives these values, one an epoch; keeps what the model was then."""
+    seen, left = [], list(values)
+
+    def held_out(self):
+        seen.append({n: p.detach().clone() for n, p in trained_parameters(self.model).items()})
+        return Scores("accuracy", {"accuracy": left.pop(0)}, [], [])
+
+    monkeypatch.setattr(LOOP.Loop, "_held_out", held_out)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("values", "best"),
+    [((0.5, 0.9, 0.7), 2), ((0.9, 0.5, 0.1), 1), ((0.1, 0.2, 0.3), 3), ((0.5, 0.5, 0.5), 1)],
+)
+def test_the_best_epoch_is_kept(values, best, task, monkeypatch):
+    seen = declining(monkeypatch, values)
+    delta = fit(task, epochs=3)
+    assert delta.info["best_epoch"] == best
+    assert delta.info["scores"] == {"validation accuracy": values[best - 1]}
+    h.same(delta, seen[best - 1])
+    assert not torch.equal(seen[0]["classifier.weight"], seen[2]["classifier.weight"])
+
+
+def test_an_undefined_score_is_never_the_best(task, monkeypatch):
+    """A correlation with constant predictions is nan; nothing compares above nan."""
+    nan = float("nan")
+    seen = declining(monkeypatch, (nan, 0.4, nan))
+    delta = fit(task, epochs=3)
+    assert delta.info["best_epoch"] == 2
+    h.same(delta, seen[1])
+
+
+def test_lower_is_better_for_errors(task, monkeypatch):
+    def held_out(self):
+        return Scores("mse", {"mse": left.pop(0)}, [], [])
+
+    left = [3.0, 1.0, 2.0]
+    monkeypatch.setattr(LOOP.Loop, "_held_out", held_out)
+    assert fit(task, epochs=3).info["best_epoch"] == 2
+
+
+# Kinds
+
+
+def tagged(count, start=0):
+    tags = {**dict.fromkeys(h.KINDS["pos"], "B-X"), **dict.fromkeys(h.KINDS["neg"], "I-X")}
+    texts = [row["text"].split() for row in h.rows(count, start)]
+    return [{"tokens": words, "tags": [tags.get(word, "O") for word in words]} for words in texts]
+
+
+def rated(count, start=0):
+    return [
+        {"text": r["text"], "label": 0.5 + (r["label"] == "pos") + i % 3 / 10}
+        for i, r in enumerate(h.rows(count, start))
+    ]
+
+
+def prose(count, start=0):
+    return [{"text": row["text"]} for row in h.rows(count, start)]
+
+
+def asked(count, start=0):
+    return [{"prompt": "the film was", "completion": r["text"].split()[3]} for r in h.rows(count, start)]
+
+
+KINDS = {
+    "regression": (rated, {}, lambda: h.bert(num_labels=1, problem_type="regression"), "pearson"),
+    "tokens": (tagged, {}, lambda: h.build("bert", "AutoModelForTokenClassification", num_labels=3), "entity_f1"),
+    "prose": (prose, {"kind": "causal-lm"}, lambda: h.causal(), "perplexity"),
+    "completion": (asked, {"kind": "causal-lm"}, lambda: h.causal("gpt2", resid_pdrop=0.0), "perplexity"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds(name, tmp_path):
+    make, options, build, metric = KINDS[name]
+    task = h.task(tmp_path / "task", 48, 16, make, **options)
+    assert task.metric == metric
+    model = build()
+    before = sm.evaluate(model, task, split="validation", tokenizer=h.tokenizer()).better
+    with h.untouched(model):
+        delta = fit(task, "LoRA(rank=4, target='linear')", model, epochs=8, lr=3e-2)
+    scores = sm.evaluate(model, task, delta=delta, split="validation", tokenizer=h.tokenizer())
+    assert scores.better > before
+    assert scores.value == pytest.approx(delta.info["scores"][f"validation {metric}"], rel=1e-6)
+    assert bool(delta.head) == (name not in ("prose", "completion"))
+
+
+# Objectives
+
+
+def test_stay_close_keeps_a_language_model_near_its_base(tmp_path):
+    task = h.task(tmp_path / "task", 32, 8, asked, kind="causal-lm")
+    model, inputs = h.causal(), h.ids(mask=False)
+    base = h.logits(model, **inputs).log_softmax(-1)
+    far = {}
+    for weight in (None, 20.0):
+        objective = None if weight is None else StayClose(weight)
+        with h.untouched(model):
+            delta = fit(task, "LN()", model, epochs=4, lr=3e-2, objective=objective)
+        with sm.attached(model, delta):
+            tuned = h.logits(model, **inputs).log_softmax(-1)
+        far[weight] = float((base.exp() * (base - tuned)).sum(-1).mean())
+    assert far[20.0] < 0.5 * far[None], far
+
+
+def test_the_reference_is_the_base(task):
+    seen = []
+
+    @dataclass(frozen=True)
+    class Looks(Objective):
+        needs_reference = True
+
+        def __call__(self, outputs, batch, reference=None):
+            seen.append((outputs.logits.detach(), reference.logits, {k: v for k, v in batch.items() if k != "labels"}))
+            return outputs.loss
+
+    model = h.bert()
+    fit(task, "LN()", model, objective=Looks())
+    assert not any(reference.requires_grad for _, reference, _ in seen)
+    tuned, reference, batch = seen[-1]
+    torch.testing.assert_close(reference, h.logits(model, **batch))
+    assert not torch.allclose(tuned, reference)
+
+
+def test_a_task_loss_gets_no_reference(task):
+    class Looks(TaskLoss):
+        def __call__(self, outputs, batch, reference=None):
+            assert reference is None
+            return outputs.loss
+
+    fit(task, epochs=1, objective=Looks())
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize("lr", [1e20, 1e30])
+def test_a_loss_that_is_not_finite(lr, task):
+    model = h.bert()
+    with (
+        h.untouched(model),
+        pytest.raises(TrainError, match=r"the loss is (nan|inf) at step \d+, lr \S+; try a lower lr"),
+    ):
+        fit(task, "Full()", model, lr=lr, clip=1e30)
+
+
+def test_a_gradient_that_is_not_finite(task):
+    model = h.bert()
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight[0, 0] = float("nan")
+    with h.untouched(h.bert()), pytest.raises(TrainError, match="not finite"):
+        fit(task, "LN()", model)
+
+
+def test_a_tensor_that_is_not_reached(task):
+    model = h.bert()
+    model.bert.encoder.layer[1].forward = lambda hidden, *args, **kwargs: hidden
+    with pytest.raises(TrainError, match=r"8 of \d+ trained tensors|trained tensors got no gradient") as error:
+        fit(task, "LN()", model)
+    assert "bert.encoder.layer.1" in str(error.value)
+    assert "narrow the recipe" in str(error.value)
+    fit(task, "LN(layers=0)", model, epochs=1)
+
+
+def test_a_tensor_that_does_not_move(task):
+    @dataclass(frozen=True)
+    class Still(Objective):
+        def __call__(self, outputs, batch, reference=None):
+            return outputs.loss * 0
+
+    with pytest.raises(TrainError, match=r"did not move in 5 steps, first bert\.embeddings\.LayerNorm\.weight"):
+        fit(task, "LN()", objective=Still())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"learning_rate": 1}, r"unexpected keyword argument 'learning_rate'; settings: seed, epochs, lr, head_lr"),
+        ({"epochs": 0}, "epochs=0 must be at least 1"),
+        ({"batch_size": -1}, "batch_size=-1 must be at least 1"),
+        ({"lr": 0.0}, r"lr=0\.0 must be above 0"),
+        ({"lr": float("inf")}, "lr=inf must be above 0"),
+        ({"head_lr": -1.0}, r"head_lr=-1\.0 must be above 0"),
+        ({"clip": float("nan")}, "clip=nan must be above 0"),
+    ],
+)
+def test_settings_that_cannot_be(settings, said, task):
+    model = h.bert()
+    with h.untouched(model), pytest.raises(TrainError, match=said):
+        fit(task, "LN()", model, **settings)
+
+
+def test_a_model_without_a_tokenizer(task):
+    with pytest.raises(ModelError, match="does not say where it came from; pass tokenizer="):
+        sm.fit(h.bert(), "LN()", task, **QUICK)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    ],
+)
+def test_out_of_memory(error, task):
+    @dataclass(frozen=True)
+    class Hungry(TaskLoss):
+        def __call__(self, outputs, batch, reference=None):
+            if len(batch["labels"]) > 2:
+                raise error
+            return outputs.loss
+
+    with pytest.raises(TrainError, match="a batch of 8 does not fit into memory; try batch_size=4") as raised:
+        fit(task, objective=Hungry())
+    assert raised.value.__cause__ is error
+    with pytest.raises(RuntimeError, match="something else"), memory_guard(8):
+        raise RuntimeError("something else")
+
+
+def test_mixed_precision_leaves_nothing_behind(task, monkeypatch):
+    """Accelerate puts a forward of its own on a model that it prepares."""
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(True)
+    try:
+        model = h.bert()
+        with h.untouched(model):
+            delta = fit(task, "LN()", model)
+    finally:
+        AcceleratorState._reset_state(True)
+    assert {t.dtype for t in delta.tensors.values()} == {torch.float32}
+
+
+# What lies below the lowest edit
+
+
+def test_what_lies_below_the_lowest_edit_stays_in_eval_mode(task):
+    model, modes = h.bert(0.3), []
+
+    @dataclass(frozen=True)
+    class Looks(TaskLoss):
+        def __call__(self, outputs, batch, reference=None):
+            layers = model.bert.encoder.layer
+            modes.append((model.bert.embeddings.dropout.training, layers[0].training, layers[1].training))
+            return outputs.loss
+
+    fit(task, "LN(layers='top:1')", model, objective=Looks(), epochs=2)
+    assert modes[0] == (False, False, False), "the dry run"
+    assert set(modes[1:]) == {(False, False, True)}
+    modes.clear()
+    fit(task, "Head()", model, objective=Looks(), epochs=1)
+    assert set(modes) == {(False, False, False)}
+    modes.clear()
+    fit(task, "LN()", model, objective=Looks(), epochs=1)
+    assert set(modes[1:]) == {(True, True, True)}
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "distilbert", "deberta-v2"])
+def test_two_forwards_through_the_frozen_prefix_are_equal(kind):
+    drop = {"bert": "hidden_dropout_prob", "deberta-v2": "hidden_dropout_prob", "gpt2": "embd_pdrop"}.get(
+        kind, "dropout"
+    )
+    model = h.build(kind, **{drop: 0.5})
+    seen = []
+    (blocks,) = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 2][:1]
+    blocks[1].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).detach()),
+        with_kwargs=True,
+    )
+    for frozen, equal in ((True, True), (False, False)):
+        seen.clear()
+        model.train()
+        for module in frozen_prefix(model, resolve(model, "LN(layers='top:1')")) if frozen else ():
+            module.eval()
+        for _ in range(2):
+            model(**h.ids())
+        assert torch.equal(*seen) == equal
+
+
+def test_prefix_of_an_edited_embedding_is_empty():
+    model = h.bert()
+    assert frozen_prefix(model, resolve(model, "LN()")) == []
+    assert frozen_prefix(model, resolve(model, "LN(which='embedding')")) == []
+    top = frozen_prefix(model, resolve(model, "LN(layers='top:1')"))
+    assert model.bert.encoder.layer[0] in top
+    assert model.bert.encoder.layer[1] not in top
+    assert model.bert.embeddings.dropout in top
+
+
+# Schedules and batches
+
+
+def test_the_rate_rises_falls_and_is_never_zero():
+    settings = Settings(warmup=0.1)
+    rates = [settings.rate(step, 100) for step in range(100)]
+    assert rates[9] == 1.0 == max(rates)
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert min(rates) > 0
+    assert Settings(warmup=0.0).rate(0, 1) == 1.0
+    assert all(0 < Settings().rate(step, 3) <= 1 for step in range(3))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_same_global_batches_for_any_number_of_processes(world):
+    whole = list(ShuffledBatches(23, 6, seed=1, epoch=2))
+    assert sorted(row for batch in whole for row in batch) == list(range(23))
+    shares = [list(ShuffledBatches(23, 6, seed=1, epoch=2, rank=rank, world=world)) for rank in range(world)]
+    assert {len(share) for share in shares} == {4}
+    for index, batch in enumerate(whole):
+        parts = [share[index] for share in shares]
+        assert len({len(part) for part in parts}) == 1
+        assert {row for part in parts for row in part} == set(batch)
+    assert list(ShuffledBatches(23, 6, seed=1, epoch=2, skip=2)) == whole[2:]
+    assert list(ShuffledBatches(23, 6, seed=1, epoch=3)) != whole
+    assert list(ShuffledBatches(23, 6, seed=2, epoch=2)) != whole
+
+
+TWO = """
+import json, os, sys
+from pathlib import Path
+import torch
+import helpers as h
+import smidgen as sm
+from smidgen.data import Task
+
+torch.set_num_threads(1)
+root, fit = Path(sys.argv[1]), sm.fit
+child = os.fork()  # two processes from one import, each with what torchrun would set
+rank = int(child == 0)
+os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+task = Task.load(root / "task")
+settings = {"epochs": 2, "batch_size": 8, "lr": 1e-2, "head_lr": 1e-2, "progress": False}
+for name in ("first", "second"):
+    model = h.bert()
+    with h.untouched(model):
+        delta = fit(model, "LN() + LoRA(rank=2)", task, tokenizer=h.tokenizer(), out=root / name, **settings)
+digest = float(sum(t.double().abs().sum() for t in delta.tensors.values()))
+from accelerate import PartialState
+state = PartialState()
+(root / f"{state.process_index}.json").write_text(json.dumps([state.num_processes, digest, delta.info]))
+state.destroy_process_group()
+assert rank or os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_two_processes_do_as_one(tmp_path):
+    task = h.task(tmp_path / "task", 40, 11)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    env = {k: str(v) for k, v in shared.items()} | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    process = h.script(tmp_path / "two.py", TWO, tmp_path, **env)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert results[0] == results[1]
+    assert results[0][0] == 2
+    one = fit(task, "LN() + LoRA(rank=2)", out=tmp_path / "one")
+    two = sm.Delta.load(tmp_path / "first")
+    h.same(two, sm.Delta.load(tmp_path / "second"))
+    for name, tensor in one.tensors.items():
+        torch.testing.assert_close(two.tensors[name], tensor, rtol=1e-3, atol=1e-4)
+    assert two.info["scores"] == one.info["scores"]
+    metrics = [
+        [json.loads(line) for line in (tmp_path / name / METRICS).read_text().splitlines()] for name in ("one", "first")
+    ]
+    assert [entry["step"] for entry in metrics[1]] == [entry["step"] for entry in metrics[0]]
+    assert [entry.get("validation") for entry in metrics[1]] == [entry.get("validation") for entry in metrics[0]]
+    assert sorted(os.listdir(tmp_path / "first")) == sorted(os.listdir(tmp_path / "one"))
