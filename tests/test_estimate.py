@@ -11,7 +11,16 @@ import smidgen as sm
 from smidgen.prefix import frozen_prefix
 from tests import helpers as h
 
-RECIPES = ["LN()", "LN(layers='top:1')", "LoRA(rank=2)", "LoRA(rank=2, target='linear')", "BitFit()", "IA3()", "Full()", "Head()"]
+RECIPES = [
+    "LN()",
+    "LN(layers='top:1')",
+    "LoRA(rank=2)",
+    "LoRA(rank=2, target='linear')",
+    "BitFit()",
+    "IA3()",
+    "Full()",
+    "Head()",
+]
 
 
 def measured(model, recipe, rows, length):
@@ -54,7 +63,7 @@ def test_activation_bytes_are_those_of_a_real_step(recipe, kind):
 
 
 def test_what_is_below_the_lowest_edit_is_not_kept():
-    bytes = {r: sm.plan(h.bert(0.1), r).costs["activation_bytes"] for r in RECIPES}
+    bytes = {r: sm.plan(h.bert(0.1), r, batch_size=2, length=8).costs["activation_bytes"] for r in RECIPES}
     assert bytes["Head()"] < bytes["LN(layers='top:1')"] < bytes["LN()"] < bytes["Full()"]
 
 
@@ -63,7 +72,7 @@ def test_the_model_is_not_touched():
     torch.manual_seed(3)
     before = torch.get_rng_state()
     with h.untouched(model):
-        plan = sm.plan(model, "LN() + LoRA(rank=2)", pooling="mean")
+        plan = sm.plan(model, "LN() + LoRA(rank=2)", pooling="mean", batch_size=2, length=8)
     assert torch.equal(torch.get_rng_state(), before)
     assert plan.pooling == "mean"
     assert "unknown" not in plan.costs
@@ -102,9 +111,19 @@ def test_counts_by_hand():
     assert costs["training_flops_per_token"] < 0.75 * full["training_flops_per_token"]
 
 
+@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
+def test_work_does_not_depend_on_how_attention_is_computed(kind):
+    costs = [
+        sm.plan(h.build(kind, attn_implementation=how), "LN()", batch_size=2, length=8).costs
+        for how in ("eager", "sdpa")
+    ]
+    assert costs[0]["forward_flops_per_token"] == costs[1]["forward_flops_per_token"]
+    assert costs[0]["training_flops_per_token"] <= costs[1]["training_flops_per_token"] * 1.1
+
+
 def test_a_low_precision_base_weighs_half():
     wide, low = h.bert(), h.bert().to(torch.bfloat16)
-    costs = [sm.plan(model, "LN()").costs for model in (wide, low)]
+    costs = [sm.plan(model, "LN()", batch_size=2, length=8).costs for model in (wide, low)]
     assert costs[0]["weights_bytes"] == 2 * costs[1]["weights_bytes"]
     assert costs[0]["training_state_bytes"] == costs[1]["training_state_bytes"]
 
@@ -118,6 +137,7 @@ def test_a_model_that_cannot_be_run():
         def forward(self, x):
             return self.norm(x)
 
+    assert "unknown" in sm.plan(h.bert(), "LN()", length=41).costs, "more positions than the model has"
     plan = sm.plan(Odd(), "LN()")
     assert plan.trained == 8
     assert list(plan.costs) == ["unknown"]

@@ -126,7 +126,7 @@ def test_lower_is_better_for_errors(task, monkeypatch):
 
 
 def tagged(count, start=0):
-    tags = {**dict.fromkeys(h.KINDS["pos"], "B-X"), **dict.fromkeys(h.KINDS["neg"], "I-X")}
+    tags = {**dict.fromkeys(h.KINDS["pos"], "B-X"), **dict.fromkeys(h.KINDS["neg"], "B-Y")}
     texts = [row["text"].split() for row in h.rows(count, start)]
     return [{"tokens": words, "tags": [tags.get(word, "O") for word in words]} for words in texts]
 
@@ -162,7 +162,7 @@ def test_kinds(name, tmp_path):
     model = build()
     before = sm.evaluate(model, task, split="validation", tokenizer=h.tokenizer()).better
     with h.untouched(model):
-        delta = fit(task, "LoRA(rank=4, target='linear')", model, epochs=8, lr=3e-2)
+        delta = fit(task, "Full()", model, epochs=8)
     scores = sm.evaluate(model, task, delta=delta, split="validation", tokenizer=h.tokenizer())
     assert scores.better > before
     assert scores.value == pytest.approx(delta.info["scores"][f"validation {metric}"], rel=1e-6)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from smidgen.attach import place
 from smidgen.plan import Plan, resolve
@@ -89,8 +89,25 @@ def _count(model: nn.Module, ids: Tensor) -> tuple[int, int, int]:
             kept[storage._cdata] = storage  # holding it keeps its address from being used again
         return tensor
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor), FlopCounterMode(display=False) as counter:
+    counting = FlopCounterMode(display=False, custom_mapping=_attention_on_cpu())
+    with saved_tensors_hooks(pack, lambda tensor: tensor), counting as counter:
         logits = model(input_ids=ids).logits
         forward = counter.get_total_flops()
         logits.float().sum().backward()
     return sum(storage.nbytes() for storage in kept.values()), forward, counter.get_total_flops()
+
+
+def _attention_on_cpu() -> dict[Any, Any]:
+    """The fused attention of the CPU, which torch's counter leaves out: its operators -> FLOPs from shapes."""
+
+    def forward(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        return sdpa_backward_flop_count(grad, query, key, value)
+
+    ops = torch.ops.aten
+    return {
+        ops._scaled_dot_product_flash_attention_for_cpu: forward,
+        ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }

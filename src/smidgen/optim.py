@@ -10,7 +10,7 @@ from torch import nn
 from smidgen.attachment import attachment
 from smidgen.method import Method
 
-HEAD_LR = 1e-3
+HEAD_LR = 5e-3
 
 
 def parameter_groups(
@@ -20,7 +20,7 @@ def parameter_groups(
 
     Args:
         lr: for all methods; by default each method's own (LN 3e-3, LoRA 1e-3, Full 5e-5).
-        head_lr: for the head; 1e-3 by default.
+        head_lr: for the head; 5e-3 by default.
         weight_decay: of the trained values; 0 by default, because decay pulls a gain to 0, not to where it began.
     """
     record = attachment(model)

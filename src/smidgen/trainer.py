@@ -45,14 +45,15 @@ class TrainerCallback(Base):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """At the first step: every trained tensor has a gradient."""
+        """At the first step: every trained tensor has a gradient; under float16's loss scaling it may overflow."""
         if state.global_step == self.first:
-            check_gradients(kwargs["model"])
+            check_gradients(kwargs["model"], finite=not args.fp16)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """After a few steps: every trained tensor has moved."""
-        if state.global_step == self.first + WATCH:
-            check_moved(kwargs["model"], self.begin, WATCH)
+        """After a few steps, or at the end of a shorter run: every trained tensor has moved."""
+        steps = state.global_step - self.first
+        if steps > 1 and steps == min(WATCH, state.max_steps - self.first):
+            check_moved(kwargs["model"], self.begin, steps)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

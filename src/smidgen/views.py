@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
 WIDTH = 120  # of output that goes to a file or a pipe
 PREDICT, MERGE = "predict --delta {} --text '...'", "merge --delta {} --out {}-merged"
-PLAN = "plan --model minilm --recipe 'LN() + LoRA(rank=8)'"
-TUNE = "tune --model minilm --data your.csv --out runs/mine"
+PLAN, TUNE = "plan --model minilm --recipe 'LN() + LoRA(rank=8)'", "tune --model minilm --data your.csv --out run"
 
 
 def show(data: Any, view: RenderableType, as_json: bool) -> None:
