@@ -10,9 +10,9 @@ import smidgen as sm
 
 FAST = "SMIDGEN_EXAMPLE_FAST" in os.environ
 
-task = sm.Task.load("bbc-news", limit={"train": 32 if FAST else 160, "validation": 16, "test": 16})
+task = sm.Task.load("bbc-news", limit={"train": 16 if FAST else 160, "validation": 8})
 model, tokenizer = sm.load("minilm", task=task)
-delta = sm.fit(model, "LN() + LoRA(rank=4)", task, epochs=1, batch_size=16, max_length=64)
+delta = sm.fit(model, "LN() + LoRA(rank=4)", task, epochs=1, batch_size=8, max_length=32)
 
 batch = tokenizer(["Parliament votes on the budget today."], return_tensors="pt")
 with sm.attached(model, delta), torch.no_grad():

@@ -9,7 +9,7 @@ import smidgen as sm
 
 FAST = "SMIDGEN_EXAMPLE_FAST" in os.environ
 
-task = sm.Task.load("bbc-news", limit={"train": 32 if FAST else 320, "test": 16 if FAST else 100})
+task = sm.Task.load("bbc-news", limit={"train": 32 if FAST else 320, "test": 8 if FAST else 100})
 model, tokenizer = sm.load("minilm", task=task)
 rows = task.encode(tokenizer, "train", max_length=64)
 batches = DataLoader(rows, batch_size=16, shuffle=True, collate_fn=task.collator(tokenizer))

