@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 import smidgen as sm
-from smidgen.testing import check_method, run_check
+from smidgen.testing import CHECKS, run_check
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class OutScale(sm.Method):
     """
 
     def acts(self, site):
-        return site.kind == "linear" and bool(site.roles & {"query", "value"})
+        return site.kind == "linear" and not site.roles.isdisjoint(("query", "value"))
 
     def init(self, site):
         return {"s": torch.ones(site.width_out)}
@@ -33,9 +33,7 @@ class OutScale(sm.Method):
         return p["s"][:, None] * weight, None if bias is None else p["s"] * bias
 
 
-if "SMIDGEN_EXAMPLE_FAST" in os.environ:
-    run_check("merges", OutScale(), "llama")
-else:
-    print(f"passed {check_method(OutScale())} checks")
+for check in ("acts", "merges") if "SMIDGEN_EXAMPLE_FAST" in os.environ else CHECKS:
+    run_check(check, OutScale(), "llama")
 model, _ = sm.load("minilm")
 print(str(sm.plan(model, sm.parse("OutScale() + LN()"))).splitlines()[-1])

@@ -13,6 +13,7 @@ import torch
 import smidgen as sm
 from smidgen.errors import TrainError
 from smidgen.objective import TaskLoss
+from smidgen.optim import HEAD_LR
 from smidgen.runs import CHECKPOINT, METRICS, RUN, RunFolder, State
 from tests import helpers as h
 
@@ -237,7 +238,7 @@ def test_what_was_chosen_is_recorded_and_used_again(task, tmp_path):
     record = json.loads((tmp_path / "run" / RUN).read_text())
     assert record["chosen"]["max_length"] == 32
     assert record["chosen"]["steps"] == 15
-    assert record["chosen"]["lr"] == {"LN()": 1e-2, "LoRA(rank=2, dropout=0.1)": 1e-2, "head": 1e-3}
+    assert record["chosen"]["lr"] == {"LN()": 1e-2, "LoRA(rank=2, dropout=0.1)": 1e-2, "head": HEAD_LR}
     assert record["asked"]["settings"]["max_length"] is None
     record["chosen"]["max_length"] = 5
     (tmp_path / "run" / RUN).write_text(json.dumps(record))

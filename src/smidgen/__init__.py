@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from smidgen.objective import Objective, StayClose, TaskLoss
     from smidgen.optim import optimizer, parameter_groups
     from smidgen.plan import Plan
+    from smidgen.predict import Prediction, predict
     from smidgen.recipe import Recipe, parse
     from smidgen.sites import Site, find_sites
     from smidgen.train import fit
@@ -47,6 +48,7 @@ _HOMES = {
     "objective": ("Objective", "StayClose", "TaskLoss"),
     "optim": ("optimizer", "parameter_groups"),
     "plan": ("Plan",),
+    "predict": ("Prediction", "predict"),
     "recipe": ("Recipe", "parse"),
     "sites": ("Site", "find_sites"),
     "train": ("fit",),
@@ -72,7 +74,7 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("_"):
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import_module("smidgen.methods")
     if name in _HOME:
@@ -80,9 +82,7 @@ def __getattr__(name: str) -> Any:
     else:
         from smidgen.recipe import Term
 
-        value = Term.registry.get(name)
-    if value is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = Term.registry[name]
     globals()[name] = value
     return value
 

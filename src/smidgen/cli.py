@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 import smidgen as sm
-import smidgen.views as views  # not `from smidgen`: its __getattr__ would load torch
+from smidgen import views
 from smidgen.errors import DeltaError, SmidgenError
 from smidgen.version import __version__
 
@@ -146,7 +146,7 @@ def predict(
     dtype: OwnDtype = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Labels with probabilities for new texts; continuations for a causal language model."""
-    from smidgen.demo import predict, read_texts
+    from smidgen.predict import predict, read_texts
 
     trained, network, tokenizer = _open(delta, model, dtype)
     texts, pairs = read_texts(file, trained) if file else (text or [], pair)

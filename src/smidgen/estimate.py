@@ -32,7 +32,7 @@ def plan(
     tensors have no content. `costs` is {"unknown": reason} for a model that cannot be run so (no `input_ids`).
 
     Args:
-        batch_size, length: shape of the batch that the estimate is for.
+        batch_size, length: shape of the batch that the estimate is for; a length above what the model takes is cut.
 
     Raises:
         PlanError: the recipe does not fit the model.
@@ -46,6 +46,9 @@ def plan(
 
 
 def _costs(model: nn.Module, resolved: Plan, batch_size: int, length: int) -> dict[str, Any]:
+    config: Any = getattr(model, "config", None)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
+    length = min(length, longest or length)
     ghost, mode = _ghost(model)
     with mode:
         place(ghost, resolved)
@@ -91,9 +94,9 @@ def _count(model: nn.Module, ids: Tensor) -> tuple[int, int, int]:
 
     counting = FlopCounterMode(display=False, custom_mapping=_attention_on_cpu())
     with saved_tensors_hooks(pack, lambda tensor: tensor), counting as counter:
-        logits = model(input_ids=ids).logits
+        output = model(input_ids=ids)[0]
         forward = counter.get_total_flops()
-        logits.float().sum().backward()
+        output.float().sum().backward()
     return sum(storage.nbytes() for storage in kept.values()), forward, counter.get_total_flops()
 
 

@@ -16,7 +16,7 @@ from smidgen.attach import attached
 from smidgen.data import Task
 from smidgen.delta import Delta
 from smidgen.encode import Encoded
-from smidgen.errors import ModelError
+from smidgen.errors import DataError, ModelError
 from smidgen.metrics import METRICS, score
 from smidgen.models import load_tokenizer
 
@@ -62,9 +62,14 @@ def evaluate(
     """Metrics of a model, with a delta attached for the time, on a split of a task.
 
     Raises:
-        DataError: the task lacks the split, or its labels.
+        DataError: the task lacks the split, or its labels, or has other labels than the delta.
         DeltaError: the delta belongs to another base.
     """
+    if delta is not None and delta.labels and tuple(task.labels) != delta.labels:
+        raise DataError(
+            f"the data has the labels {', '.join(task.labels) or 'none'}; "
+            f"the delta was trained on {', '.join(delta.labels)}"
+        )
     tokenizer = tokenizer or tokenizer_of(model)
     if max_length is None and delta is not None:
         max_length = delta.info.get("settings", {}).get("max_length")

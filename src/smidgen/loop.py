@@ -51,7 +51,7 @@ class Loop:
         self.main, self.world = self.accelerator.is_main_process, self.accelerator.num_processes
         self.folder = RunFolder(out, writer=self.main)
         self.show = progress if self.main else False
-        self.state = State({}, {"step": 0, "best": None, "best_epoch": None, "history": []})
+        self.state = State({}, {"step": 0, "epochs": 0, "best": None, "best_epoch": None, "history": []})
 
     def fit(self) -> Delta:
         """Open or resume the run, train, and give back the best state; the model is left as it came."""
@@ -120,7 +120,7 @@ class Loop:
         step = self.state.numbers["step"]
         with Bar(self.total, step, self.show, str(self.recipe)) as self.bar:
             try:
-                for epoch in range(step // self.batches, s.epochs):
+                for epoch in range(self.state.numbers["epochs"], s.epochs):
                     self._epoch(epoch)
             except KeyboardInterrupt:
                 self._checkpoint()
@@ -133,7 +133,8 @@ class Loop:
         share = {"rank": self.accelerator.process_index, "world": self.world}
         order = ShuffledBatches(len(self.rows), s.batch_size, s.seed, epoch, skip=skip, **share)
         rows: Any = self.rows  # a sequence is all that DataLoader needs
-        loader: DataLoader[Any] = DataLoader(rows, batch_sampler=order, collate_fn=self.collate)
+        own = torch.Generator()  # else the loader draws from the global one, and a resumed epoch would differ
+        loader: DataLoader[Any] = DataLoader(rows, batch_sampler=order, collate_fn=self.collate, generator=own)
         self._train_mode()
         for batch in loader:
             self._step({k: v.to(self.accelerator.device) for k, v in batch.items()})
@@ -194,6 +195,7 @@ class Loop:
         entry = {"epoch": epoch + 1, "step": numbers["step"], "validation": result.values}
         self.folder.log(entry)
         numbers["history"].append(entry)
+        numbers["epochs"] = epoch + 1
         self.bar.validated(result.metric, result.value)
         if numbers["best"] is None or result.better > numbers["best"]:
             numbers["best"], numbers["best_epoch"] = result.better, epoch + 1

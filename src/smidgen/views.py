@@ -22,9 +22,10 @@ from rich.text import Text
 if TYPE_CHECKING:
     from smidgen.data import Task
     from smidgen.delta import Delta
-    from smidgen.demo import Demonstration, Prediction
+    from smidgen.demo import Demonstration
     from smidgen.evaluate import Scores
     from smidgen.plan import Plan, Row
+    from smidgen.predict import Prediction
 
 WIDTH = 120  # of output that goes to a file or a pipe
 PREDICT, MERGE = "predict --delta {} --text '...'", "merge --delta {} --out {}-merged"
@@ -238,8 +239,7 @@ def demonstrated(result: Demonstration, out: Path) -> RenderableType:
     """The demo's comparison, its predictions and what to try next."""
     columns = ("arm", "#test accuracy", "#trained values", "#head values", "#file", "#seconds")
     arms = [
-        (a.name, a.accuracy, a.trained, a.head, size(a.file_bytes), "-" if a.seconds is None else round(a.seconds))
-        for a in result.arms
+        (a.name, a.accuracy, a.trained, a.head, size(a.file_bytes), round(a.seconds or 0) or "-") for a in result.arms
     ]
     return Group(
         table(columns, arms),
