@@ -210,7 +210,7 @@ def no_reset(monkeypatch):
 
 
 def low_masters(monkeypatch):
-    for module in (ports, ATTACH):
+    for module in (ports, ATTACH, sys.modules["smidgen.attachment"]):
         monkeypatch.setattr(module, "master_dtype", lambda dtype: dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -173,7 +174,7 @@ def test_an_interrupted_run_goes_on(world: World, tmp_path: Path, monkeypatch: p
 
     def stop(self: RunFolder, entry: Any) -> None:
         log(self, entry)
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "log", stop)

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from smidgen.attachment import Attachment, Swap, attachment, is_attached, trained_parameters
+from smidgen.attachment import Attachment, Swap, attachment, check_masters, is_attached, trained_parameters
 from smidgen.delta import Delta
 from smidgen.errors import AttachError, DeltaError
 from smidgen.fingerprint import base_dtype, verify
 from smidgen.heads import place_pooling
 from smidgen.plan import Plan, resolve
-from smidgen.ports import Edit, add_edit, drop_casts, drop_edits, master_dtype, place_casts
+from smidgen.ports import Edit, add_edit, check_editable, drop_casts, drop_edits, master_dtype, place_casts
 from smidgen.recipe import Recipe, Term
 
 SAVE_ERROR = (
@@ -149,6 +149,8 @@ def place(model: nn.Module, plan: Plan) -> None:
     dtype = base_dtype(parameters)
     flags = {name: p.requires_grad for name, p in parameters.items()}
     added = [row for row in plan.rows if row.added]
+    for row in added:
+        check_editable(model.get_submodule(row.site.path), row.site)
     tensors = [row.method.init(row.site) for row in added]
     record = Attachment(plan, _swaps(plan, parameters, owners), [], flags, dtype)
     for parameter in parameters.values():
@@ -195,14 +197,7 @@ def _swaps(plan: Plan, parameters: Mapping[str, nn.Parameter], owners: Mapping[i
 
 def refuse_cast(model: nn.Module, args: tuple[Any, ...]) -> None:
     """Forward pre-hook of an attached model: masters that were cast are ruined, and that must not pass unseen."""
-    record = attachment(model)
-    wanted = master_dtype(record.dtype)
-    for name, parameter in record.trained():
-        if parameter.dtype != wanted:
-            raise AttachError(
-                f"the attached model was cast to {str(parameter.dtype)[6:]} ({name}); trained values are {wanted} "
-                "masters: detach, cast the base, attach again (under Trainer, leave bf16_full_eval off)"
-            )
+    check_masters(model)
 
 
 def refuse_save(*args: Any, **kwargs: Any) -> None:

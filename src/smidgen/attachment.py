@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from smidgen.errors import AttachError
 from smidgen.plan import Plan
-from smidgen.ports import LOW
+from smidgen.ports import LOW, master_dtype
 
 
 @dataclass
@@ -97,6 +97,18 @@ def attachment(model: nn.Module) -> Attachment:
     if not isinstance(record, Attachment):
         raise AttachError(f"nothing is attached to this {type(model).__name__}; call smidgen.attach(model, recipe)")
     return record
+
+
+def check_masters(model: nn.Module) -> None:
+    """Raises AttachError if the masters were cast with the model, which ruins them."""
+    record = attachment(model)
+    wanted = master_dtype(record.dtype)
+    for name, parameter in record.trained():
+        if parameter.dtype != wanted:
+            raise AttachError(
+                f"the attached model was cast to {str(parameter.dtype)[6:]} ({name}); trained values are {wanted} "
+                "masters: detach, cast the base, attach again (under Trainer, leave bf16_full_eval off)"
+            )
 
 
 def is_attached(model: nn.Module) -> bool:

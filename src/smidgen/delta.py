@@ -9,13 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from smidgen import card
-from smidgen.attachment import attachment
+from smidgen.attachment import attachment, check_masters
 from smidgen.errors import DeltaError
 from smidgen.files import read_json, write_files
 from smidgen.fingerprint import Fingerprint
@@ -67,6 +66,7 @@ class Delta:
             AttachError: nothing is attached.
         """
         record = attachment(model)
+        check_masters(model)
         tensors = {name: p.detach().cpu().clone() for name, p in record.trained()}
         head = tuple(name for name, _ in record.plan.head)
         config: Any = getattr(model, "config", None)
@@ -132,17 +132,17 @@ class Delta:
         """
         folder = _folder(source, revision)
         meta = _meta(folder / META)
-        tensors = _tensors(folder / TENSORS, meta["tensors"])
         try:
+            tensors = _tensors(folder / TENSORS, meta["tensors"])
             recipe, base = Recipe.from_json(meta["recipe"]), Fingerprint(**meta["base"])
-        except (TypeError, AttributeError) as error:
+            head, labels = tuple(meta["head"]), tuple(meta["labels"])
+        except (TypeError, AttributeError, KeyError) as error:
             raise DeltaError(f"{folder / META} is damaged: {error}") from None
-        head = tuple(meta["head"])
         if not set(head) <= set(tensors):
             raise DeltaError(
                 f"{folder / META} names head tensors that the file lacks: {sorted(set(head) - set(tensors))}"
             )
-        return cls(recipe, tensors, base, head, meta["pooling"], tuple(meta["labels"]), meta["info"])
+        return cls(recipe, tensors, base, head, meta["pooling"], labels, meta["info"])
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the three files to a model repository on the hub, created if need be; returns its address."""
@@ -217,6 +217,6 @@ def _tensors(path: Path, wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, T
     except SafetensorError as error:
         raise DeltaError(f"{path} is corrupt or truncated ({error})") from None
     for name, tensor in tensors.items():
-        if tensor.dtype != getattr(torch, wanted[name]["dtype"]):
+        if str(tensor.dtype)[6:] != wanted[name]["dtype"]:
             raise DeltaError(f"{path}: {name} is {tensor.dtype}, not {wanted[name]['dtype']}")
     return tensors

@@ -65,7 +65,8 @@ def evaluate(
         DataError: the task lacks the split, or its labels, or has other labels than the delta.
         DeltaError: the delta belongs to another base.
     """
-    if delta is not None and delta.labels and tuple(task.labels) != delta.labels:
+    unnamed = delta is not None and all(name == f"LABEL_{i}" for i, name in enumerate(delta.labels))
+    if delta is not None and not unnamed and tuple(task.labels) != delta.labels:
         raise DataError(
             f"the data has the labels {', '.join(task.labels) or 'none'}; "
             f"the delta was trained on {', '.join(delta.labels)}"

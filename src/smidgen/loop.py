@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from smidgen.optim import optimizer
 from smidgen.prefix import frozen_prefix
 from smidgen.progress import Bar
 from smidgen.recipe import Recipe
-from smidgen.runs import RunFolder, State
+from smidgen.runs import Interrupts, RunFolder, State
 from smidgen.settings import Settings
 from smidgen.state import pack, unpack
 from smidgen.watch import check_gradients, check_moved, memory_guard, snapshot
@@ -67,6 +68,7 @@ class Loop:
         self.batches = -(-len(self.rows) // self.settings.batch_size)
         self.total = self.batches * self.settings.epochs
         mode = {module: module.training for module in self.model.modules()}
+        own = dict(self.model.__dict__)
         attach(self.model, self.recipe, pooling=self.settings.pooling, seed=self.settings.seed)
         try:
             if record is None:
@@ -78,6 +80,9 @@ class Loop:
             for module, training in mode.items():
                 module.training = training
             self.model.zero_grad(set_to_none=True)
+            for name in ("_is_accelerate_prepared", "_original_forward", "forward"):  # Accelerate leaves them behind
+                self.model.__dict__.pop(name, None)
+                self.model.__dict__.update({name: own[name]} if name in own else {})
 
     def _asked(self) -> dict[str, Any]:
         base = Fingerprint.of(self.model, head_names(self.model))
@@ -118,13 +123,9 @@ class Loop:
         self._dry_run()
         self._resume()
         step = self.state.numbers["step"]
-        with Bar(self.total, step, self.show, str(self.recipe)) as self.bar:
-            try:
-                for epoch in range(self.state.numbers["epochs"], s.epochs):
-                    self._epoch(epoch)
-            except KeyboardInterrupt:
-                self._checkpoint()
-                raise
+        with Bar(self.total, step, self.show, str(self.recipe)) as self.bar, Interrupts() as self.interrupts:
+            for epoch in range(self.state.numbers["epochs"], s.epochs):
+                self._epoch(epoch)
         return self._finish()
 
     def _epoch(self, epoch: int) -> None:
@@ -138,7 +139,8 @@ class Loop:
         self._train_mode()
         for batch in loader:
             self._step({k: v.to(self.accelerator.device) for k, v in batch.items()})
-            if numbers["step"] % self._every == 0 and numbers["step"] < (epoch + 1) * self.batches:
+            due = numbers["step"] % self._every == 0 or self.interrupts.seen
+            if due and numbers["step"] < (epoch + 1) * self.batches:
                 self._checkpoint()
         self._validate(epoch)
         self._checkpoint()
@@ -197,7 +199,8 @@ class Loop:
         numbers["history"].append(entry)
         numbers["epochs"] = epoch + 1
         self.bar.validated(result.metric, result.value)
-        if numbers["best"] is None or result.better > numbers["best"]:
+        best = numbers["best"]
+        if best is None or math.isnan(best) or result.better > best:
             numbers["best"], numbers["best_epoch"] = result.better, epoch + 1
             self.best = snapshot(self.model)
 
@@ -211,6 +214,7 @@ class Loop:
     def _checkpoint(self) -> None:
         tensors = pack(self.model, self.best, self.optimizer, self.accelerator)
         self.folder.checkpoint(State(tensors, self.state.numbers))
+        self.interrupts.check()
 
     def _resume(self) -> None:
         state = self.folder.resume()
@@ -226,7 +230,7 @@ class Loop:
                 parameter.copy_(self.best[name])
         numbers = self.state.numbers
         best = next(e for e in numbers["history"] if e["epoch"] == numbers["best_epoch"])
-        delta = detach(self.model).with_info(
+        delta = replace(detach(self.model), labels=tuple(self.task.labels)).with_info(
             task=self._described(),
             settings={**asdict(self.settings), "max_length": self.rows.max_length},
             scores={f"validation {k}": v for k, v in best["validation"].items()},

@@ -90,15 +90,17 @@ def run_after(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return output
 
 
+def check_editable(module: Any, site: Site) -> None:
+    """Raises AttachError, before anything is touched, if a module cannot carry edits."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise AttachError(f"{site.name} belongs to nn.MultiheadAttention, which never calls it: hooks cannot reach it")
+    if "edits" in dir(module) and not isinstance(getattr(module, "edits", None), Edits):
+        raise AttachError(f"{type(module).__name__} at {site.name} already has an attribute 'edits'")
+
+
 def add_edit(module: Any, key: str, edit: Edit) -> None:
     """Put an edit on a module, behind those that are there, and place the hooks once."""
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        raise AttachError(
-            f"{edit.site.name} belongs to nn.MultiheadAttention, which never calls it: hooks cannot reach it"
-        )
     if not isinstance(getattr(module, "edits", None), Edits):
-        if "edits" in dir(module):
-            raise AttachError(f"{type(module).__name__} at {edit.site.name} already has an attribute 'edits'")
         module.add_module("edits", Edits())
         module._edit_handles = [module.register_forward_hook(run_after)]
     if edit.method.overrides("before") and len(module._edit_handles) == 1:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -30,6 +32,30 @@ class State:
 
     tensors: dict[str, Tensor]
     numbers: dict[str, Any] = field(default_factory=dict)
+
+
+class Interrupts:
+    """Ctrl-C waits for the end of the step, where the state is whole; a second one does not wait."""
+
+    def __enter__(self) -> Self:
+        self.seen, self.before = False, signal.getsignal(signal.SIGINT)
+        self.placed = threading.current_thread() is threading.main_thread() and callable(self.before)
+        if self.placed:
+            signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.seen = True
+        signal.signal(signal.SIGINT, self.before)
+
+    def __exit__(self, *error: object) -> None:
+        if self.placed:
+            signal.signal(signal.SIGINT, self.before)
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if there was one."""
+        if self.seen:
+            raise KeyboardInterrupt
 
 
 class RunFolder:

@@ -32,6 +32,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise TrainError(f"{name}={value} must be above 0")
+        if not 0 <= self.warmup <= 1:
+            raise TrainError(f"warmup={self.warmup} is a share of the steps, from 0 to 1")
+        if self.weight_decay < 0 or (self.checkpoint_steps or 1) < 1:
+            raise TrainError("weight_decay must not be negative, and checkpoint_steps be at least 1")
 
     def rate(self, step: int, total: int) -> float:
         """Share of the full learning rate at a step: linear warm-up, then linear decay; never 0."""
