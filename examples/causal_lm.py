@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 
 import smidgen as sm
-from smidgen.predict import predict
 
 CITIES = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Greece": "Athens"}
 ROWS = [{"prompt": f"Capital of {land}?", "completion": f" {city}, of course."} for land, city in CITIES.items()]
@@ -26,5 +25,5 @@ base = dict(model.named_parameters())
 moved = sum(int((t != base[name].float()).sum()) for name, t in delta.tensors.items())
 kept = sum(int((t.bfloat16() != base[name]).sum()) for name, t in delta.tensors.items())
 print(f"{delta.trained:,} gains, {moved:,} moved; rounded to bfloat16, {kept:,} would differ from the base's")
-for answer in predict(model, ["Capital of Norway?"], delta=delta, tokenizer=tokenizer, max_new_tokens=8):
+for answer in sm.predict(model, ["Capital of Norway?"], delta=delta, tokenizer=tokenizer, max_new_tokens=8):
     print(answer.text + answer.label)

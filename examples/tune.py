@@ -3,8 +3,6 @@
 import os
 import tempfile
 
-import torch
-
 import smidgen as sm
 
 FAST = "SMIDGEN_EXAMPLE_FAST" in os.environ
@@ -23,11 +21,6 @@ with tempfile.TemporaryDirectory() as folder:
     print({name: os.path.getsize(f"{folder}/{name}") for name in sorted(os.listdir(folder))})
     delta = sm.Delta.load(folder)
 
-texts = [
-    "The striker scored twice in extra time.",
-    "Shares fell sharply after the bank's results.",
-]
-with sm.attached(model, delta), torch.no_grad():
-    logits = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits  # (2, 5)
-for text, label in zip(texts, logits.argmax(-1).tolist(), strict=True):
-    print(f"{delta.labels[label]:<14} {text}")
+texts = ["The striker scored twice in extra time.", "Shares fell sharply after the bank's results."]
+for row in sm.predict(model, texts, delta=delta, tokenizer=tokenizer):
+    print(f"{row.label:<14} {row.probabilities[row.label]:.2f}  {row.text}")

@@ -2,12 +2,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smidgen.errors import RecipeError
+from smidgen.cases import tiny
+from smidgen.errors import PlanError, RecipeError
 from smidgen.methods.bitfit import BitFit
 from smidgen.methods.head import Head
 from smidgen.methods.ia3 import IA3
 from smidgen.methods.ln import LN, WHICH
 from smidgen.methods.lora import LoRA
+from smidgen.plan import resolve
 from smidgen.recipe import Recipe, Term, as_recipe, parse
 
 layers = st.one_of(st.none(), st.integers(0, 40), st.sampled_from(["top:2", "bottom:1", "2:5"]), st.just((0, 5)))
@@ -93,3 +95,10 @@ def test_two_terms_of_one_name_are_refused():
 def test_term_without_docstring_is_refused():
     with pytest.raises(TypeError, match="has no docstring"):
         type("Nameless", (Term,), {})
+
+
+def test_a_misspelt_target_is_an_error_that_names_the_nearest():
+    with pytest.raises(PlanError, match=r"target names 'valeu'.*did you mean 'value'\?"):
+        resolve(tiny("bert"), LoRA(target=("query", "valeu")))
+    with pytest.raises(PlanError, match="exclude names 'q_proj'"):
+        resolve(tiny("bert"), LoRA(exclude="q_proj"))

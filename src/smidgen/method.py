@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from smidgen.errors import RecipeError, nearest
+from smidgen.errors import PlanError, RecipeError, nearest
 from smidgen.layers import layer_indices
 from smidgen.recipe import Term
 from smidgen.sites import Site
@@ -54,6 +54,9 @@ class Method(Term, abstract=True):
         """Whether this tensor may stand still in training although nothing is wrong (say why in the file)."""
         return False
 
+    def check(self, sites: Sequence[Site]) -> None:
+        """Raise PlanError if a field names something that this model does not have."""
+
     def input_dropout(self) -> float:
         """Share of the input that the module port drops, in training, before `after` sees it."""
         return 0.0
@@ -87,6 +90,18 @@ def in_layers(site: Site, layers: Layers) -> bool:
     if site.layer is None:
         return False
     return site.layer in (layer_indices(layers, site.depth) or ())
+
+
+def check_targets(method: str, field: str, names: Sequence[str], sites: Sequence[Site]) -> None:
+    """Raise PlanError, naming the nearest, unless each name stands for at least one linear map."""
+    for name in names:
+        if not any(targeted(site, (name,)) for site in sites):
+            endings = {site.path.rpartition(".")[2] for site in sites if site.kind == "linear"}
+            known = {role for site in sites for role in site.roles if role in LINEAR_ROLES} | endings | {"linear"}
+            raise PlanError(
+                f"{method}: {field} names {name!r}, which this model does not have{nearest(name, known)}; "
+                f"it has {', '.join(sorted(known))}"
+            )
 
 
 def targeted(site: Site, target: Sequence[str]) -> bool:

@@ -148,6 +148,7 @@ def resolve(model: nn.Module, recipe: str | Term | Recipe, pooling: str | None =
     for index, method in enumerate(recipe):
         if not isinstance(method, Method):
             raise PlanError(f"{method} is not a method")
+        method.check(sites)
         found = list(_rows(index, method, sites, parameters, closed))
         if not found and _wants_sites(method):
             raise PlanError(_no_match(method, model, sites))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smidgen.errors import RecipeError
-from smidgen.method import Layers, Method, Tensors, at_least, in_layers, layers_field, targeted
+from smidgen.method import Layers, Method, Tensors, at_least, check_targets, in_layers, layers_field, targeted
 from smidgen.sites import Site
 
 
@@ -59,6 +60,10 @@ class LoRA(Method):
     def scale(self) -> float:
         """alpha / rank."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def check(self, sites: Sequence[Site]) -> None:
+        check_targets("LoRA", "target", _names(self.target), sites)
+        check_targets("LoRA", "exclude", _names(self.exclude), sites)
 
     def input_dropout(self) -> float:
         return self.dropout
