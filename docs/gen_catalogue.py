@@ -35,7 +35,8 @@ HEADER = """<!-- Written by docs/gen_catalogue.py from the docstrings and fields
 
 Counts are trained values, the task's head apart, with every field at its default. They are counted on the meta device
 (no weights are needed): `python docs/gen_catalogue.py` writes this page again. Rates are what `fit` and
-`sm.optimizer` use when no `lr` is given; the head's own is {rate}. A method of your own takes [ten minutes](new-method.md).
+`sm.optimizer` use when no `lr` is given; the head's own is {rate}.
+A method of your own takes [ten minutes](new-method.md).
 
 `+` puts methods together: `LN() + LoRA(rank=4)`. Two methods that would train the same tensor are refused.
 

@@ -6,7 +6,7 @@ import tempfile
 import smidgen as sm
 
 FAST = "SMIDGEN_EXAMPLE_FAST" in os.environ
-LIMIT = {"train": 24, "validation": 8, "test": 8} if FAST else {"train": 480, "validation": 100, "test": 200}
+LIMIT = {"train": 24, "validation": 8, "test": 8} if FAST else {"train": 320, "validation": 60, "test": 200}
 
 task = sm.Task.load("bbc-news", limit=LIMIT)
 model, tokenizer = sm.load("minilm", task=task)

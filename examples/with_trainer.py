@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 import smidgen as sm
 
 FAST = "SMIDGEN_EXAMPLE_FAST" in os.environ
-LIMIT = {"train": 28, "validation": 8} if FAST else {"train": 320, "validation": 100}
+LIMIT = {"train": 28, "validation": 8} if FAST else {"train": 320, "validation": 60}
 LENGTH = 16 if FAST else 64
 
 task = sm.Task.load("bbc-news", limit=LIMIT)

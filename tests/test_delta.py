@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import smidgen as sm
 from smidgen.attachment import trained_parameters
-from smidgen.cases import shake
+from smidgen.cases import inputs_for, shake, tiny
 from smidgen.delta import CARD, META, TENSORS, Delta
 from smidgen.errors import AttachError, DeltaError
 from smidgen.fingerprint import Fingerprint
@@ -449,3 +449,21 @@ def test_a_merged_model_keeps_its_head_on_disk(tmp_path):
     for name in delta.head:
         assert torch.equal(loaded.get_parameter(name).detach(), delta.tensors[name])
     assert not torch.equal(model.classifier.weight, loaded.classifier.weight)
+
+
+def test_between_reads_a_delta_from_two_checkpoints():
+    base, tuned = tiny("bert"), tiny("bert")
+    shake([p for n, p in tuned.named_parameters() if "LayerNorm" in n or n.startswith("classifier")], 0.3, seed=5)
+    delta = Delta.between(base, tuned, "LN()", source="a test")
+    inputs = inputs_for("bert")
+    with torch.no_grad(), sm.attached(base, delta):
+        attached = base(**inputs).logits
+    assert torch.equal(attached, tuned.eval()(**inputs).logits)
+    assert delta.info == {"source": "a test"}
+
+
+def test_between_refuses_what_two_checkpoints_do_not_tell():
+    with pytest.raises(DeltaError, match="adds tensors, which two checkpoints do not tell"):
+        Delta.between(tiny("bert"), tiny("bert"), "LN() + LoRA(rank=2)")
+    with pytest.raises(DeltaError, match="does not match the base"):
+        Delta.between(tiny("bert"), tiny("llama"), "LN()")

@@ -18,7 +18,9 @@ from smidgen.attachment import attachment, check_masters
 from smidgen.errors import DeltaError
 from smidgen.files import read_json, write_files
 from smidgen.fingerprint import Fingerprint
-from smidgen.recipe import Recipe
+from smidgen.plan import resolve
+from smidgen.ports import master_dtype
+from smidgen.recipe import Recipe, Term
 from smidgen.version import __version__
 
 FORMAT_VERSION = 1
@@ -80,6 +82,26 @@ class Delta:
             labels,
             dict(info),
         )
+
+    @classmethod
+    def between(cls, base: nn.Module, tuned: nn.Module, recipe: str | Term | Recipe, **info: Any) -> Delta:
+        """What a recipe would have trained, read from a base and a fine-tuned checkpoint of it.
+
+        Raises:
+            DeltaError: the recipe adds tensors, or the two models differ in names or shapes.
+        """
+        plan = resolve(base, recipe)
+        added = next((row for row in plan.rows if row.added), None)
+        if added is not None:
+            raise DeltaError(f"{added.method} adds tensors, which two checkpoints do not tell; use LN, BitFit or Full")
+        found = {n: p.detach() for n, p in tuned.named_parameters(remove_duplicate=False)}
+        wrong = [n for n, shape in plan.shapes.items() if n not in found or tuple(found[n].shape) != shape]
+        if wrong:
+            raise DeltaError(f"the tuned model does not match the base: {wrong[0]} is missing or of another shape")
+        tensors = {n: found[n].to(device="cpu", dtype=master_dtype(found[n].dtype), copy=True) for n in plan.shapes}
+        head = tuple(name for name, _ in plan.head)
+        labels = _labels(getattr(tuned, "config", None)) if head else ()
+        return cls(plan.recipe, tensors, Fingerprint.of(base, head), head, None, labels, dict(info))
 
     @property
     def trained(self) -> int:
