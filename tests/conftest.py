@@ -1,4 +1,5 @@
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,6 +10,7 @@ import torch
 import smidgen.methods  # noqa: F401  (fills the registry)
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
 SHARED = Path(__file__).parents[2] / "shared"
 
 
