@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -102,3 +105,9 @@ def test_a_misspelt_target_is_an_error_that_names_the_nearest():
         resolve(tiny("bert"), LoRA(target=("query", "valeu")))
     with pytest.raises(PlanError, match="exclude names 'q_proj'"):
         resolve(tiny("bert"), LoRA(exclude="q_proj"))
+
+
+def test_a_fresh_process_knows_the_methods_without_importing_them():
+    code = "from smidgen.recipe import parse; print(parse('LN() + LoRA(rank=2)'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "LN() + LoRA(rank=2)"

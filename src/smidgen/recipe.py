@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -118,12 +119,19 @@ def parse(text: str) -> Recipe:
     return Recipe(tuple(_terms(tree.body)))
 
 
+def registry() -> dict[str, type[Term]]:
+    """All terms by name; the package's own methods are loaded when first asked for."""
+    importlib.import_module("smidgen.methods")
+    return Term.registry
+
+
 def build(name: str, args: tuple[Any, ...], fields: Mapping[str, Any]) -> Term:
     """Make the registered term `name`; unknown names and fields are errors that name the nearest."""
-    cls = Term.registry.get(name)
+    known = registry()
+    cls = known.get(name)
     if cls is None:
-        known = ", ".join(sorted(Term.registry))
-        raise RecipeError(f"no method is called {name!r}{nearest(name, Term.registry)}; known: {known}")
+        names = ", ".join(sorted(known))
+        raise RecipeError(f"no method is called {name!r}{nearest(name, known)}; known: {names}")
     allowed = list(inspect.signature(cls).parameters)
     for field in fields:
         if field not in allowed:
@@ -144,7 +152,7 @@ def _terms(node: ast.expr) -> Iterator[Term]:
             raise RecipeError(f"'**' is not understood in {ast.unparse(node)!r}")
         args = tuple(_literal(value) for value in node.args)
         yield build(node.func.id, args, {str(k.arg): _literal(k.value) for k in node.keywords})
-    elif isinstance(node, ast.Name) and node.id in Term.registry:
+    elif isinstance(node, ast.Name) and node.id in registry():
         raise RecipeError(f"{node.id} needs brackets: write {node.id}()")
     elif isinstance(node, ast.Name):
         build(node.id, (), {})  # raises, naming the nearest method
