@@ -35,7 +35,7 @@ lint: $(VENV)/.checked
 	$(BIN)/mypy
 
 docs: $(VENV)/.checked
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 check: lint docs test
 

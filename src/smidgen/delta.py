@@ -80,7 +80,7 @@ class Delta:
             head,
             record.plan.pooling,
             labels,
-            dict(info),
+            _info(model, info),
         )
 
     @classmethod
@@ -101,7 +101,7 @@ class Delta:
         tensors = {n: found[n].to(device="cpu", dtype=master_dtype(found[n].dtype), copy=True) for n in plan.shapes}
         head = tuple(name for name, _ in plan.head)
         labels = _labels(getattr(tuned, "config", None)) if head else ()
-        return cls(plan.recipe, tensors, Fingerprint.of(base, head), head, None, labels, dict(info))
+        return cls(plan.recipe, tensors, Fingerprint.of(base, head), head, None, labels, _info(tuned, info))
 
     @property
     def trained(self) -> int:
@@ -182,6 +182,10 @@ class Delta:
     def __repr__(self) -> str:
         name = self.base.name or self.base.architecture
         return f"Delta({self.recipe} on {name}: {self.trained:,} values, head {self.head_values:,})"
+
+
+def _info(model: nn.Module, info: Mapping[str, Any]) -> dict[str, Any]:
+    return {"model_class": type(model).__name__, **info}
 
 
 def _labels(config: Any) -> tuple[str, ...]:

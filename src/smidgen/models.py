@@ -52,13 +52,14 @@ def load(
         ModelError: no such model, or one that does not load; one line.
     """
     kind, labels = _shape(task, delta)
+    name_of_class = delta.info.get("model_class") if delta is not None and kind is None else None
     folder, options = _locate(os.fspath(name))
     options["dtype"] = _dtype(dtype)
     if revision is not None:
         options["revision"] = revision
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _guarded(str(name), lambda: _model(folder, kind, labels, options))
+        model = _guarded(str(name), lambda: _model(folder, kind, labels, name_of_class, options))
     tokenizer = load_tokenizer(name)
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -83,16 +84,20 @@ def _shape(task: Task | None, delta: Delta | None) -> tuple[str | None, tuple[st
     return None, ()
 
 
-def _model(folder: str, kind: str | None, labels: tuple[str, ...], options: dict[str, Any]) -> PreTrainedModel:
+def _model(
+    folder: str, kind: str | None, labels: tuple[str, ...], named: str | None, options: dict[str, Any]
+) -> PreTrainedModel:
+    """By the task's kind, else by a class's name, else as the checkpoint declares."""
     options = dict(options)
-    if kind in ("classification", "tokens") and labels:
+    if labels and kind in ("classification", "tokens", None):
         options["id2label"] = dict(enumerate(labels))
         options["label2id"] = {label: i for i, label in enumerate(labels)}
         if kind == "classification":
             options["problem_type"] = "single_label_classification"
     elif kind == "regression":
         options |= {"num_labels": 1, "problem_type": "regression"}
-    cls = getattr(transformers, CLASSES[kind]) if kind else _declared(folder, options)
+    known = getattr(transformers, CLASSES[kind] if kind else named or "", None)
+    cls = known or _declared(folder, options)
     model, info = cls.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
     note_new(model, set(info["missing_keys"]) | mismatched)
