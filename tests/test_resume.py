@@ -246,6 +246,32 @@ def test_what_was_chosen_is_recorded_and_used_again(task, tmp_path):
     assert resumed.info["settings"]["max_length"] == 5
 
 
+def interrupted(task, folder, **chosen):
+    """A run stopped at step 8, with some of its recorded choices changed."""
+    with pytest.raises(KeyboardInterrupt):
+        train(task, folder, objective=Interrupted([8]))
+    record = json.loads((folder / RUN).read_text())
+    record["chosen"].update(chosen)
+    (folder / RUN).write_text(json.dumps(record))
+
+
+def test_recorded_rates_are_used_again(task, tmp_path):
+    interrupted(task, tmp_path / "a")
+    rates = json.loads((tmp_path / "a" / RUN).read_text())["chosen"]["lr"]
+    interrupted(task, tmp_path / "b", lr={name: rate / 100 for name, rate in rates.items()})
+    one, other = (train(task, tmp_path / name, objective=Interrupted()) for name in "ab")
+    assert any(not torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
+
+
+def test_other_processes_are_refused_and_other_threads_are_said(task, tmp_path):
+    interrupted(task, tmp_path / "a", processes=4)
+    with pytest.raises(TrainError, match="was begun with 4 process"):
+        train(task, tmp_path / "a", objective=Interrupted())
+    interrupted(task, tmp_path / "b", threads=64)
+    with pytest.warns(UserWarning, match="threads was 64, now .*not bit for bit"):
+        train(task, tmp_path / "b", objective=Interrupted())
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

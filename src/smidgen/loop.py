@@ -71,8 +71,7 @@ class Loop:
         own = dict(self.model.__dict__)
         attach(self.model, self.recipe, pooling=self.settings.pooling, seed=self.settings.seed)
         try:
-            if record is None:
-                self.folder.start(asked, self._chosen())
+            self.chosen = self.folder.agreed(asked, self._chosen(), record)
             return self._train()
         finally:
             if is_attached(self.model):
@@ -103,20 +102,16 @@ class Loop:
             "truncated": self.rows.truncated,
             "steps": self.total,
             "lr": {group["name"]: group["lr"] for group in groups},
-            "checkpoint_steps": self._every,
+            "checkpoint_steps": self.settings.checkpoint_steps or max(10, self.total // 20),
             "processes": self.world,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
 
-    @property
-    def _every(self) -> int:
-        return self.settings.checkpoint_steps or max(10, self.total // 20)
-
     def _train(self) -> Delta:
         s = self.settings
         self.optimizer = optimizer(self.model, s.lr, s.head_lr, s.weight_decay)
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.rates = [self.chosen["lr"][group["name"]] for group in self.optimizer.param_groups]
         self.prepared = self.accelerator.prepare_model(self.model)
         self.start, self.best = snapshot(self.model), snapshot(self.model)
         set_seed(s.seed + self.accelerator.process_index)
@@ -139,7 +134,7 @@ class Loop:
         self._train_mode()
         for batch in loader:
             self._step({k: v.to(self.accelerator.device) for k, v in batch.items()})
-            due = numbers["step"] % self._every == 0 or self.interrupts.seen
+            due = numbers["step"] % self.chosen["checkpoint_steps"] == 0 or self.interrupts.seen
             if due and numbers["step"] < (epoch + 1) * self.batches:
                 self._checkpoint()
         self._validate(epoch)

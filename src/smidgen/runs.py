@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +95,28 @@ class RunFolder:
         if self.writer and self.path:
             content = json.dumps({"asked": asked, "chosen": chosen}, indent=1, sort_keys=True).encode()
             write_files(self.path, {RUN: content, METRICS: b""})
+
+    def agreed(
+        self, asked: Mapping[str, Any], chosen: Mapping[str, Any], record: Mapping[str, Any] | None
+    ) -> Mapping[str, Any]:
+        """The choices to train by: fresh ones, written down, or those of the earlier start.
+
+        Raises:
+            TrainError: the run was begun with another number of processes.
+        """
+        if record is None:
+            self.start(asked, chosen)
+            return chosen
+        earlier: Mapping[str, Any] = record["chosen"]
+        if earlier["processes"] != chosen["processes"]:
+            raise TrainError(
+                f"{self.path} was begun with {earlier['processes']} process(es), not {chosen['processes']}"
+            )
+        for key in ("threads", "torch"):
+            if earlier[key] != chosen[key]:
+                change = f"{key} was {earlier[key]}, now {chosen[key]}"
+                warnings.warn(f"{change}: the run goes on, but not bit for bit", stacklevel=2)
+        return earlier
 
     @property
     def finished(self) -> bool:
