@@ -17,7 +17,7 @@ from smidgen.methods.lora import LoRA
 from smidgen.recipe import Term, as_recipe
 from smidgen.testing import CHECKS, case, run_check
 
-ATTACH = sys.modules["smidgen.attach"]
+ATTACH, PLACE = sys.modules["smidgen.attach"], sys.modules["smidgen.place"]
 MERGE = sys.modules["smidgen.merge"]
 CHECKS_TRAINING = sys.modules["smidgen.checks.training"]
 FAILURES = (AssertionError, AttributeError, pickle.PicklingError)
@@ -123,8 +123,8 @@ def after_place(extra):
     def breaker(monkeypatch):
         original = ATTACH.place
 
-        def place(model, plan):
-            original(model, plan)
+        def place(model, plan, seed=0):
+            original(model, plan, seed)
             extra(model)
 
         monkeypatch.setattr(ATTACH, "place", place)
@@ -183,7 +183,7 @@ def closures(monkeypatch):
         )
 
     original = ports.add_edit
-    monkeypatch.setattr(ATTACH, "add_edit", add_edit)
+    monkeypatch.setattr(PLACE, "add_edit", add_edit)
 
 
 def no_switch(monkeypatch):
@@ -210,12 +210,12 @@ def no_reset(monkeypatch):
 
 
 def low_masters(monkeypatch):
-    for module in (ports, ATTACH, sys.modules["smidgen.attachment"]):
+    for module in (ports, PLACE, sys.modules["smidgen.attachment"]):
         monkeypatch.setattr(module, "master_dtype", lambda dtype: dtype)
 
 
 def blind(monkeypatch):
-    monkeypatch.setattr(ATTACH, "refuse_cast", lambda model, args: None)
+    monkeypatch.setattr(PLACE, "refuse_cast", lambda model, args: None)
 
 
 def forget_group(monkeypatch):

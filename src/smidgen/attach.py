@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from smidgen.attachment import Attachment, Swap, attachment, check_masters, is_attached, trained_parameters
+from smidgen.attachment import attachment, is_attached, trained_parameters
 from smidgen.delta import Delta
 from smidgen.errors import AttachError, DeltaError
-from smidgen.fingerprint import base_dtype, verify
-from smidgen.heads import place_pooling
+from smidgen.fingerprint import verify as verify_base
+from smidgen.place import place
 from smidgen.plan import Plan, resolve
-from smidgen.ports import Edit, add_edit, check_editable, drop_casts, drop_edits, master_dtype, place_casts
+from smidgen.ports import drop_casts, drop_edits
 from smidgen.recipe import Recipe, Term
-
-SAVE_ERROR = (
-    "save_pretrained on an attached model would lose the trained values on reload. Save the delta with "
-    "smidgen.Delta.of(model).save(folder), or save a plain model with smidgen.merge(model).save_pretrained(folder); "
-    "under Trainer, add smidgen.TrainerCallback()"
-)
+from smidgen.rows import START
+from smidgen.selection.chosen import Selection, chosen_indices
+from smidgen.selection.narrow import narrow
+from smidgen.selection.ready import choose_ready
+from smidgen.subsets import drop_parts
 
 
 def attach(
@@ -31,6 +30,7 @@ def attach(
     *,
     pooling: str | None = None,
     seed: int = 0,
+    selection: Selection | None = None,
     verify: bool = True,
 ) -> nn.Module:
     """Attach a recipe, or a trained delta, to a model in place; the model keeps its class and is returned.
@@ -42,7 +42,8 @@ def attach(
         what: a recipe or its spelling, or a Delta (which brings its own pooling).
         pooling: "first", "mean" or "last" for a sequence classifier; None for the class's own.
         seed: for tensors that start at random; torch's global generator is left alone.
-        verify: check the base's fingerprint (deltas only).
+        selection: what to keep, for a recipe with Select; needed if its score needs data (see `smidgen.select`).
+        verify: check the base's fingerprint (of a delta or a selection).
 
     Raises:
         AttachError: something is attached already, or a place cannot be edited.
@@ -51,14 +52,13 @@ def attach(
     """
     if is_attached(model):
         raise AttachError(f"{attachment(model).plan.recipe} is attached already; detach it first")
-    plan = _fit_delta(model, what, verify) if isinstance(what, Delta) else resolve(model, what, pooling)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        place(model, plan)
     if isinstance(what, Delta):
-        with torch.no_grad():
-            for name, parameter in trained_parameters(model).items():
-                parameter.copy_(what.tensors[name])
+        plan = _fit_delta(model, what, verify)
+    else:
+        plan = _narrowed(model, resolve(model, what, pooling), selection, seed, verify)
+    place(model, plan, seed)
+    if isinstance(what, Delta):
+        _fill(model, what)
     torch.compiler.reset()  # compiled code does not notice new hooks
     return model
 
@@ -78,6 +78,8 @@ def remove(model: nn.Module) -> None:
         drop_edits(model.get_submodule(path))
     for path, _, _ in record.low_modules():
         drop_casts(model.get_submodule(path))
+    for path in record.subset_modules():
+        drop_parts(model.get_submodule(path))
     for handle in record.handles:
         handle.remove()
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -126,10 +128,12 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
 def _fit_delta(model: nn.Module, delta: Delta, check: bool) -> Plan:
     if check:
-        verify(model, delta.base, delta.head)
+        verify_base(model, delta.base, delta.head)
     plan = resolve(model, delta.recipe, delta.pooling)
-    shapes, found = plan.shapes, {name: tuple(t.shape) for name, t in delta.tensors.items()}
-    if set(plan.shapes) != set(found):
+    if plan.pending:
+        plan = narrow(plan, chosen_indices(plan, delta.tensors))
+    shapes, found = plan.saved, {name: tuple(t.shape) for name, t in delta.tensors.items()}
+    if set(shapes) != set(found):
         missing, extra = sorted(set(shapes) - set(found)), sorted(set(found) - set(shapes))
         raise DeltaError(f"the delta does not fit {plan.model}: missing {missing[:3]}, unexpected {extra[:3]}")
     wrong = [name for name in shapes if shapes[name] != found[name]]
@@ -140,66 +144,25 @@ def _fit_delta(model: nn.Module, delta: Delta, check: bool) -> Plan:
     return plan
 
 
-def place(model: nn.Module, plan: Plan) -> None:
-    """Put a resolved plan on a model; `attach` without checks, seeds and the compiler reset."""
-    owners: dict[int, list[str]] = {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, parameter in parameters.items():
-        owners.setdefault(id(parameter), []).append(name)
-    dtype = base_dtype(parameters)
-    flags = {name: p.requires_grad for name, p in parameters.items()}
-    added = [row for row in plan.rows if row.added]
-    for row in added:
-        check_editable(model.get_submodule(row.site.path), row.site)
-    tensors = [row.method.init(row.site) for row in added]
-    record = Attachment(plan, _swaps(plan, parameters, owners), [], flags, dtype)
-    for parameter in parameters.values():
-        parameter.requires_grad_(False)
-    for row, fresh in zip(added, tensors, strict=True):
-        module = model.get_submodule(row.site.path)
-        device = next(module.parameters()).device
-        fresh = {k: v.to(device=device, dtype=master_dtype(dtype)) for k, v in fresh.items()}
-        edit = Edit(row.method, row.site, fresh)
-        add_edit(module, row.key, edit)
-        record.edits.append((row.site.path, row.key))
-        record.added.update(zip((name for name, _ in row.names()), edit.parameters(), strict=True))
-    for path, terms, norm in record.low_modules():
-        place_casts(model.get_submodule(path), terms, dtype, norm)
-    record.plug(model)
-    record.handles.append(model.register_forward_pre_hook(refuse_cast))
-    if plan.pooling is not None:
-        record.handles.append(place_pooling(model, plan.pooling))
-    if hasattr(model, "save_pretrained"):
-        model.__dict__["save_pretrained"] = refuse_save
-    model._smidgen = record  # type: ignore[assignment]
+def _narrowed(model: nn.Module, plan: Plan, selection: Selection | None, seed: int, check: bool) -> Plan:
+    if not plan.pending:
+        if selection is not None:
+            raise AttachError(
+                f"{plan.recipe} narrows nothing, so a selection has no use; write '{plan.recipe} | Select(...)'"
+            )
+        return plan
+    if selection is None:
+        return narrow(plan, choose_ready(model, plan, seed))
+    if check:
+        verify_base(model, selection.base, [name for name, _ in plan.head])
+    return narrow(plan, selection.indices)
 
 
-def _swaps(plan: Plan, parameters: Mapping[str, nn.Parameter], owners: Mapping[int, list[str]]) -> list[Swap]:
-    names = [name for row in plan.rows if not row.added for name, _ in row.names()]
-    trained = [*names, *(name for name, _ in plan.head)]
-    # A norm in a low-precision base computes in float32 with both of its terms, even if one of them is frozen.
-    norms = {
-        f"{row.site.path}.{term}": None
-        for row in plan.rows
-        if row.site.kind == "norm" and not row.added
-        for term, _ in row.site.terms
-    }
-    frozen = [name for name in norms if name not in trained and parameters[name].element_size() < 4]
-    swaps = []
-    for name in (*trained, *frozen):
-        original = parameters[name]
-        master = nn.Parameter(
-            original.detach().to(master_dtype(original.dtype), copy=True), requires_grad=name in trained
-        )
-        swaps.append(Swap(name, tuple(owners[id(original)]), original, master, name in trained))
-    return swaps
-
-
-def refuse_cast(model: nn.Module, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook of an attached model: masters that were cast are ruined, and that must not pass unseen."""
-    check_masters(model)
-
-
-def refuse_save(*args: Any, **kwargs: Any) -> None:
-    """Stands in for save_pretrained on an attached model."""
-    raise AttachError(SAVE_ERROR)
+def _fill(model: nn.Module, delta: Delta) -> None:
+    """Copy a delta's values, and the starts that it brings, into what is attached."""
+    with torch.no_grad():
+        for name, parameter in trained_parameters(model).items():
+            parameter.copy_(delta.tensors[name])
+        for name, tensor in attachment(model).fixed(model):
+            if name.endswith(START):
+                tensor.copy_(delta.tensors[name])

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from smidgen.errors import AttachError
 from smidgen.plan import Plan
 from smidgen.ports import LOW, master_dtype
+from smidgen.rows import INDICES, START
+from smidgen.subsets import Part
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Attachment:
     flags: dict[str, bool]  # requires_grad of every base parameter before
     dtype: torch.dtype  # the base's
     added: dict[str, nn.Parameter] = field(default_factory=dict)
+    parts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # name of a tensor -> its owners
     handles: list[Any] = field(default_factory=list)
     active: bool = True
 
@@ -56,9 +59,39 @@ class Attachment:
         for path, key in self.edits:
             edits: Any = model.get_submodule(path).edits
             edits[key].enabled = on
+        for owners in self.parts.values():
+            self._part(model, owners[0]).enabled = on
         for path, _, _ in self.low_modules():
             model.get_submodule(path)._casting = on  # type: ignore[assignment]
         self.active = on
+
+    def _part(self, model: nn.Module, owner: str) -> Part:
+        path, _, term = owner.rpartition(".")
+        subsets: Any = model.get_submodule(path).subsets
+        part: Part = subsets[term]
+        return part
+
+    def whole_parts(self, model: nn.Module) -> dict[str, Tensor]:
+        """Name -> whole tensor, in master precision, of every existing tensor of which some values are trained."""
+        base = dict(self.base_tensors(model))
+        return {
+            name: self._part(model, owners[0]).whole(base[name].to(master_dtype(base[name].dtype))).detach()
+            for name, owners in self.parts.items()
+        }
+
+    def subset_modules(self) -> dict[str, None]:
+        """Paths of existing modules that hold parts."""
+        return dict.fromkeys(owner.rpartition(".")[0] for owners in self.parts.values() for owner in owners)
+
+    def fixed(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Saved name and tensor of what a file needs beside the trained values: indices, starts drawn at random."""
+        for row in self.plan.rows:
+            module: Any = model.get_submodule(row.site.path)
+            for term, subset in row.subsets.items():
+                if len(subset.indices):
+                    yield row.name(term) + INDICES, subset.indices.to(torch.int32)
+                if subset.start:
+                    yield row.name(term) + START, getattr(module.edits[row.key], term).detach()
 
     def low_modules(self) -> list[tuple[str, tuple[str, ...], bool]]:
         """Modules of a low-precision base that hold masters: path, terms, whether it is a norm."""

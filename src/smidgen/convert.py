@@ -88,6 +88,8 @@ def _writer(delta: Delta) -> tuple[Method, Writer]:
         )
     method, *more = delta.recipe
     known = ", ".join(cls.__name__ for cls in WRITERS)
+    if delta.recipe.narrowed:
+        raise DeltaError(f"{delta.recipe} trained a subset, which a PEFT adapter cannot hold; merge it instead")
     if more:
         raise DeltaError(f"{delta.recipe} is a sum; a PEFT adapter holds one method ({known})")
     if type(method) not in WRITERS or not isinstance(method, Method):
@@ -99,7 +101,7 @@ def _by_saved_name(plan: Plan, values: Mapping[str, Tensor]) -> dict[str, Tensor
     """Saved name -> tensor, from tensors named by site and symbol; those of the head keep their names."""
     named = {name: values[name] for name, _ in plan.head}
     for row in plan.rows:
-        for (term, _), (name, _) in zip(row.terms, row.names(), strict=True):
+        for term, name, _ in row.trained():
             named[name] = values[f"{row.site.name}.{term}"]
     return named
 

@@ -21,21 +21,12 @@ from smidgen.fingerprint import Fingerprint
 from smidgen.plan import resolve
 from smidgen.ports import master_dtype
 from smidgen.recipe import Recipe, Term
+from smidgen.rows import is_value
 from smidgen.version import __version__
 
 FORMAT_VERSION = 1
 TENSORS, META, CARD = "delta.safetensors", "delta.json", "README.md"
-FIELDS = {
-    "format_version",
-    "smidgen_version",
-    "recipe",
-    "base",
-    "head",
-    "pooling",
-    "labels",
-    "info",
-    "tensors",
-}
+FIELDS = {"format_version", "smidgen_version", "recipe", "base", "head", "pooling", "labels", "info", "tensors"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +35,9 @@ class Delta:
 
     Attributes:
         recipe: what was trained.
-        tensors: saved name -> float32 tensor (float64 on a float64 base), head included.
+        tensors: saved name -> float32 tensor (float64 on a float64 base), head included. Where a selection left k
+            values of a tensor: (k,), with `<name>.indices` (k,) int32 into the flattened tensor, and
+            `<name>.start` if the rest of it was drawn at random.
         base: fingerprint of the model that it belongs to.
         head: names of the head's tensors among `tensors`.
         pooling: None for the class's own.
@@ -69,7 +62,8 @@ class Delta:
         """
         record = attachment(model)
         check_masters(model)
-        tensors = {name: p.detach().cpu().clone() for name, p in record.trained()}
+        everything = [*record.trained(), *record.fixed(model)]
+        tensors = {name: p.detach().cpu().clone() for name, p in everything}
         head = tuple(name for name, _ in record.plan.head)
         config: Any = getattr(model, "config", None)
         labels = _labels(config) if head else ()
@@ -106,7 +100,7 @@ class Delta:
     @property
     def trained(self) -> int:
         """Number of trained values, head apart."""
-        return sum(t.numel() for name, t in self.tensors.items() if name not in self.head)
+        return sum(t.numel() for name, t in self.tensors.items() if name not in self.head and is_value(name))
 
     @property
     def head_values(self) -> int:

@@ -12,10 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from smidgen.attach import place
+from smidgen.place import place
 from smidgen.plan import Plan, resolve
 from smidgen.prefix import frozen_prefix
 from smidgen.recipe import Recipe, Term
+from smidgen.selection.narrow import settle
 
 
 def plan(
@@ -37,7 +38,7 @@ def plan(
     Raises:
         PlanError: the recipe does not fit the model.
     """
-    resolved = resolve(model, recipe, pooling)
+    resolved = settle(model, resolve(model, recipe, pooling))
     try:
         costs: dict[str, Any] = _costs(model, resolved, batch_size, length)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, KeyError, AttributeError) as error:
@@ -72,7 +73,7 @@ def _costs(model: nn.Module, resolved: Plan, batch_size: int, length: int) -> di
 
 def _ghost(model: nn.Module) -> tuple[nn.Module, FakeTensorMode]:
     """A copy whose tensors have shapes but no content, placed on the CPU so that its kernels are the ones counted."""
-    mode = FakeTensorMode()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # the indices of subsets
     memo: dict[int, Any] = {}
     with mode:
         for tensor in (*model.parameters(), *model.buffers()):

@@ -15,6 +15,7 @@ from smidgen.attachment import Attachment, attachment
 from smidgen.delta import Delta
 from smidgen.errors import AttachError
 from smidgen.ports import Edit, master_dtype
+from smidgen.subsets import current
 
 
 class RoundingWarning(UserWarning):
@@ -81,13 +82,13 @@ def _refuse(model: nn.Module, record: Attachment) -> None:
 
 def _folded(model: nn.Module, record: Attachment) -> dict[str, Tensor]:
     """Parameter name -> merged value in master precision."""
-    values = {swap.name: swap.master.detach() for swap in record.swaps if swap.trained}
+    values = {swap.name: swap.master.detach() for swap in record.swaps if swap.trained} | record.whole_parts(model)
     for path in dict.fromkeys(path for path, _ in record.edits):
         module: Any = model.get_submodule(path)
         _refuse_tied(model, path, module.weight)
         dtype = master_dtype(module.weight.dtype)
-        weight, bias = module.weight.detach().to(dtype), module.bias
-        bias = None if bias is None else bias.detach().to(dtype)
+        weight = current(module, "weight").to(dtype)
+        bias = None if module.bias is None else current(module, "bias").to(dtype)
         for edit in module.edits.values():
             weight, bias = _fold(edit, weight, bias)
         values[f"{path}.weight"] = weight
@@ -99,7 +100,7 @@ def _folded(model: nn.Module, record: Attachment) -> dict[str, Tensor]:
 def _fold(edit: Edit, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """One edit folded into the stored weight; the method sees (width_out, width_in) and its own rows."""
     site = edit.site
-    p = {symbol: tensor.detach() for symbol, tensor in edit.named_parameters(recurse=False)}
+    p = {symbol: tensor.detach() for symbol, tensor in edit.tensors().items()}
     oriented = weight.T if site.transposed else weight
     a, b = site.rows or (0, oriented.shape[0])
     part, part_bias = edit.method.merge(p, oriented[a:b], None if bias is None else bias[a:b], site)

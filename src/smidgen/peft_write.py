@@ -39,8 +39,7 @@ def placed(delta: Delta, plan: Plan) -> list[Placed]:
     """The delta's tensors, site by site."""
     found = []
     for row in plan.rows:
-        names = zip(row.terms, row.names(), strict=True)
-        found.append(Placed(row.site, {term: delta.tensors[name] for (term, _), (name, _) in names}))
+        found.append(Placed(row.site, {term: delta.tensors[name] for term, name, _ in row.trained()}))
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
@@ -15,39 +14,8 @@ from smidgen.errors import PlanError
 from smidgen.heads import check_pooling, head_names, own_pooling, unused_under
 from smidgen.method import Method
 from smidgen.recipe import Recipe, Term, as_recipe
+from smidgen.rows import Row, Shape, safetensors_size
 from smidgen.sites import Site, find_sites, roles_found, shares_layers
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method at one site: existing parameters that it trains, or tensors that it adds."""
-
-    index: int
-    method: Method
-    site: Site
-    terms: tuple[tuple[str, Shape], ...]
-    added: bool
-
-    @property
-    def key(self) -> str:
-        """Name of the edit on its module: the index in the recipe, with the role for a slice."""
-        if self.site.rows is None:
-            return str(self.index)
-        return f"{self.index}-{self.site.name[len(self.site.path) + 1 : -1]}"
-
-    def names(self) -> Iterator[tuple[str, Shape]]:
-        """Saved name and shape of each tensor: `path.term`, or `path.edits.key.symbol`."""
-        prefix = f"{self.site.path}." if self.site.path else ""
-        prefix += f"edits.{self.key}." if self.added else ""
-        for term, shape in self.terms:
-            yield prefix + term, shape
-
-    @property
-    def values(self) -> int:
-        """Number of trained values."""
-        return sum(prod(shape) for _, shape in self.terms)
 
 
 @dataclass(frozen=True)
@@ -62,6 +30,12 @@ class Plan:
     pooling: str | None
     reads: str | None
     costs: dict[str, Any] | None = field(default=None, compare=False)
+    chosen: bool = False
+
+    @property
+    def pending(self) -> bool:
+        """Whether the recipe narrows and the values are not chosen yet: counts are those of the candidates."""
+        return bool(self.recipe.narrowed) and not self.chosen
 
     @property
     def trained(self) -> int:
@@ -80,13 +54,18 @@ class Plan:
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """Saved name -> shape of all tensors of the delta, head included."""
+        """Saved name -> shape of all trained tensors, head included."""
         return {name: shape for row in self.rows for name, shape in row.names()} | dict(self.head)
+
+    @property
+    def saved(self) -> dict[str, Shape]:
+        """Saved name -> shape of everything in the delta's file: `shapes`, with the indices of subsets."""
+        return {name: shape for row in self.rows for name, shape in row.saved()} | dict(self.head)
 
     @property
     def file_bytes(self) -> int:
         """Size of the safetensors file in bytes, exactly."""
-        return safetensors_size(self.shapes)
+        return safetensors_size(self.saved)
 
     @property
     def lowest(self) -> str:
@@ -116,7 +95,8 @@ class Plan:
             "lowest": self.lowest,
             "pooling": self.pooling or self.reads,
             "costs": self.costs,
-            "tensors": {name: list(shape) for name, shape in self.shapes.items()},
+            "narrowed": "later" if self.pending else self.chosen,
+            "tensors": {name: list(shape) for name, shape in self.saved.items()},
         }
 
     def __str__(self) -> str:
@@ -219,14 +199,3 @@ def _refuse_twice(rows: list[Row], parameters: dict[str, nn.Parameter]) -> None:
             other, first = owner.setdefault(id(parameters[name]), (row, name))
             if other.index != row.index:
                 raise PlanError(f"{first} would be trained twice: by {other.method} and by {row.method}")
-
-
-def safetensors_size(shapes: dict[str, Shape], itemsize: int = 4) -> int:
-    """Bytes of a safetensors file with these tensors: 8 + header padded to 8 + data."""
-    header, offset = {}, 0
-    for name, shape in sorted(shapes.items()):
-        end = offset + prod(shape) * itemsize
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-length // 8) * 8 + offset

@@ -7,6 +7,7 @@ replicas and one compiled graph keep working and the base's state_dict names sta
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from smidgen.errors import AttachError
 from smidgen.method import Method
 from smidgen.sites import Site
+from smidgen.subsets import Part
 
 LOW = (torch.bfloat16, torch.float16)
 NATIVE = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -28,17 +30,40 @@ def master_dtype(base: torch.dtype) -> torch.dtype:
 
 
 class Edit(nn.Module):
-    """The tensors that one method adds at one site, as parameters named by the paper's symbols."""
+    """The tensors that one method adds at one site, named by the paper's symbols.
 
-    def __init__(self, method: Method, site: Site, tensors: dict[str, Tensor]) -> None:
+    A tensor of which a selection left some values is a buffer with its start and a `Part` with the values.
+    """
+
+    def __init__(
+        self, method: Method, site: Site, tensors: Mapping[str, Tensor], chosen: Mapping[str, Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.method, self.site, self.enabled = method, site, True
+        self.symbols, self.subsets = tuple(tensors), nn.ModuleDict()
         for symbol, tensor in tensors.items():
-            self.register_parameter(symbol, nn.Parameter(tensor))
+            if chosen is None or symbol not in chosen:
+                self.register_parameter(symbol, nn.Parameter(tensor))
+                continue
+            self.register_buffer(symbol, tensor)
+            if len(chosen[symbol]):
+                self.subsets[symbol] = Part(tensor, chosen[symbol], tensor.dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Symbol -> whole tensor."""
+        parts: Mapping[str, Any] = self.subsets._modules
+        found = {symbol: getattr(self, symbol) for symbol in self.symbols}
+        return {k: parts[k].whole(v) if k in parts else v for k, v in found.items()}
+
+    def leaf(self, symbol: str) -> nn.Parameter:
+        """What is trained of a tensor: all of it, or the chosen values."""
+        parts: Mapping[str, Any] = self.subsets._modules
+        found: nn.Parameter = parts[symbol].values if symbol in parts else getattr(self, symbol)
+        return found
 
     def cast(self, x: Tensor) -> dict[str, Tensor]:
         """Matrices enter a matrix product, so they take the activations' dtype; vectors stay masters."""
-        return {k: v.to(x.dtype) if v.ndim > 1 else v for k, v in self.named_parameters(recurse=False)}
+        return {k: v.to(x.dtype) if v.ndim > 1 else v for k, v in self.tensors().items()}
 
     def before(self, x: Tensor) -> Tensor:
         """The edited input, in the dtype of x."""

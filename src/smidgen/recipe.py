@@ -1,7 +1,8 @@
 """Recipes: sums of terms with one spelling in Python, on the command line, in file names and in saved files.
 
-A term is a frozen dataclass; defining the class registers its name. `parse` reads the spelling with `ast` and
-accepts registered calls, literals and `+` only: nothing is ever evaluated.
+A term is a frozen dataclass; defining the class registers its name. `a + b` is both, `a + b | c` is both, narrowed by
+c. `parse` reads the spelling with `ast` and accepts registered calls, literals, `+` and `|` only: nothing is ever
+evaluated.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import dataclasses
 import importlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
+from typing import Any, ClassVar
 
 from smidgen.errors import RecipeError, nearest
 
@@ -34,7 +37,10 @@ class Term:
         Term.registry[cls.__name__] = cls
 
     def __add__(self, other: Term | Recipe) -> Recipe:
-        return Recipe((self,)) + other
+        return as_recipe(self) + other
+
+    def __or__(self, by: Filter) -> Recipe:
+        return as_recipe(self) | by
 
     def __str__(self) -> str:
         """The spelling, with fields at their defaults left out."""
@@ -57,24 +63,51 @@ class Term:
         return term
 
 
+class Filter(Term, abstract=True):
+    """A term that narrows what stands before `|`; it trains nothing by itself."""
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """The terms from `start` to `stop` of a recipe, narrowed by a filter."""
+
+    start: int
+    stop: int
+    by: Filter
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """A sum of terms, applied left to right.
+    """A sum of terms, applied left to right; runs of them may be narrowed.
 
     Raises:
-        RecipeError: it is empty.
+        RecipeError: it is empty, a filter stands where a method should, or something is narrowed twice.
     """
 
     terms: tuple[Term, ...]
+    narrowed: tuple[Narrowing, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.terms:
             raise RecipeError("a recipe needs at least one method, for example LN()")
+        loose = next((term for term in self.terms if isinstance(term, Filter)), None)
+        if loose is not None:
+            raise RecipeError(f"{loose} narrows what stands before it: write 'LN() | {loose}', sums in brackets")
 
     def __add__(self, other: Term | Recipe) -> Recipe:
         if not isinstance(other, Term | Recipe):
             return NotImplemented
-        return Recipe(self.terms + as_recipe(other).terms)
+        other, n = as_recipe(other), len(self.terms)
+        moved = (replace(span, start=span.start + n, stop=span.stop + n) for span in other.narrowed)
+        return Recipe(self.terms + other.terms, (*self.narrowed, *moved))
+
+    def __or__(self, by: Filter) -> Recipe:
+        if not isinstance(by, Filter):
+            what = by if isinstance(by, Term | Recipe) else type(by).__name__
+            raise RecipeError(f"{what} does not narrow; after '|' comes Select(...), methods are joined by '+'")
+        if self.narrowed:
+            raise RecipeError(f"{self} is narrowed already; one Select for each method is all there can be")
+        return replace(self, narrowed=(Narrowing(0, len(self.terms), by),))
 
     def __iter__(self) -> Iterator[Term]:
         return iter(self.terms)
@@ -82,17 +115,50 @@ class Recipe:
     def __len__(self) -> int:
         return len(self.terms)
 
+    @property
+    def whole(self) -> Recipe:
+        """The same methods, nothing narrowed."""
+        return replace(self, narrowed=())
+
+    def groups(self) -> Iterator[tuple[tuple[Term, ...], Filter | None]]:
+        """The terms in order, in runs: (terms, what narrows them or None)."""
+        at = 0
+        for span in self.narrowed:
+            yield from (((term,), None) for term in self.terms[at : span.start])
+            yield self.terms[span.start : span.stop], span.by
+            at = span.stop
+        yield from (((term,), None) for term in self.terms[at:])
+
     def __str__(self) -> str:
-        return " + ".join(str(term) for term in self.terms)
+        groups = list(self.groups())
+        parts = [" + ".join(map(str, terms)) + (f" | {by}" if by else "") for terms, by in groups]
+        if len(parts) == 1:
+            return parts[0]
+        return " + ".join(f"({part})" if by else part for part, (_, by) in zip(parts, groups, strict=True))
 
     def to_json(self) -> list[dict[str, Any]]:
-        """A list of terms, every field of each spelled out."""
-        return [term.to_json() for term in self.terms]
+        """A list of terms, every field of each spelled out; what is narrowed as {"narrow": terms, "by": filter}."""
+        return [
+            terms[0].to_json() if by is None else {"narrow": [t.to_json() for t in terms], "by": by.to_json()}
+            for terms, by in self.groups()
+        ]
 
     @classmethod
-    def from_json(cls, data: Sequence[Mapping[str, Any]]) -> Self:
+    def from_json(cls, data: Sequence[Mapping[str, Any]]) -> Recipe:
         """The inverse of `to_json`."""
-        return cls(tuple(Term.from_json(entry) for entry in data))
+        parts = [
+            cls.from_json(entry["narrow"]) | _filter(Term.from_json(entry["by"]))
+            if "narrow" in entry
+            else as_recipe(Term.from_json(entry))
+            for entry in data
+        ]
+        return reduce(add, parts) if parts else cls(())
+
+
+def _filter(term: Term) -> Filter:
+    if not isinstance(term, Filter):
+        raise RecipeError(f"{term} does not narrow; after '|' comes Select(...)")
+    return term
 
 
 def as_recipe(value: str | Term | Recipe) -> Recipe:
@@ -116,12 +182,13 @@ def parse(text: str) -> Recipe:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise RecipeError(f"cannot read the recipe {text!r}; write it like 'LN() + LoRA(rank=8)'") from None
-    return Recipe(tuple(_terms(tree.body)))
+    return _recipe(tree.body)
 
 
 def registry() -> dict[str, type[Term]]:
-    """All terms by name; the package's own methods are loaded when first asked for."""
-    importlib.import_module("smidgen.methods")
+    """All terms by name; the package's own are loaded when first asked for."""
+    for room in ("methods", "selection.term"):
+        importlib.import_module(f"smidgen.{room}")
     return Term.registry
 
 
@@ -143,21 +210,29 @@ def build(name: str, args: tuple[Any, ...], fields: Mapping[str, Any]) -> Term:
         raise RecipeError(f"{name}: {error}") from None
 
 
-def _terms(node: ast.expr) -> Iterator[Term]:
+def _recipe(node: ast.expr) -> Recipe:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        yield from _terms(node.left)
-        yield from _terms(node.right)
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return _recipe(node.left) + _recipe(node.right)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        if not isinstance(node.right, ast.Call):
+            raise RecipeError(f"{ast.unparse(node.right)!r} does not narrow; after '|' comes Select(...)")
+        return _recipe(node.left) | _filter(_term(node.right))
+    return as_recipe(_term(node))
+
+
+def _term(node: ast.expr) -> Term:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         if any(keyword.arg is None for keyword in node.keywords):
             raise RecipeError(f"'**' is not understood in {ast.unparse(node)!r}")
         args = tuple(_literal(value) for value in node.args)
-        yield build(node.func.id, args, {str(k.arg): _literal(k.value) for k in node.keywords})
-    elif isinstance(node, ast.Name) and node.id in registry():
+        return build(node.func.id, args, {str(k.arg): _literal(k.value) for k in node.keywords})
+    if isinstance(node, ast.Name) and node.id in registry():
         raise RecipeError(f"{node.id} needs brackets: write {node.id}()")
-    elif isinstance(node, ast.Name):
+    if isinstance(node, ast.Name):
         build(node.id, (), {})  # raises, naming the nearest method
-    else:
-        raise RecipeError(f"{ast.unparse(node)!r} is not understood in a recipe; only + between methods is")
+    raise RecipeError(
+        f"{ast.unparse(node)!r} is not understood in a recipe; only + between methods is, and | Select(...)"
+    )
 
 
 def _literal(node: ast.expr) -> Any:

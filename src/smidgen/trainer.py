@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback as Base
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from smidgen.attach import refuse_save
 from smidgen.attachment import attachment, trained_parameters
 from smidgen.delta import Delta
 from smidgen.files import write_files
+from smidgen.place import refuse_save
 from smidgen.watch import check_gradients, check_moved, snapshot
 
 WATCH = 5

@@ -18,11 +18,11 @@ from smidgen.checks.common import equal, hooks
 
 @check
 def base_names_kept(case: Case) -> None:
-    """The state_dict keeps the base's names; added ones contain `.edits.`."""
+    """The state_dict keeps the base's names; added ones contain `.edits.` or `.subsets.`."""
     before = list(case.model.state_dict())
     after = list(case.attach().state_dict())
     lost = [name for name in before if name not in after]
-    odd = [name for name in after if name not in before and ".edits." not in name]
+    odd = [name for name in after if name not in before and not {"edits", "subsets"} & set(name.split("."))]
     assert not lost and not odd, f"lost {lost[:2]}, unexpected {odd[:2]}"
 
 

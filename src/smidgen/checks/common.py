@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from smidgen.attachment import attachment
+from smidgen import watch
 from smidgen.cases import Case
 
 
@@ -20,7 +20,5 @@ def hooks(model: nn.Module) -> int:
 
 
 def resting(case: Case) -> set[str]:
-    """Names of trained tensors that may stand still, by their method's word."""
-    rows = attachment(case.model).plan.rows
-    pairs = ((row, term, name) for row in rows for (term, _), (name, _) in zip(row.terms, row.names(), strict=True))
-    return {name for row, term, name in pairs if row.method.may_rest(row.site, term)}
+    """Names of trained tensors that may stand still."""
+    return set(watch.resting(case.model))

@@ -10,20 +10,22 @@ from smidgen.cases import Case, check
 from smidgen.checks.common import equal
 from smidgen.delta import TENSORS, Delta
 from smidgen.method import Method
-from smidgen.plan import Row, resolve
+from smidgen.plan import resolve
 from smidgen.recipe import Recipe, parse
+from smidgen.rows import Row
+from smidgen.selection.narrow import settle
 
 
 @check
 def counts_as_planned(case: Case) -> None:
     """The plan's counts are those of the tensors, and its file size is the file's."""
-    plan = resolve(case.model, case.recipe)
+    plan = settle(case.model, resolve(case.model, case.recipe), case.seed)
     case.attach()
     delta = Delta.of(case.model)
     assert plan.trained == delta.trained, f"planned {plan.trained} values, trains {delta.trained}"
     shapes = {name: tuple(t.shape) for name, t in delta.tensors.items()}
-    assert dict(plan.shapes) == shapes, "planned names or shapes differ from the delta's"
-    small = {name: t.float() for name, t in delta.tensors.items()}
+    assert dict(plan.saved) == shapes, "planned names or shapes differ from the delta's"
+    small = {name: t.float() if t.is_floating_point() else t for name, t in delta.tensors.items()}
     with tempfile.TemporaryDirectory() as folder:
         path = Delta(delta.recipe, small, delta.base, delta.head).save(folder)
         size = (path / TENSORS).stat().st_size

@@ -1,0 +1,107 @@
+"""Put a resolved plan on a model: masters in, edits on, hooks placed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from smidgen.attachment import Attachment, Swap, check_masters
+from smidgen.errors import AttachError
+from smidgen.fingerprint import base_dtype
+from smidgen.heads import place_pooling
+from smidgen.plan import Plan
+from smidgen.ports import Edit, add_edit, check_editable, master_dtype, place_casts
+from smidgen.rows import Row
+from smidgen.start import initial
+from smidgen.subsets import Part, add_part, check_free
+
+SAVE_ERROR = (
+    "save_pretrained on an attached model would lose the trained values on reload. Save the delta with "
+    "smidgen.Delta.of(model).save(folder), or save a plain model with smidgen.merge(model).save_pretrained(folder); "
+    "under Trainer, add smidgen.TrainerCallback()"
+)
+
+
+def place(model: nn.Module, plan: Plan, seed: int = 0) -> None:
+    """Put a resolved plan on a model; `attach` without checks and the compiler reset."""
+    owners: dict[int, list[str]] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        owners.setdefault(id(parameter), []).append(name)
+    dtype = base_dtype(parameters)
+    flags = {name: p.requires_grad for name, p in parameters.items()}
+    added = [row for row in plan.rows if row.added]
+    for row in added:
+        check_editable(model.get_submodule(row.site.path), row.site)
+    tensors = [initial(row, seed) for row in added]
+    partial = {row.name(t): s.indices for row in plan.rows if not row.added for t, s in row.subsets.items()}
+    parts = {name: tuple(owners[id(parameters[name])]) for name in partial}
+    for owner in (owner for found in parts.values() for owner in found):
+        check_free(model.get_submodule(owner.rpartition(".")[0]), owner)
+    record = Attachment(plan, _swaps(plan, parameters, owners), [], flags, dtype, parts=parts)
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+    for row, fresh in zip(added, tensors, strict=True):
+        _place_edit(model, row, fresh, record)
+    for name, index in partial.items():
+        _place_part(model, name, index, parameters[name], record)
+    for path, terms, norm in record.low_modules():
+        place_casts(model.get_submodule(path), terms, dtype, norm)
+    record.plug(model)
+    record.handles.append(model.register_forward_pre_hook(refuse_cast))
+    if plan.pooling is not None:
+        record.handles.append(place_pooling(model, plan.pooling))
+    if hasattr(model, "save_pretrained"):
+        model.__dict__["save_pretrained"] = refuse_save
+    model._smidgen = record  # type: ignore[assignment]
+
+
+def _place_edit(model: nn.Module, row: Row, fresh: Mapping[str, Tensor], record: Attachment) -> None:
+    module = model.get_submodule(row.site.path)
+    device = next(module.parameters()).device
+    fresh = {k: v.to(device=device, dtype=master_dtype(record.dtype)) for k, v in fresh.items()}
+    edit = Edit(row.method, row.site, fresh, {term: subset.indices for term, subset in row.subsets.items()})
+    add_edit(module, row.key, edit)
+    record.edits.append((row.site.path, row.key))
+    record.added.update((name, edit.leaf(term)) for term, name, _ in row.trained())
+
+
+def _place_part(model: nn.Module, name: str, index: Tensor, parameter: nn.Parameter, record: Attachment) -> None:
+    part = Part(parameter, index, master_dtype(parameter.dtype))
+    for owner in record.parts[name]:
+        path, _, term = owner.rpartition(".")
+        add_part(model.get_submodule(path), term, part)
+    record.added[name] = part.values
+
+
+def _swaps(plan: Plan, parameters: Mapping[str, nn.Parameter], owners: Mapping[int, list[str]]) -> list[Swap]:
+    names = [row.name(t) for row in plan.rows if not row.added for t, _ in row.terms if t not in row.subsets]
+    trained = [*names, *(name for name, _ in plan.head)]
+    # A norm in a low-precision base computes in float32 with both of its terms, even if one of them is frozen.
+    norms = {
+        f"{row.site.path}.{term}": None
+        for row in plan.rows
+        if row.site.kind == "norm" and not row.added
+        for term, _ in row.site.terms
+    }
+    frozen = [name for name in norms if name not in trained and parameters[name].element_size() < 4]
+    swaps = []
+    for name in (*trained, *frozen):
+        original = parameters[name]
+        master = nn.Parameter(
+            original.detach().to(master_dtype(original.dtype), copy=True), requires_grad=name in trained
+        )
+        swaps.append(Swap(name, tuple(owners[id(original)]), original, master, name in trained))
+    return swaps
+
+
+def refuse_cast(model: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of an attached model: masters that were cast are ruined, and that must not pass unseen."""
+    check_masters(model)
+
+
+def refuse_save(*args: Any, **kwargs: Any) -> None:
+    """Stands in for save_pretrained on an attached model."""
+    raise AttachError(SAVE_ERROR)

@@ -1,0 +1,107 @@
+"""Row: one method at one site, as a plan lists it, with the values that a selection left to train."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+from torch import Tensor
+
+from smidgen.method import Method
+from smidgen.sites import Site
+
+Shape = tuple[int, ...]
+INDICES, START = ".indices", ".start"
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """The chosen values of one tensor.
+
+    Attributes:
+        indices: (k,) int64, ascending, into the flattened tensor; k may be 0 for a tensor that is added.
+        shape: of the whole tensor.
+        start: whether a file needs the whole start beside the values, because it was drawn at random.
+    """
+
+    indices: Tensor
+    shape: Shape
+    start: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one site: existing parameters that it trains, or tensors that it adds."""
+
+    index: int
+    method: Method
+    site: Site
+    terms: tuple[tuple[str, Shape], ...]
+    added: bool
+    subsets: Mapping[str, Subset] = field(default_factory=dict, compare=False)
+
+    @property
+    def key(self) -> str:
+        """Name of the edit on its module: the index in the recipe, with the role for a slice."""
+        if self.site.rows is None:
+            return str(self.index)
+        return f"{self.index}-{self.site.name[len(self.site.path) + 1 : -1]}"
+
+    def name(self, term: str) -> str:
+        """Saved name of a tensor: `path.term`, or `path.edits.key.symbol`."""
+        prefix = f"{self.site.path}." if self.site.path else ""
+        return f"{prefix}edits.{self.key}.{term}" if self.added else prefix + term
+
+    def trained(self) -> Iterator[tuple[str, str, Shape]]:
+        """Term, saved name and shape of what is trained; (k,) where a selection left k values of a tensor."""
+        for term, shape in self.terms:
+            subset = self.subsets.get(term)
+            if subset is None:
+                yield term, self.name(term), shape
+            elif len(subset.indices):
+                yield term, self.name(term), (len(subset.indices),)
+
+    def names(self) -> Iterator[tuple[str, Shape]]:
+        """Saved name and shape of each trained tensor."""
+        for _, name, shape in self.trained():
+            yield name, shape
+
+    def saved(self) -> Iterator[tuple[str, Shape]]:
+        """Name and shape of everything that a file holds for this row: `names`, indices, starts."""
+        yield from self.names()
+        for term, subset in self.subsets.items():
+            if len(subset.indices):
+                yield self.name(term) + INDICES, (len(subset.indices),)
+            if subset.start:
+                yield self.name(term) + START, subset.shape
+
+    @property
+    def values(self) -> int:
+        """Number of trained values."""
+        return sum(prod(shape) for _, shape in self.names())
+
+    @property
+    def term_kinds(self) -> dict[str, str]:
+        """Term -> "gain" or "bias" for a norm, else the term's own name (weight, bias, A, ...)."""
+        known = {self.site.gain: "gain", self.site.bias: "bias"} if self.site.kind == "norm" and not self.added else {}
+        return {term: known.get(term, term) for term, _ in self.terms}
+
+
+def is_value(name: str) -> bool:
+    """Whether a saved name is that of trained values, not of their indices or start."""
+    return not name.endswith((INDICES, START))
+
+
+def safetensors_size(shapes: Mapping[str, Shape], itemsize: int = 4) -> int:
+    """Bytes of a safetensors file with these tensors: 8 + header padded to 8 + data."""
+    header, offset = {}, 0
+    # safetensors writes float32 before int32, each in the order of names
+    for name, shape in sorted(shapes.items(), key=lambda item: (item[0].endswith(INDICES), item[0])):
+        end = offset + prod(shape) * itemsize
+        dtype = "I32" if name.endswith(INDICES) else "F32"
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8 + offset

@@ -1,0 +1,73 @@
+"""A plan with a selection: rows keep what was chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from smidgen.errors import DeltaError
+from smidgen.plan import Plan
+from smidgen.rows import Row, Subset
+from smidgen.selection.ready import choose_ready, needs_data
+from smidgen.start import initial
+
+
+def narrow(plan: Plan, indices: Mapping[str, Tensor]) -> Plan:
+    """The plan with only the chosen values trained; `indices` has an entry (k,) for each tensor that was narrowed.
+
+    A tensor that is kept in whole needs no indices. Of an existing module nothing else changes; an added one with
+    nothing chosen is left out, and where some is chosen the rest of it stands at its start.
+
+    Raises:
+        DeltaError: indices that are none of this plan's tensors, or outside of one.
+    """
+    spans = plan.recipe.narrowed
+    inside = [any(span.start <= row.index < span.stop for span in spans) for row in plan.rows]
+    known = {row.name(t) for row, narrowed in zip(plan.rows, inside, strict=True) if narrowed for t, _ in row.terms}
+    if known != set(indices):
+        odd = sorted(known ^ set(indices))
+        raise DeltaError(f"the selection is of another model or recipe: {plan.recipe.whole} differs in {odd[0]}")
+    rows: list[Row] = []
+    for row, narrowed in zip(plan.rows, inside, strict=True):
+        rows += _narrowed(row, indices) if narrowed else [row]
+    return replace(plan, rows=tuple(rows), chosen=True)
+
+
+def settle(model: nn.Module, plan: Plan, seed: int = 0) -> Plan:
+    """The plan as it will be attached, if that can be told without data; else as it is, `pending`."""
+    empty = any(parameter.is_meta for parameter in model.parameters())
+    if not plan.pending or needs_data(plan) or empty:
+        return plan
+    return narrow(plan, choose_ready(model, plan, seed))
+
+
+def _narrowed(row: Row, indices: Mapping[str, Tensor]) -> Iterator[Row]:
+    chosen = {term: _checked(indices[row.name(term)], row.name(term), prod(shape)) for term, shape in row.terms}
+    if not any(len(index) for index in chosen.values()):
+        return
+    kept = tuple((t, s) for t, s in row.terms if row.added or len(chosen[t]))
+    partial = [(t, s) for t, s in kept if len(chosen[t]) < prod(s)]
+    fresh = initial(row, 0) if row.added and partial else {}
+    subsets = {t: Subset(chosen[t], s, t in fresh and not _constant(fresh[t])) for t, s in partial}
+    yield replace(row, terms=kept, subsets=subsets)
+
+
+def _checked(index: Tensor, name: str, size: int) -> Tensor:
+    index = index.detach().to("cpu", torch.long)
+    good = index.ndim == 1 and (
+        not len(index) or (index[0] >= 0 and index[-1] < size and bool((index.diff() > 0).all()))
+    )
+    if not good:
+        raise DeltaError(
+            f"the indices of {name} are not ascending numbers below {size:,}: damaged, or of another model"
+        )
+    return index
+
+
+def _constant(tensor: Tensor) -> bool:
+    """Whether a start need not be saved: all its values are the same number, so it was not drawn at random."""
+    return tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all())

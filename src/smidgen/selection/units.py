@@ -1,0 +1,119 @@
+"""Units: which values of a plan's tensors stand or fall together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smidgen.errors import PlanError
+from smidgen.rows import Row, Shape
+from smidgen.sites import Site, find_sites
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One tensor that a selection may keep parts of."""
+
+    row: Row
+    term: str
+    shape: Shape
+
+    @property
+    def name(self) -> str:
+        """Its saved name."""
+        return self.row.name(self.term)
+
+    @property
+    def size(self) -> int:
+        """Number of its values."""
+        return prod(self.shape)
+
+
+def candidates(rows: Sequence[Row]) -> list[Candidate]:
+    """All tensors of these rows, in the plan's order."""
+    return [Candidate(row, term, shape) for row in rows for term, shape in row.terms]
+
+
+def label_units(model: nn.Module, found: Sequence[Candidate], granularity: str) -> tuple[Tensor, int]:
+    """Unit of each value of all candidates laid end to end, -1 for none, and the number of units.
+
+    Raises:
+        PlanError: heads are wanted of tensors that have none, or the model does not say how many there are.
+    """
+    if granularity == "element":
+        total = sum(c.size for c in found)
+        return torch.arange(total), total
+    if granularity == "head":
+        return _heads(model, found)
+    keys = [c.name if granularity == "tensor" else layer_key(c.row.site) for c in found]
+    numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    parts = [torch.full((c.size,), numbers[key]) for c, key in zip(found, keys, strict=True)]
+    return torch.cat(parts), len(numbers)
+
+
+def layer_key(site: Site) -> str:
+    """The layer of a site; what lies outside the layers is a unit of its own."""
+    return site.path if site.layer is None else f"{site.stack}.{site.layer}"
+
+
+def _heads(model: nn.Module, found: Sequence[Candidate]) -> tuple[Tensor, int]:
+    count = head_count(model)
+    slices = [site for site in find_sites(model) if site.rows is not None]
+    numbers: dict[str, int] = {}
+    parts = []
+    for c in found:
+        key = layer_key(c.row.site)
+        local = torch.full(c.shape, -1)
+        for dim, start, stop in _runs(c, slices):
+            _number(local, dim, start, stop, count)
+        if (local >= 0).any():
+            local[local >= 0] += numbers.setdefault(key, len(numbers) * count)
+        parts.append(local.flatten())
+    if not numbers:
+        raise PlanError(
+            "granularity='head' needs tensors of query, key, value or attention output, such as those of BitFit() or "
+            "LoRA(); the recipe has none (norms belong to no head)"
+        )
+    return torch.cat(parts), len(numbers) * count
+
+
+def head_count(model: nn.Module) -> int:
+    """Heads of a layer's attention; with grouped queries, the key / value heads, each with its group of queries."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None else None
+    for name in ("num_key_value_heads", "num_attention_heads"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    raise PlanError(f"granularity='head': {type(model).__name__} does not say how many heads it has")
+
+
+def _runs(c: Candidate, slices: Sequence[Site]) -> list[tuple[int, int, int]]:
+    """Runs (dimension, start, stop) of a tensor that hold one projection's outputs, or the output map's inputs."""
+    site, shape = c.row.site, c.shape
+    fused = [s for s in slices if s.path == site.path] if site.rows is None and not c.row.added else []
+    if fused:
+        dim = len(shape) - 1 if site.transposed else 0
+        return [(dim, *s.rows) for s in fused if s.rows and s.roles & {"query", "key", "value"}]
+    if site.roles & {"query", "key", "value"}:
+        dim = len(shape) - 1 if site.transposed and not c.row.added else 0
+        return [(dim, 0, shape[dim])] if shape[dim] == site.width_out else []
+    if "attention_out" in site.roles and len(shape) == 2:
+        dim = 0 if site.transposed and not c.row.added else 1
+        return [(dim, 0, shape[dim])] if shape[dim] == site.width_in else []
+    return []
+
+
+def _number(local: Tensor, dim: int, start: int, stop: int, count: int) -> None:
+    """Write head 0 ... count - 1 over equal runs of the dimension from start to stop."""
+    if (stop - start) % count:
+        raise PlanError(f"granularity='head': {stop - start} rows do not divide into {count} heads")
+    heads = torch.arange(count).repeat_interleave((stop - start) // count)
+    shape = [1] * local.ndim
+    shape[dim] = stop - start
+    local.narrow(dim, start, stop - start).copy_(heads.view(shape).expand_as(local.narrow(dim, start, stop - start)))
