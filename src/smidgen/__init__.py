@@ -31,6 +31,12 @@ if TYPE_CHECKING:
     from smidgen.plan import Plan
     from smidgen.predict import Prediction, predict
     from smidgen.recipe import Recipe, parse
+    from smidgen.scores.fisher import fisher, mean_gradients
+    from smidgen.select import score, select
+    from smidgen.selection.budget import SelectionWarning
+    from smidgen.selection.chosen import Selection
+    from smidgen.selection.combine import combine
+    from smidgen.selection.term import Select
     from smidgen.sites import Site, find_sites
     from smidgen.train import fit
     from smidgen.trainer import TrainerCallback
@@ -50,6 +56,12 @@ _HOMES = {
     "plan": ("Plan",),
     "predict": ("Prediction", "predict"),
     "recipe": ("Recipe", "parse"),
+    "scores.fisher": ("fisher", "mean_gradients"),
+    "select": ("score", "select"),
+    "selection.budget": ("SelectionWarning",),
+    "selection.chosen": ("Selection",),
+    "selection.combine": ("combine",),
+    "selection.term": ("Select",),
     "sites": ("Site", "find_sites"),
     "train": ("fit",),
     "trainer": ("TrainerCallback",),

@@ -145,11 +145,11 @@ def _fit_delta(model: nn.Module, delta: Delta, check: bool) -> Plan:
 
 
 def _narrowed(model: nn.Module, plan: Plan, selection: Selection | None, seed: int, check: bool) -> Plan:
+    if selection is not None and selection.recipe.whole != plan.recipe.whole:
+        raise AttachError(f"the selection is of another recipe: {selection.recipe.whole}, not {plan.recipe.whole}")
+    if selection is not None and not plan.pending:
+        plan = resolve(model, selection.recipe, plan.pooling)
     if not plan.pending:
-        if selection is not None:
-            raise AttachError(
-                f"{plan.recipe} narrows nothing, so a selection has no use; write '{plan.recipe} | Select(...)'"
-            )
         return plan
     if selection is None:
         return narrow(plan, choose_ready(model, plan, seed))

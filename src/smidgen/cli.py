@@ -6,43 +6,44 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import smidgen as sm
-from smidgen import views
+from smidgen import cli_analyze, views
 from smidgen.errors import DeltaError, SmidgenError
+from smidgen.options import (
+    AnyData,
+    Base,
+    BatchSize,
+    Data,
+    DeltaFolder,
+    Dtype,
+    Format,
+    Json,
+    Kind,
+    Label,
+    Length,
+    Limit,
+    Metric,
+    Model,
+    Most,
+    Option,
+    Out,
+    OwnDtype,
+    Pooling,
+    RecipeText,
+    Text,
+    open_delta,
+    open_task,
+)  # fmt: skip
 from smidgen.version import __version__
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that this typer uses
-Option = typer.Option
-
-
-Dtype = StrEnum("Dtype", "float32 bfloat16 float16 float64")
-Format = StrEnum("Format", "peft smidgen")
-Model = Annotated[str, Option("--model", help="built-in name (minilm, smollm2), folder, or hub id")]
-Base = Annotated[str | None, Option("--model", help="the delta's base, if it is not where it was")]
-RecipeText = Annotated[str, Option("--recipe", help="what to train, such as 'LN() + LoRA(rank=8)'")]
-Data = Annotated[str, Option("--data", help="bbc-news, a file, a folder of split files, or hub id")]
-AnyData = Annotated[str | None, Option("--data", help="data that shapes the head")]
-DeltaFolder = Annotated[str, Option("--delta", help="folder of a delta, or hub id")]
-Out = Annotated[Path, Option("--out", help="folder to write")]
-Text = Annotated[list[str] | None, Option("--text", help="text column; twice for two texts")]
-Label = Annotated[str | None, Option("--label", help="label column")]
-Kind = Annotated[str | None, Option("--kind", help="classification, regression, tokens or causal-lm")]
-Metric = Annotated[str | None, Option("--metric", help="metric that counts")]
-Limit = Annotated[int | None, Option("--limit", min=1, help="use so many training examples")]
-Most = Annotated[int | None, Option("--limit", min=1, help="use so many examples of the split")]
-BatchSize = Annotated[int, Option("--batch-size", min=1)]
-Length = Annotated[int | None, Option("--max-length", min=1, help="tokens per text")]
-Pooling = Annotated[str | None, Option("--pooling", help="first, mean or last; default is the model's own")]
-OwnDtype = Annotated[Dtype | None, Option("--dtype", help="of the base; default as in training")]
-Json = Annotated[bool, Option("--json", help="one JSON object on stdout")]
-
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app.add_typer(cli_analyze.app, name="analyze")
 
 
 def _version(wanted: bool) -> None:
@@ -82,7 +83,7 @@ def plan(
 ) -> None:  # fmt: skip
     """Show what a recipe would train, and what it costs; nothing is trained."""
     wanted = sm.parse(recipe)
-    task = None if data is None else _task(data, text, label, kind)
+    task = None if data is None else open_task(data, text, label, kind)
     network, _ = sm.load(model, task=task, dtype=dtype.value)
     result = sm.plan(network, wanted, pooling=pooling, batch_size=batch_size, length=max_length or 128)
     views.show(result.to_json(), views.plan(result, every), as_json)
@@ -103,7 +104,7 @@ def tune(
     from smidgen.runs import RunFolder
 
     wanted = sm.parse(recipe)
-    task = _task(data, text, label, kind, metric, limit)
+    task = open_task(data, text, label, kind, metric, limit)
     network, tokenizer = sm.load(model, task=task, dtype=dtype.value, seed=seed)
     settings: dict[str, Any] = {"seed": seed, "epochs": epochs, "lr": lr, "head_lr": head_lr}
     settings |= {"batch_size": batch_size, "max_length": max_length, "pooling": pooling}
@@ -127,8 +128,8 @@ def evaluate(
     batch_size: BatchSize = 64, max_length: Length = None, dtype: OwnDtype = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Metrics of a delta on a split of a task."""
-    trained, network, tokenizer = _open(delta, model, dtype)
-    task = _task(data, text, label, kind, metric, limit and {split: limit})
+    trained, network, tokenizer = open_delta(delta, model, dtype)
+    task = open_task(data, text, label, kind, metric, limit and {split: limit})
     options: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size, "max_length": max_length}
     result = sm.evaluate(network, task, delta=trained, split=split, **options)
     report: dict[str, Any] = {"delta": delta, "data": data, "split": split, "metric": result.metric}
@@ -148,7 +149,7 @@ def predict(
     """Labels with probabilities for new texts; continuations for a causal language model."""
     from smidgen.predict import predict, read_texts
 
-    trained, network, tokenizer = _open(delta, model, dtype)
+    trained, network, tokenizer = open_delta(delta, model, dtype)
     texts, pairs = read_texts(file, trained) if file else (text or [], pair)
     options: dict[str, Any] = {"pairs": pairs, "max_new_tokens": max_new_tokens}
     rows = predict(network, texts, delta=trained, tokenizer=tokenizer, **options)
@@ -166,7 +167,7 @@ def merge(
 
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise DeltaError(f"{out} is not empty; choose another --out")
-    trained, network, tokenizer = _open(delta, model)
+    trained, network, tokenizer = open_delta(delta, model)
     merged: Any = sm.merge(network, trained, dtype=getattr(torch, dtype) if dtype else None)
     merged.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -185,12 +186,12 @@ def convert(
     from smidgen.convert import from_peft, to_peft
 
     if to is Format.peft:
-        trained, network, _ = _open(source, model, dtype)
+        trained, network, _ = open_delta(source, model, dtype)
         to_peft(trained, network, target)
     elif model is None:
         raise DeltaError("an adapter is read for a base: give --model, and --data if it has a new head")
     else:
-        task = None if data is None else _task(data)
+        task = None if data is None else open_task(data)
         network, _ = sm.load(model, task=task, dtype=dtype or "float32")
         from_peft(source, network).save(target)
     views.show({"to": to, "out": str(target), "files": views.sizes(target)}, views.listing(target), as_json)
@@ -202,24 +203,6 @@ def inspect(delta: Annotated[str, typer.Argument(help="folder or hub id")], as_j
     trained = sm.Delta.load(delta)
     report = {**trained.to_json(), **_summary(trained), "files": views.sizes(Path(delta))}
     views.show(report, views.inspected(trained, Path(delta)), as_json)
-
-
-def _task(
-    data: str, text: list[str] | None = None, label: str | None = None, kind: str | None = None,
-    metric: str | None = None, limit: Any = None,
-) -> sm.Task:  # fmt: skip
-    task = sm.Task.load(data, text=text or None, label=label, kind=kind, metric=metric, limit=limit)
-    views.note(views.described(task))
-    return task
-
-
-def _open(delta: str, model: str | None, dtype: str | None = None) -> tuple[sm.Delta, Any, Any]:
-    """A delta with its base, that is where the delta says unless `model` is given, and the tokenizer."""
-    trained = sm.Delta.load(delta)
-    name = model or trained.base.name
-    if not name:
-        raise DeltaError("the delta does not say where its base is; give --model")
-    return trained, *sm.load(name, delta=trained, dtype=dtype or trained.base.dtype)
 
 
 def _summary(delta: sm.Delta) -> dict[str, Any]:
@@ -236,7 +219,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         with views.one_line_warnings():
             line = [word for word in given if word != "--debug"]
-            return app(line, prog_name="smidgen", standalone_mode=False) or 0
+            return app(line, prog_name="smidgen", standalone_mode=False, obj=line) or 0
     except Exception as error:
         if "--debug" in given:
             raise

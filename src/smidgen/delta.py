@@ -82,9 +82,11 @@ class Delta:
         """What a recipe would have trained, read from a base and a fine-tuned checkpoint of it.
 
         Raises:
-            DeltaError: the recipe adds tensors, or the two models differ in names or shapes.
+            DeltaError: the recipe adds tensors or has a Select, or the two models differ in names or shapes.
         """
         plan = resolve(base, recipe)
+        if plan.pending:
+            raise DeltaError(f"{plan.recipe} keeps a part, which two checkpoints do not tell; use {plan.recipe.whole}")
         added = next((row for row in plan.rows if row.added), None)
         if added is not None:
             raise DeltaError(f"{added.method} adds tensors, which two checkpoints do not tell; use LN, BitFit or Full")

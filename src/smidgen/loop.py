@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from smidgen.attach import attach, detach, disabled, remove
-from smidgen.attachment import attachment, is_attached, trained_parameters
+from smidgen.attach import attach, detach, disabled
+from smidgen.attachment import attachment, trained_parameters
 from smidgen.batches import ShuffledBatches
 from smidgen.data import Task
 from smidgen.delta import Delta
@@ -29,8 +29,10 @@ from smidgen.prefix import frozen_prefix
 from smidgen.progress import Bar
 from smidgen.recipe import Recipe
 from smidgen.runs import Interrupts, RunFolder, State
+from smidgen.select import select
+from smidgen.selection.chosen import Selection
 from smidgen.settings import Settings
-from smidgen.state import pack, unpack
+from smidgen.state import borrowed, pack, unpack
 from smidgen.watch import check_gradients, check_moved, memory_guard, snapshot
 
 UNTESTED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -42,12 +44,14 @@ class Loop:
     def __init__(
         self, model: nn.Module, recipe: Recipe, task: Task, settings: Settings, objective: Objective,
         out: str | os.PathLike[str] | None, tokenizer: PreTrainedTokenizerBase | None, progress: bool | None,
+        selection: Selection | None = None,
     ) -> None:  # fmt: skip
         self.accelerator = Accelerator()
         if self.accelerator.distributed_type in UNTESTED:
             kind = self.accelerator.distributed_type.value
             raise TrainError(f"{kind} is not supported yet; use one process or DDP (accelerate launch --multi_gpu)")
         self.model, self.recipe, self.task, self.settings = model, recipe, task, settings
+        self.selection = selection
         self.objective, self.tokenizer = objective, tokenizer or tokenizer_of(model)
         self.main, self.world = self.accelerator.is_main_process, self.accelerator.num_processes
         self.folder = RunFolder(out, writer=self.main)
@@ -67,21 +71,23 @@ class Loop:
         self.collate = self.task.collator(self.tokenizer)
         self.batches = -(-len(self.rows) // self.settings.batch_size)
         self.total = self.batches * self.settings.epochs
-        mode = {module: module.training for module in self.model.modules()}
-        own = dict(self.model.__dict__)
-        attach(self.model, self.recipe, pooling=self.settings.pooling, seed=self.settings.seed)
-        try:
+        with borrowed(self.model):
+            self.selection = self._selected()
+            options: Any = {"pooling": self.settings.pooling, "seed": self.settings.seed, "selection": self.selection}
+            attach(self.model, self.recipe, **options)
             self.chosen = self.folder.agreed(asked, self._chosen(), record)
+            self.folder.keep(self.selection)
             return self._train()
-        finally:
-            if is_attached(self.model):
-                remove(self.model)
-            for module, training in mode.items():
-                module.training = training
-            self.model.zero_grad(set_to_none=True)
-            for name in ("_is_accelerate_prepared", "_original_forward", "forward"):  # Accelerate leaves them behind
-                self.model.__dict__.pop(name, None)
-                self.model.__dict__.update({name: own[name]} if name in own else {})
+
+    def _selected(self) -> Selection | None:
+        """What to keep, for a recipe with Select: given, of an earlier start, or chosen now."""
+        if self.selection is not None or not self.recipe.narrowed:
+            return self.selection
+        s, model = self.settings, self.model.to(self.accelerator.device).eval()
+        options: Any = {"seed": s.seed, "pooling": s.pooling, "batch_size": s.batch_size, "lr": s.lr}
+        options |= {"head_lr": s.head_lr, "max_length": self.rows.max_length, "objective": self.objective}
+        kept = self.folder.kept()
+        return kept or select(model, self.recipe, self.task, tokenizer=self.tokenizer, **options)
 
     def _asked(self) -> dict[str, Any]:
         base = Fingerprint.of(self.model, head_names(self.model))
@@ -92,6 +98,7 @@ class Loop:
             "task": self.task.name,
             "data": self.task.fingerprint,
             "objective": repr(self.objective),
+            "selection": self.selection and self.selection.digest,
             "settings": asdict(self.settings),
         }
 
@@ -229,7 +236,7 @@ class Loop:
             task=self._described(),
             settings={**asdict(self.settings), "max_length": self.rows.max_length},
             scores={f"validation {k}": v for k, v in best["validation"].items()},
-            best_epoch=numbers["best_epoch"],
+            best_epoch=numbers["best_epoch"], **({"selection": self.selection.info} if self.selection else {}),
             steps=self.total,
         )  # fmt: skip
         if self.folder.path is not None and self.main:

@@ -23,6 +23,8 @@ from torch import Tensor
 from smidgen.delta import META
 from smidgen.errors import TrainError
 from smidgen.files import read_json, write_files
+from smidgen.selection.chosen import FILE as SELECTION
+from smidgen.selection.chosen import Selection
 
 RUN, METRICS, CHECKPOINT = "run.json", "metrics.jsonl", "checkpoint.safetensors"
 
@@ -118,6 +120,15 @@ class RunFolder:
                 warnings.warn(f"{change}: the run goes on, but not bit for bit", stacklevel=2)
         return earlier
 
+    def keep(self, selection: Selection | None) -> None:
+        """Put down what was chosen, so that a resumed run has the same."""
+        if self.writer and self.path and selection is not None:
+            selection.save(self.path)
+
+    def kept(self) -> Selection | None:
+        """What an earlier start chose, if it came so far."""
+        return Selection.load(self.path) if self.path and (self.path / SELECTION).is_file() else None
+
     @property
     def finished(self) -> bool:
         """Whether the run came to its end: the delta is there."""
@@ -166,7 +177,8 @@ class RunFolder:
     def finish(self) -> None:
         """The delta is saved; the checkpoint is not needed any more."""
         if self.writer and self.path:
-            (self.path / CHECKPOINT).unlink(missing_ok=True)
+            for name in (CHECKPOINT, SELECTION):  # the delta has the indices too
+                (self.path / name).unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

@@ -1,14 +1,16 @@
-"""The tensors that the next training step depends on: trained values, best values, optimiser, random generators."""
+"""The state of training as tensors: trained and best values, optimiser, generators; and the model given back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from smidgen.attachment import trained_parameters
+from smidgen.attach import remove
+from smidgen.attachment import is_attached, trained_parameters
 
 
 def pack(
@@ -38,6 +40,24 @@ def unpack(
         torch.cuda.set_rng_state(tensors["rng/cuda"][rank])
     device = accelerator.device
     return {n.removeprefix("best/"): t.to(device) for n, t in tensors.items() if n.startswith("best/")}
+
+
+@contextmanager
+def borrowed(model: nn.Module) -> Iterator[None]:
+    """Whatever happens inside: afterwards nothing is attached, modes are as before, and no gradient is left."""
+    mode = {module: module.training for module in model.modules()}
+    own = dict(model.__dict__)
+    try:
+        yield
+    finally:
+        if is_attached(model):
+            remove(model)
+        for module, training in mode.items():
+            module.training = training
+        model.zero_grad(set_to_none=True)
+        for name in ("_is_accelerate_prepared", "_original_forward", "forward"):  # Accelerate leaves them behind
+            model.__dict__.pop(name, None)
+            model.__dict__.update({name: own[name]} if name in own else {})
 
 
 def _names(optimizer: torch.optim.Optimizer) -> list[str]:

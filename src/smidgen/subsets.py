@@ -58,7 +58,9 @@ def current(module: Any, term: str) -> Tensor:
 
 
 def check_free(module: Any, path: str) -> None:
-    """Raises AttachError, before anything is touched, if a module has something called `subsets` of its own."""
+    """Raises AttachError, before anything is touched, if a module cannot carry parts."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise AttachError(f"{path} belongs to nn.MultiheadAttention, which never calls it: no part can be trained")
     if hasattr(module, "subsets") and not hasattr(module, "_subset_handles"):
         raise AttachError(f"{type(module).__name__} at {path} already has an attribute 'subsets'")
 

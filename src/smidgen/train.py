@@ -14,6 +14,7 @@ from smidgen.errors import TrainError
 from smidgen.loop import Loop
 from smidgen.objective import Objective, TaskLoss
 from smidgen.recipe import Recipe, Term, as_recipe
+from smidgen.selection.chosen import Selection
 from smidgen.settings import Settings
 
 
@@ -25,6 +26,7 @@ def fit(
     objective: Objective | None = None,
     out: str | os.PathLike[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    selection: Selection | None = None,
     progress: bool | None = None,
     **settings: Any,
 ) -> Delta:
@@ -36,6 +38,8 @@ def fit(
 
     Args:
         model: from `smidgen.load(name, task=task)`, or any transformers model of the right class.
+        selection: what to keep, instead of what the recipe's Select would choose (see `smidgen.select`); a recipe
+            without Select then means the selection's.
         objective: loss of (outputs, batch, reference outputs); by default the model's own.
         settings: fields of `Settings`: seed, epochs, lr, head_lr, batch_size, max_length, pooling, ...
 
@@ -49,4 +53,7 @@ def fit(
         known = ", ".join(Settings.__dataclass_fields__)
         raise TrainError(f"{str(error).partition(') ')[2] or error}; settings: {known}") from None
     loss = objective or TaskLoss()
-    return Loop(model, as_recipe(recipe), task, wanted, loss, out, tokenizer, progress).fit()
+    recipe = as_recipe(recipe)
+    if selection is not None and recipe == selection.recipe.whole:
+        recipe = selection.recipe
+    return Loop(model, recipe, task, wanted, loss, out, tokenizer, progress, selection).fit()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 import warnings
@@ -18,6 +17,8 @@ from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from smidgen.analyze.numbers import plain
 
 if TYPE_CHECKING:
     from smidgen.data import Task
@@ -38,15 +39,6 @@ def show(data: Any, view: RenderableType, as_json: bool) -> None:
         print(json.dumps(plain(data), ensure_ascii=False))
     else:
         Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False).print(view)
-
-
-def plain(value: Any) -> Any:
-    """The value as JSON has it: numbers that are not finite become null."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def note(text: object) -> None:

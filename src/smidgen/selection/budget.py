@@ -32,13 +32,15 @@ def choose(model: nn.Module, plan: Plan, span: Narrowing, scores: Mapping[str, T
         scores: saved name -> score of each value, in the tensor's shape.
 
     Raises:
-        PlanError: the budget is more than there is, or units that the model does not have.
+        PlanError: nothing to choose from, a budget of more than there is, or units that the model does not have.
         DataError: a score that is missing, of another shape, or not finite.
     """
     by = span.by
     if not isinstance(by, Select):
         raise PlanError(f"{by} does not say how to choose")
     found = candidates(rows_of(plan, span))
+    if not found:
+        raise PlanError(f"{by} has nothing to choose from: what stands before it trains nothing but the head")
     values = torch.cat([_score(scores, c) for c in found])
     unit, count = label_units(model, found, by.granularity)
     score = values if by.granularity == "element" else _means(values, unit, count)

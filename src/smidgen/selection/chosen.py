@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,23 @@ class Selection:
         flat[self.indices[name]] = True
         return flat.view(self.shapes[name])
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of what is kept, to tell selections apart."""
+        found = hashlib.sha256()
+        for name, index in sorted(self.indices.items()):
+            found.update(f"{name}{index.tolist()}".encode())
+        return found.hexdigest()
+
+    def shuffled(self, seed: int) -> Selection:
+        """As many values of each tensor at random places: a control that keeps the choice of tensors."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = {
+            name: torch.randperm(prod(self.shapes[name]), generator=generator)[: len(index)].sort().values
+            for name, index in self.indices.items()
+        }
+        return replace(self, indices=drawn, info={**self.info, "shuffled": seed})
+
     def overlap(self, other: Selection) -> float:
         """Values kept by both over values kept by the smaller of the two.
 
@@ -90,7 +108,10 @@ class Selection:
         try:
             with safe_open(path, framework="pt") as file:
                 meta = json.loads((file.metadata() or {})["smidgen"])
-                indices = {name: file.get_tensor(name).long() for name in file.keys()}  # noqa: SIM118
+                indices = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if any(index.dtype != torch.int32 for index in indices.values()):
+                raise TypeError("indices that are not whole numbers of 32 bits")
+            indices = {name: index.long() for name, index in indices.items()}
             if set(meta) != FIELDS:
                 raise KeyError(f"fields {sorted(set(meta) ^ FIELDS)}")
             shapes = {name: tuple(shape) for name, shape in meta["shapes"].items()}
@@ -119,5 +140,5 @@ def chosen_indices(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
         index = tensors.get(name + INDICES)
         if index is None:
             index = torch.arange(prod(shape) if name in tensors else 0)
-        found[name] = index.long()
+        found[name] = index  # `narrow` checks it
     return found

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from smidgen.errors import RecipeError, nearest
+from smidgen.errors import DataError, RecipeError, nearest
 from smidgen.plan import Plan
 from smidgen.recipe import Narrowing
 from smidgen.selection.budget import choose
@@ -23,26 +23,31 @@ def combine(
     """One score of every value from those of several tasks; `choose` then meets the budget, so sizes stay equal.
 
     Args:
-        how: "mean": mean of the scores, each task's divided by its sum. "rank": mean rank. "union": how many tasks
-            keep the value, ties by "mean": their union, trimmed to the budget from its rarest members up.
+        how: "mean": mean of the scores, each task's divided by their sum (of absolute values). "rank": mean rank.
+            "union": how many tasks keep the value (with a minus for order="bottom"), ties by "mean": their union,
+            trimmed to the budget from its rarest members up.
 
     Raises:
         RecipeError: no such way, or no tasks.
+        DataError: tasks with scores of different tensors.
     """
     if how not in WAYS:
         raise RecipeError(f"combine: {how!r} is not one of {', '.join(WAYS)}{nearest(how, WAYS)}")
     if not tasks:
         raise RecipeError("combine: there are no scores to combine")
+    shapes = [{name: score.shape for name, score in scores.items()} for scores in tasks]
+    if any(other != shapes[0] for other in shapes):
+        raise DataError("combine: the tasks have scores of different tensors: of other recipes or models")
     if how == "rank":
         return _mean([_ranks(scores) for scores in tasks])
     mean = _mean([_normalised(scores) for scores in tasks])
     if how == "mean":
         return mean
-    top = max(float(score.max()) for score in mean.values()) or 1.0
-    total = {name: score / (2 * top) for name, score in mean.items()}  # below 1: decides ties only
+    top = max(float(score.abs().max()) for score in mean.values()) or 1.0
+    total = {name: score / (4 * top) for name, score in mean.items()}  # less than 1 apart: decides ties only
     for scores in tasks:
         for name, index in choose(model, plan, span, scores).items():
-            total[name].view(-1)[index] += 1
+            total[name].view(-1)[index] += -1 if getattr(span.by, "order", "top") == "bottom" else 1
     return total
 
 
@@ -51,7 +56,7 @@ def _mean(tasks: Sequence[Scores]) -> dict[str, Tensor]:
 
 
 def _normalised(scores: Scores) -> dict[str, Tensor]:
-    whole = sum(float(score.double().sum()) for score in scores.values()) or 1.0
+    whole = sum(float(score.double().abs().sum()) for score in scores.values()) or 1.0
     return {name: score.double() / whole for name, score in scores.items()}
 
 

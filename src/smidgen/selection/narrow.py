@@ -57,9 +57,12 @@ def _narrowed(row: Row, indices: Mapping[str, Tensor]) -> Iterator[Row]:
 
 
 def _checked(index: Tensor, name: str, size: int) -> Tensor:
+    whole = not index.is_floating_point() and index.dtype != torch.bool
     index = index.detach().to("cpu", torch.long)
-    good = index.ndim == 1 and (
-        not len(index) or (index[0] >= 0 and index[-1] < size and bool((index.diff() > 0).all()))
+    good = (
+        whole
+        and index.ndim == 1
+        and (not len(index) or (index[0] >= 0 and index[-1] < size and bool((index.diff() > 0).all())))
     )
     if not good:
         raise DeltaError(
