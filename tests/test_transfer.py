@@ -1,6 +1,8 @@
 """Carry-over and trust on tiny tasks."""
 
 import json
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 
 import pytest
 
@@ -11,6 +13,7 @@ from smidgen.analyze.transfer import ARMS, carry, transfer
 from smidgen.analyze.transfer_report import gaps, transfer_report
 from smidgen.analyze.trust import trust
 from smidgen.analyze.trust_report import trust_report
+from smidgen.cli import main
 from smidgen.errors import SmidgenError
 from tests import helpers
 
@@ -146,6 +149,70 @@ def test_trust_compares_draws_heads_and_kinds(folder, tasks, tmp_path):
     report = trust_report(result)
     report.write(tmp_path)
     assert f"{result.examples_needed()} examples are enough here" in markdown(report)
+
+
+def run(*words):
+    out, err = StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main([str(word) for word in words])
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_a_choice_of_two_tasks_is_saved_and_tuned_on_a_third(folder, tasks, tmp_path):
+    given = ["--model", folder / "tiny", "--max-length", 16, "--batch-size", 8]
+    code, out, err = run(
+        "analyze", "select", *given, "--data", folder / "b", "--data", folder / "c", "--out", tmp_path / "s"
+    )
+    assert code == 0, err
+    assert "keeps 16 of 160 values" in out
+    choice = sm.Selection.load(tmp_path / "s")
+    assert choice.info == {"tasks": ["b", "c"], "how": "mean"}
+    tune = ["tune", *given, "--data", folder / "a", "--recipe", "LN()", "--epochs", 1, "--json"]
+    code, out, err = run(*tune, "--selection", tmp_path / "s", "--out", tmp_path / "run")
+    assert code == 0, err
+    assert json.loads(out)["trained"] == 16
+    code, out, err = run(*tune, "--selection", tmp_path / "run", "--out", tmp_path / "again")
+    assert code == 0, err
+    first, second = sm.Delta.load(tmp_path / "run"), sm.Delta.load(tmp_path / "again")
+    helpers.same(first, second)
+
+
+def test_a_choice_that_needs_no_data(folder, tmp_path):
+    words = ["analyze", "select", "--model", folder / "tiny", "--recipe", "LN() | Select('random', keep=7)"]
+    code, out, _ = run(*words, "--out", tmp_path, "--json")
+    assert code == 0
+    assert json.loads(out)["kept"] == 7
+
+
+def test_transfer_and_trust_as_commands(folder, tasks, tmp_path):
+    given = ["--model", folder / "tiny", "--max-length", 16, "--batch-size", 8]
+    both = ["--data", folder / "a", "--data", folder / "b"]
+    options = ["--target", "a", "--seeds", 1, "--epochs", 1, "--out", tmp_path / "t"]
+    code, out, err = run("analyze", "transfer", *given, *both, *options)
+    assert code == 0, err
+    assert "the others' choice" in out
+    assert "a, transferred, seed 0" in err
+    assert (tmp_path / "t" / "report.html").is_file()
+    counts = ["--count", 8, "--count", 24, "--seeds", 2]
+    code, out, err = run("analyze", "trust", *given, "--data", folder / "a", *counts, "--json")
+    assert code == 0, err
+    assert json.loads(out)["enough"] == [8, 24]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["select", "--out", "x"], "needs data to choose"),
+        (["select", "--out", "x", "--recipe", "LN()"], "nothing to choose"),
+        (["transfer"], "at least two tasks"),
+    ],
+)
+def test_mistakes_end_with_status_2_and_one_line(folder, words, message):
+    code, out, err = run("analyze", words[0], "--model", folder / "tiny", *words[1:])
+    assert (code, out) == (2, "")
+    told = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert message in told[0]
 
 
 def test_trust_refuses_too_little(folder, tasks):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from smidgen.predict import Prediction, predict
     from smidgen.recipe import Recipe, parse
     from smidgen.scores.fisher import fisher, mean_gradients
-    from smidgen.select import score, select
+    from smidgen.select import score, select, selection_of
     from smidgen.selection.budget import SelectionWarning
     from smidgen.selection.chosen import Selection
     from smidgen.selection.combine import combine
@@ -57,7 +57,7 @@ _HOMES = {
     "predict": ("Prediction", "predict"),
     "recipe": ("Recipe", "parse"),
     "scores.fisher": ("fisher", "mean_gradients"),
-    "select": ("score", "select"),
+    "select": ("score", "select", "selection_of"),
     "selection.budget": ("SelectionWarning",),
     "selection.chosen": ("Selection",),
     "selection.combine": ("combine",),

@@ -37,6 +37,7 @@ from smidgen.options import (
     RecipeText,
     Text,
     open_delta,
+    open_selection,
     open_task,
 )  # fmt: skip
 from smidgen.version import __version__
@@ -98,7 +99,9 @@ def tune(
     batch_size: BatchSize = 32, max_length: Length = None,
     dtype: Annotated[Dtype, Option("--dtype", help="of the base; not of what is trained")] = Dtype.float32,
     pooling: Pooling = None, limit: Limit = None, text: Text = None, label: Label = None, kind: Kind = None,
-    metric: Metric = None, as_json: Json = False,
+    metric: Metric = None,
+    selection: Annotated[str | None, Option(help="keep what this selection, or this delta, keeps")] = None,
+    as_json: Json = False,
 ) -> None:  # fmt: skip
     """Train a recipe on a task. Stopped at any moment, the same command goes on from there."""
     from smidgen.runs import RunFolder
@@ -108,6 +111,7 @@ def tune(
     network, tokenizer = sm.load(model, task=task, dtype=dtype.value, seed=seed)
     settings: dict[str, Any] = {"seed": seed, "epochs": epochs, "lr": lr, "head_lr": head_lr}
     settings |= {"batch_size": batch_size, "max_length": max_length, "pooling": pooling}
+    settings["selection"] = None if selection is None else open_selection(selection, network)
     already = RunFolder(out).finished
     try:
         delta = sm.fit(network, wanted, task, out=out, tokenizer=tokenizer, **settings)

@@ -11,7 +11,21 @@ import typer
 import smidgen as sm
 from smidgen import views, views_analyze
 from smidgen.errors import DeltaError, ModelError
-from smidgen.options import BatchSize, Data, Json, Label, Length, Limit, Metric, Model, Option, Pooling, Text, open_task
+from smidgen.options import (
+    BatchSize,
+    Data,
+    Json,
+    Label,
+    Length,
+    Limit,
+    Metric,
+    Model,
+    Option,
+    Out,
+    Pooling,
+    Text,
+    open_task,
+)
 
 if TYPE_CHECKING:
     from smidgen.analyze.changes import Changes
@@ -114,6 +128,25 @@ def transfer(
     settings |= {"pooling": pooling, "how": how, "seeds": seeds, "split": split, "targets": target or None}
     result = carried(model, tasks, sm.parse(recipe), out=out, say=views.note, **settings)
     _show(transfer_report(result, _command(context)), TRANSFER, out, as_json)
+
+
+@app.command()
+def select(
+    model: Model, out: Out, data: Tasks = None,
+    recipe: Annotated[str, Option("--recipe", help="methods with one Select")] = SELECT,
+    how: Annotated[str, Option(help="how scores of several tasks are combined: mean, rank or union")] = "mean",
+    seed: int = 0, batch_size: BatchSize = 32, max_length: Length = None, pooling: Pooling = None,
+    limit: Limit = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Choose on one task, or on several together, and save the choice for `smidgen tune --selection`."""
+    from smidgen.analyze.transfer import choose_on
+
+    tasks = [open_task(source, limit=limit) for source in data or []]
+    settings: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "pooling": pooling}
+    chosen = choose_on(model, tasks, sm.parse(recipe), how=how, seed=seed, **settings)
+    chosen.save(out)
+    report = {"recipe": recipe, "kept": chosen.kept, "candidates": chosen.candidates, "out": str(out)}
+    views.show({**report, "files": views.sizes(out)}, views_analyze.chosen(chosen, out), as_json)
 
 
 @app.command()

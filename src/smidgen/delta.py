@@ -21,7 +21,7 @@ from smidgen.fingerprint import Fingerprint
 from smidgen.plan import resolve
 from smidgen.ports import master_dtype
 from smidgen.recipe import Recipe, Term
-from smidgen.rows import is_value
+from smidgen.rows import is_value, pack_indices, packed_shapes, unpack_indices
 from smidgen.version import __version__
 
 FORMAT_VERSION = 1
@@ -135,7 +135,7 @@ class Delta:
         """
         meta = self.to_json()
         data = {
-            TENSORS: save({n: t.contiguous() for n, t in sorted(self.tensors.items())}),
+            TENSORS: save({n: t.contiguous() for n, t in sorted(pack_indices(self.tensors).items())}),
             META: json.dumps(meta, indent=1, sort_keys=True, ensure_ascii=False).encode(),
             CARD: card.text(str(self.recipe), self.trained, self.head_values, meta).encode(),
         }
@@ -229,13 +229,14 @@ def _tensors(path: Path, wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, T
         raise DeltaError(f"{path} is missing")
     try:
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            if names != set(wanted):
-                raise DeltaError(f"{path} and {META} disagree on {', '.join(sorted(names ^ set(wanted))[:3])}")
-            for name, spec in wanted.items():
-                if list(file.get_slice(name).get_shape()) != spec["shape"]:
-                    raise DeltaError(f"{path}: {name} does not have the shape {spec['shape']} that {META} says")
-            tensors = {name: file.get_tensor(name) for name in wanted}
+            shapes = {name: tuple(spec["shape"]) for name, spec in wanted.items()}
+            names, expected = set(file.keys()), packed_shapes(shapes)
+            if names != set(expected):
+                raise DeltaError(f"{path} and {META} disagree on {', '.join(sorted(names ^ set(expected))[:3])}")
+            for name, shape in expected.items():
+                if tuple(file.get_slice(name).get_shape()) != shape:
+                    raise DeltaError(f"{path}: {name} does not have the shape {list(shape)} that {META} says")
+            tensors = unpack_indices({name: file.get_tensor(name) for name in expected}, shapes)
     except SafetensorError as error:
         raise DeltaError(f"{path} is corrupt or truncated ({error})") from None
     for name, tensor in tensors.items():

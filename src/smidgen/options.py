@@ -46,6 +46,13 @@ def open_task(
     return task
 
 
+def open_selection(source: str, network: Any) -> sm.Selection:
+    """The selection in a folder: one that was saved, or that of a delta."""
+    if (Path(source) / "delta.json").is_file():
+        return sm.selection_of(network, sm.Delta.load(source))
+    return sm.Selection.load(source)
+
+
 def open_delta(delta: str, model: str | None, dtype: str | None = None) -> tuple[sm.Delta, Any, Any]:
     """A delta with its base, that is where the delta says unless `model` is given, and the tokenizer."""
     trained = sm.Delta.load(delta)

@@ -83,7 +83,7 @@ class RunFolder:
                 raise TrainError(f"{self.path} is not empty and holds no run of smidgen; choose another --out")
             return None
         record = read_json(self.path / RUN)
-        differing = sorted(k for k in asked if record["asked"].get(k) != _plain(asked[k]))
+        differing = sorted(k for k in asked if _spelled(record["asked"].get(k)) != _spelled(asked[k]))
         if differing:
             key = differing[0]
             raise TrainError(
@@ -181,5 +181,5 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)
 
 
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))
+def _spelled(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)  # as text, 1 (a count) is not 1.0 (a share)

@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from smidgen.attach import attached
 from smidgen.attachment import is_attached
 from smidgen.data import Task
+from smidgen.delta import Delta
 from smidgen.errors import AttachError, DataError, RecipeError
 from smidgen.evaluate import tokenizer_of
-from smidgen.fingerprint import Fingerprint
+from smidgen.fingerprint import Fingerprint, verify
 from smidgen.objective import Objective
 from smidgen.plan import Plan, resolve
 from smidgen.recipe import Narrowing, Recipe, Term, as_recipe
@@ -23,7 +24,7 @@ from smidgen.scores.fisher import attached_fisher, attached_mean_gradients
 from smidgen.scores.point import check_still
 from smidgen.scores.sample import Sample
 from smidgen.selection.budget import choose, rows_of
-from smidgen.selection.chosen import Selection, narrowed_shapes
+from smidgen.selection.chosen import Selection, chosen_indices, narrowed_shapes
 from smidgen.selection.ready import READY, starts
 from smidgen.selection.term import Select
 
@@ -103,6 +104,21 @@ def score(
     for span in recipe.narrowed:
         found |= _score(model, plan, span, Means(task, **own))
     return found
+
+
+def selection_of(model: nn.Module, delta: Delta) -> Selection:
+    """What a trained delta kept, to be used again on another task of the same base.
+
+    Raises:
+        DeltaError: the delta belongs to another base.
+        RecipeError: its recipe has no Select.
+    """
+    _check(model, delta.recipe)
+    verify(model, delta.base, delta.head)
+    plan = resolve(model, delta.recipe, delta.pooling)
+    info = {"task": delta.info.get("task", {}).get("name"), **delta.info.get("selection", {})}
+    base = Fingerprint.of(model, [name for name, _ in plan.head])
+    return Selection(delta.recipe, chosen_indices(plan, delta.tensors), narrowed_shapes(plan), base, info)
 
 
 def _check(model: nn.Module, recipe: Recipe) -> None:

@@ -108,14 +108,20 @@ def plan(result: Plan, every: bool = False) -> RenderableType:
         sites = table(("method", "place", "role", "#sites", "tensors", "#values"), _grouped(result.rows))
     sums = {
         "trains": f"{result.trained:,} of {result.pretrained:,} values ({result.share:.4%})",
+        "of these": _later(result) if result.pending else None,
         "head": f"{result.head_values:,} values, always trained, counted apart" if result.head else "none",
         "pooling": result.pooling or result.reads,
-        "file": size(result.file_bytes),
+        "file": size(result.file_bytes) + (" before choosing" if result.pending else ""),
         "lowest edit": f"{result.lowest} (no gradient below)",
         **{name.replace("_", " "): text for name, text in _costs(result.costs or {})},
     }
     title = Text(f"{result.recipe} on {result.model}", style="bold")
     return Group(title, sites, facts({k: v for k, v in sums.items() if v is not None}))
+
+
+def _later(result: Plan) -> str:
+    """What a selection that needs data will leave."""
+    return "; ".join(f"what {span.by} keeps, chosen on data in training" for span in result.recipe.narrowed)
 
 
 def _grouped(rows: Sequence[Row]) -> Iterator[tuple[object, ...]]:

@@ -16,6 +16,7 @@ from smidgen.analyze.columns import Shown, shown_columns
 if TYPE_CHECKING:
     from smidgen.analyze.report import Report
     from smidgen.analyze.sections import Table as Numbers
+    from smidgen.selection.chosen import Selection
 
 
 def report(result: Report, shown: Sequence[str], out: Path | None) -> RenderableType:
@@ -28,6 +29,17 @@ def report(result: Report, shown: Sequence[str], out: Path | None) -> Renderable
     if out is not None:
         parts += [views.listing(out), Text(f"open {out / 'report.html'}", style="dim")]
     return Group(*parts)
+
+
+def chosen(selection: Selection, out: Path) -> RenderableType:
+    """A selection: how much of each tensor it keeps."""
+    rows = [
+        (name, f"{len(index):,}", f"{float(selection.mask(name).float().mean()):.0%}")
+        for name, index in selection.indices.items()
+        if len(index)
+    ]
+    kept = Text(f"keeps {selection.kept:,} of {selection.candidates:,} values", style="bold")
+    return Group(kept, views.table(("tensor", "#kept", "#share"), rows), views.listing(out))
 
 
 def numbers(section: Numbers) -> Table:

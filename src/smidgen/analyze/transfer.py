@@ -155,6 +155,35 @@ class _Setting:
         return runs, own.overlap(carried)
 
 
+def choose_on(
+    model_name: str | os.PathLike[str],
+    tasks: Sequence[Task],
+    recipe: str | Term | Recipe,
+    *,
+    how: str = "mean",
+    seed: int = 0,
+    **settings: Any,
+) -> Selection:
+    """What one task chooses, or several together; no task is needed for a score that needs no data.
+
+    Args:
+        settings: pooling, batch_size, max_length, lr, head_lr, as in `smidgen.select`.
+
+    Raises:
+        DataError: two tasks of one name, a recipe without one Select, or a score that needs data without data.
+    """
+    recipe = as_recipe(recipe)
+    if not tasks:
+        return select(load(model_name)[0], recipe, seed=seed, pooling=settings.get("pooling"))
+    names = [task.name for task in tasks]
+    _checked(recipe, names if len(names) > 1 else [*names, ""], [])
+    setting = _Setting(model_name, tuple(tasks), recipe, how, "", None, settings, lambda line: None)
+    found, own = setting.scored(seed)
+    if len(tasks) == 1:
+        return own[names[0]]
+    return carry(load(model_name, task=tasks[-1], seed=seed)[0], recipe, found, how, settings)
+
+
 def carry(
     model: nn.Module, recipe: Recipe, scores: dict[str, Scores], how: str = "mean", settings: Any = None
 ) -> Selection:

@@ -140,5 +140,5 @@ def chosen_indices(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
         index = tensors.get(name + INDICES)
         if index is None:
             index = torch.arange(prod(shape) if name in tensors else 0)
-        found[name] = index  # `narrow` checks it
+        found[name] = index.long() if index.dtype == torch.int32 else index  # anything else is refused by `narrow`
     return found
