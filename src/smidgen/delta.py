@@ -154,7 +154,7 @@ class Delta:
             tensors = _tensors(folder / TENSORS, meta["tensors"])
             recipe, base = Recipe.from_json(meta["recipe"]), Fingerprint(**meta["base"])
             head, labels = tuple(meta["head"]), tuple(meta["labels"])
-        except (TypeError, AttributeError, KeyError) as error:
+        except (TypeError, AttributeError, KeyError, IndexError) as error:
             raise DeltaError(f"{folder / META} is damaged: {error}") from None
         if not set(head) <= set(tensors):
             raise DeltaError(

@@ -14,11 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class Bar:
     """A bar with loss, validation metric, examples/s and time left; prints nothing if `show` is False.
 
-    `show=None` means: if stderr is a terminal.
+    `show=None` means a bar if stderr is a terminal, else a line per validation.
     """
 
     def __init__(self, total: int, done: int = 0, show: bool | None = None, label: str = "") -> None:
-        self.show = sys.stderr.isatty() if show is None else show
+        self.lines = show is None and not sys.stderr.isatty()
+        self.show = not self.lines if show is None else show
         self.console = Console(stderr=True)
         columns = (
             TextColumn("{task.description}"),
@@ -29,7 +30,7 @@ class Bar:
         )
         self.progress = Progress(*columns, console=self.console, disable=not self.show)
         self.task = self.progress.add_task(label, total=total, completed=done, loss="-", metric="", rate="")
-        self.start, self.seen = time.perf_counter(), 0
+        self.start, self.seen, self.last = time.perf_counter(), 0, float("nan")
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -49,8 +50,15 @@ class Bar:
     def step(self, loss: float, examples: int) -> None:
         """One optimiser step done."""
         self.seen += examples
+        self.last = loss
         self.progress.update(self.task, advance=1, loss=f"{loss:.4f}", rate=f"{self.rate:.0f} examples/s")
 
     def validated(self, name: str, value: float) -> None:
         """A validation done."""
-        self.progress.update(self.task, metric=f"validation {name} {value:.4f}")
+        said = f"validation {name} {value:.4f}"
+        self.progress.update(self.task, metric=said)
+        if self.lines:
+            done, total = (
+                int(count or 0) for count in (self.progress.tasks[0].completed, self.progress.tasks[0].total)
+            )
+            print(f"step {done} of {total}: loss {self.last:.4f}, {said}, {self.rate:.0f} examples/s", file=sys.stderr)
