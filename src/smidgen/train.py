@@ -38,8 +38,8 @@ def fit(
 
     Args:
         model: from `smidgen.load(name, task=task)`, or any transformers model of the right class.
-        selection: what to keep, instead of what the recipe's Select would choose (see `smidgen.select`); a recipe
-            without Select then means the selection's.
+        selection: what to keep, instead of what the recipe's Select would choose (see `smidgen.select`); the delta
+            then records the selection's recipe.
         objective: loss of (outputs, batch, reference outputs); by default the model's own.
         settings: fields of `Settings`: seed, epochs, lr, head_lr, batch_size, max_length, pooling, ...
 
@@ -54,6 +54,6 @@ def fit(
         raise TrainError(f"{str(error).partition(') ')[2] or error}; settings: {known}") from None
     loss = objective or TaskLoss()
     recipe = as_recipe(recipe)
-    if selection is not None and recipe == selection.recipe.whole:
+    if selection is not None and recipe.whole == selection.recipe.whole:
         recipe = selection.recipe
     return Loop(model, recipe, task, wanted, loss, out, tokenizer, progress, selection).fit()

@@ -60,7 +60,8 @@ def resting(model: nn.Module) -> Iterator[str]:
     """Names of trained tensors that may stand still: by their method's word, and chosen values of rows of a table."""
     for row in attachment(model).plan.rows:
         for term, name, _ in row.trained():
-            rare = row.site.kind == "embedding" and term in row.subsets  # the batch may hold none of these rows
+            # the batch may hold none of the chosen rows of a table; a chosen value of LoRA's A may meet none of B's
+            rare = term in row.subsets and (row.added or row.site.kind == "embedding")
             if rare or row.method.may_rest(row.site, term):
                 yield name
 
