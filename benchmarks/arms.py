@@ -60,7 +60,7 @@ def main():
     parser.add_argument("--arms", default=None, help="only arms whose spelling contains this")
     parser.add_argument("--out", default=None)
     options = parser.parse_args()
-    task = sm.Task.load(options.data, limit=options.limit)
+    task, about = sm.Task.load(options.data, limit=options.limit), describe()
     results = []
     for arm, pooling in ARMS:
         if options.arms and options.arms not in arm:
@@ -76,7 +76,7 @@ def main():
             flush=True,
         )
     if options.out:
-        write(Path(options.out), {"options": vars(options), "metric": task.metric, "arms": results, **describe()})
+        write(Path(options.out), {"options": vars(options), "metric": task.metric, "arms": results, **about})
 
 
 if __name__ == "__main__":

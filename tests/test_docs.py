@@ -171,6 +171,15 @@ def test_the_bf16_table_is_the_benchmark():
     assert [text for text, line in zip(wanted, lines, strict=True) if not line.endswith(text)] == []
 
 
+def test_the_sst2_table_of_the_readme_is_the_benchmark():
+    result = json.loads((ROOT / "benchmarks/results/sst2.json").read_text())
+    page = (ROOT / "README.md").read_text()
+    assert len(result["arms"]) == 7
+    for arm in result["arms"]:
+        cells = (f"`{arm['arm']}`", arm["pooling"], f"{arm['mean']:.3f} ± {arm['sd']:.3f}")
+        assert f"| {' | '.join(cells)} | {arm['runs'][0]['values']:,} |" in page, cells
+
+
 def command_lines():
     for page in PAGES:
         for text in blocks(page, "bash"):

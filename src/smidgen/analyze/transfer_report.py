@@ -17,7 +17,7 @@ TITLES = {"own": "own choice", "transferred": "the others' choice", "random": "r
 def transfer_report(result: Transfer, command: str = "") -> Report:
     """Overlaps of what tasks select, and what each makes of its own, the others', a random and no selection."""
     return Report(
-        title=f"Do selections carry over? {result.recipe} on {short_name(result.model)}",
+        title=f"Do selections carry over from task to task on {short_name(result.model)}?",
         summary=list(_summary(result)),
         sections=list(_sections(result)),
         facts=_facts(result),

@@ -18,7 +18,7 @@ def trust_report(result: Trust, command: str = "") -> Report:
     """How a selection changes with the number of examples, the head and the kind of Fisher information."""
     facts = {"Model": short_name(result.model), "Task": result.task, "Recipe": result.recipe}
     return Report(
-        title=f"How far to trust {result.recipe} on {result.task}",
+        title=f"How far to trust a selection on {result.task}",
         summary=list(_summary(result)),
         sections=list(_sections(result)),
         facts={**facts, "Overlap by chance": f"{result.chance:.2f}"},
