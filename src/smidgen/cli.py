@@ -17,6 +17,7 @@ from smidgen.errors import DeltaError, SmidgenError
 from smidgen.options import (
     AnyData,
     Base,
+    Batching,
     BatchSize,
     Data,
     DeltaFolder,
@@ -100,6 +101,7 @@ def tune(
     dtype: Annotated[Dtype, Option("--dtype", help="of the base; not of what is trained")] = Dtype.float32,
     pooling: Pooling = None, limit: Limit = None, text: Text = None, label: Label = None, kind: Kind = None,
     metric: Metric = None,
+    batching: Annotated[Batching, Option(help="length: rows of like length meet, less padding")] = Batching.shuffle,
     selection: Annotated[str | None, Option(help="keep what this selection, or this delta, keeps")] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -110,7 +112,7 @@ def tune(
     task = open_task(data, text, label, kind, metric, limit)
     network, tokenizer = sm.load(model, task=task, dtype=dtype.value, seed=seed)
     settings: dict[str, Any] = {"seed": seed, "epochs": epochs, "lr": lr, "head_lr": head_lr}
-    settings |= {"batch_size": batch_size, "max_length": max_length, "pooling": pooling}
+    settings |= {"batch_size": batch_size, "max_length": max_length, "pooling": pooling, "batching": batching.value}
     settings["selection"] = None if selection is None else open_selection(selection, network)
     already = RunFolder(out).finished
     try:

@@ -11,16 +11,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object, set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from smidgen.attach import attach, detach, disabled
 from smidgen.attachment import attachment, trained_parameters
-from smidgen.batches import ShuffledBatches
 from smidgen.data import Task
 from smidgen.delta import Delta
 from smidgen.errors import TrainError
 from smidgen.evaluate import Scores, run, scores, tokenizer_of
+from smidgen.feed import Feed
 from smidgen.fingerprint import Fingerprint
 from smidgen.heads import head_names
 from smidgen.objective import Objective
@@ -69,8 +68,9 @@ class Loop:
         self.rows = self.task.encode(self.tokenizer, "train", max_length=limit)
         self.held = self.task.encode(self.tokenizer, "validation", max_length=limit)
         self.collate = self.task.collator(self.tokenizer)
-        self.batches = -(-len(self.rows) // self.settings.batch_size)
-        self.total = self.batches * self.settings.epochs
+        rank, device = self.accelerator.process_index, self.accelerator.device
+        self.feed = Feed(self.rows, self.collate, self.settings, rank, self.world, device)
+        self.total = self.feed.steps
         with borrowed(self.model):
             self.selection = self._selected()
             options: Any = {"pooling": self.settings.pooling, "seed": self.settings.seed, "selection": self.selection}
@@ -131,18 +131,12 @@ class Loop:
         return self._finish()
 
     def _epoch(self, epoch: int) -> None:
-        s, numbers = self.settings, self.state.numbers
-        skip = numbers["step"] - epoch * self.batches
-        share = {"rank": self.accelerator.process_index, "world": self.world}
-        order = ShuffledBatches(len(self.rows), s.batch_size, s.seed, epoch, skip=skip, **share)
-        rows: Any = self.rows  # a sequence is all that DataLoader needs
-        own = torch.Generator()  # else the loader draws from the global one, and a resumed epoch would differ
-        loader: DataLoader[Any] = DataLoader(rows, batch_sampler=order, collate_fn=self.collate, generator=own)
+        numbers = self.state.numbers
         self._train_mode()
-        for batch in loader:
-            self._step({k: v.to(self.accelerator.device) for k, v in batch.items()})
+        for batch in self.feed.epoch(epoch, skip=numbers["step"] - epoch * self.feed.batches):
+            self._step(batch)
             due = numbers["step"] % self.chosen["checkpoint_steps"] == 0 or self.interrupts.seen
-            if due and numbers["step"] < (epoch + 1) * self.batches:
+            if due and numbers["step"] < (epoch + 1) * self.feed.batches:
                 self._checkpoint()
         self._validate(epoch)
         self._checkpoint()

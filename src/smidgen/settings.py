@@ -7,10 +7,15 @@ from dataclasses import dataclass
 
 from smidgen.errors import TrainError
 
+BATCHING = ("shuffle", "length")
+
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train. None means: chosen automatically, recorded in run.json and reused on resuming."""
+    """How to train. None means: chosen automatically, recorded in run.json and reused on resuming.
+
+    `batching="length"` puts rows of like length into a batch, which saves padding (see `ShuffledBatches`).
+    """
 
     seed: int = 0
     epochs: int = 3
@@ -23,6 +28,7 @@ class Settings:
     clip: float = 1.0
     weight_decay: float = 0.0
     checkpoint_steps: int | None = None
+    batching: str = "shuffle"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -34,6 +40,8 @@ class Settings:
                 raise TrainError(f"{name}={value} must be above 0")
         if not 0 <= self.warmup <= 1:
             raise TrainError(f"warmup={self.warmup} is a share of the steps, from 0 to 1")
+        if self.batching not in BATCHING:
+            raise TrainError(f"batching={self.batching!r} is not one of {', '.join(BATCHING)}")
         if self.weight_decay < 0 or (self.checkpoint_steps or 1) < 1:
             raise TrainError("weight_decay must not be negative, and checkpoint_steps be at least 1")
 
