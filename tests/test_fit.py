@@ -302,6 +302,15 @@ def test_out_of_memory(error, task):
         raise RuntimeError("something else")
 
 
+def test_out_of_memory_in_validation(task, monkeypatch):
+    def starved(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(sys.modules["smidgen.loop"], "run", starved)
+    with pytest.raises(TrainError, match="a batch of 8 does not fit into memory; try batch_size=4"):
+        sm.fit(h.bert(), "LN()", task, tokenizer=h.tokenizer(), **QUICK)
+
+
 def test_mixed_precision_leaves_nothing_behind(task, monkeypatch):
     """Accelerate puts a forward of its own on a model that it prepares."""
     from accelerate.state import AcceleratorState

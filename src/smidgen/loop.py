@@ -203,7 +203,8 @@ class Loop:
     def _held_out(self) -> Scores:
         rank = self.accelerator.process_index
         mine = [self.held[i] for i in range(rank, len(self.held), self.world)]
-        outputs = run(self.model, mine, self.task, self.tokenizer, 2 * self.settings.batch_size)
+        with memory_guard(self.settings.batch_size):
+            outputs = run(self.model, mine, self.task, self.tokenizer, 2 * self.settings.batch_size)
         numbered = gather_object([(rank + k * self.world, pair) for k, pair in enumerate(outputs)])
         return scores(self.task, [pair for _, pair in sorted(numbered, key=lambda item: item[0])])
 
