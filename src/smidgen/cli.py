@@ -102,6 +102,7 @@ def tune(
     pooling: Pooling = None, limit: Limit = None, text: Text = None, label: Label = None, kind: Kind = None,
     metric: Metric = None,
     batching: Annotated[Batching, Option(help="length: rows of like length meet, less padding")] = Batching.shuffle,
+    cache: Annotated[bool | None, Option("--cache/--no-cache", help="keep what lies below; default: if it pays")] = None,
     selection: Annotated[str | None, Option(help="keep what this selection, or this delta, keeps")] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -113,6 +114,7 @@ def tune(
     network, tokenizer = sm.load(model, task=task, dtype=dtype.value, seed=seed)
     settings: dict[str, Any] = {"seed": seed, "epochs": epochs, "lr": lr, "head_lr": head_lr}
     settings |= {"batch_size": batch_size, "max_length": max_length, "pooling": pooling, "batching": batching.value}
+    settings["cache"] = cache
     settings["selection"] = None if selection is None else open_selection(selection, network)
     already = RunFolder(out).finished
     try:

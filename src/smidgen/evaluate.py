@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,8 +93,12 @@ def run(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int = 64,
+    around: Callable[[Sequence[int], Mapping[str, Tensor]], AbstractContextManager[None]] | None = None,
 ) -> list[tuple[Any, Any]]:
-    """(prediction, reference) of each example; in eval mode, mode restored. Batches go by length, order does not."""
+    """(prediction, reference) of each example; in eval mode, mode restored. Batches go by length, order does not.
+
+    `around` gives what a forward pass on some rows stands in, such as a cache of what lies below the lowest edit.
+    """
     training = {module: module.training for module in model.modules()}
     collate, device = task.collator(tokenizer), next(model.parameters()).device
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
@@ -105,7 +109,8 @@ def run(
             rows = order[start : start + batch_size]
             batch = {k: v.to(device) for k, v in collate([encoded[i] for i in rows]).items()}
             labels = batch.pop("labels", None)
-            logits = model(**batch).logits.float()
+            with around(rows, batch) if around else nullcontext():
+                logits = model(**batch).logits.float()
             for row, pair in zip(rows, _pairs(task, logits, labels), strict=True):
                 results[row] = pair
     for module, mode in training.items():

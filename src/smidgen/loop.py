@@ -19,7 +19,7 @@ from smidgen.data import Task
 from smidgen.delta import Delta
 from smidgen.errors import TrainError
 from smidgen.evaluate import Scores, run, scores, tokenizer_of
-from smidgen.feed import Feed
+from smidgen.feed import Feed, around, kept_prefix
 from smidgen.fingerprint import Fingerprint
 from smidgen.heads import head_names
 from smidgen.objective import Objective
@@ -69,13 +69,18 @@ class Loop:
         self.held = self.task.encode(self.tokenizer, "validation", max_length=limit)
         self.collate = self.task.collator(self.tokenizer)
         rank, device = self.accelerator.process_index, self.accelerator.device
+        self.mine = [self.held[i] for i in range(rank, len(self.held), self.world)]
         self.feed = Feed(self.rows, self.collate, self.settings, rank, self.world, device)
         self.total = self.feed.steps
         with borrowed(self.model):
             self.selection = self._selected()
             options: Any = {"pooling": self.settings.pooling, "seed": self.settings.seed, "selection": self.selection}
             attach(self.model, self.recipe, **options)
-            self.chosen = self.folder.agreed(asked, self._chosen(), record)
+            before = record["chosen"].get("cache") if record else None
+            splits = (self.model.to(device), (self.rows, self.mine), self.collate)
+            caches, why = kept_prefix(*splits, self.settings, before, self.folder.path)
+            self.around, self.around_held = map(around, caches)
+            self.chosen = self.folder.agreed(asked, {**self._chosen(), "cache": why}, record)
             self.folder.keep(self.selection)
             return self._train()
 
@@ -133,8 +138,9 @@ class Loop:
     def _epoch(self, epoch: int) -> None:
         numbers = self.state.numbers
         self._train_mode()
-        for batch in self.feed.epoch(epoch, skip=numbers["step"] - epoch * self.feed.batches):
-            self._step(batch)
+        for places, batch in self.feed.epoch(epoch, skip=numbers["step"] - epoch * self.feed.batches):
+            with self.around(places, batch):
+                self._step(batch)
             due = numbers["step"] % self.chosen["checkpoint_steps"] == 0 or self.interrupts.seen
             if due and numbers["step"] < (epoch + 1) * self.feed.batches:
                 self._checkpoint()
@@ -201,10 +207,9 @@ class Loop:
             self.best = snapshot(self.model)
 
     def _held_out(self) -> Scores:
-        rank = self.accelerator.process_index
-        mine = [self.held[i] for i in range(rank, len(self.held), self.world)]
-        with memory_guard(self.settings.batch_size):
-            outputs = run(self.model, mine, self.task, self.tokenizer, 2 * self.settings.batch_size)
+        rank, size = self.accelerator.process_index, self.settings.batch_size
+        with memory_guard(size):
+            outputs = run(self.model, self.mine, self.task, self.tokenizer, 2 * size, self.around_held)
         numbered = gather_object([(rank + k * self.world, pair) for k, pair in enumerate(outputs)])
         return scores(self.task, [pair for _, pair in sorted(numbered, key=lambda item: item[0])])
 

@@ -177,8 +177,8 @@ class RunFolder:
     def finish(self) -> None:
         """The delta is saved; the checkpoint is not needed any more."""
         if self.writer and self.path:
-            for name in (CHECKPOINT, SELECTION):  # the delta has the indices too
-                (self.path / name).unlink(missing_ok=True)
+            for path in (self.path / CHECKPOINT, self.path / SELECTION, *self.path.glob("prefix-*.states")):
+                path.unlink(missing_ok=True)  # the delta has the indices too; hidden states are of no more use
 
 
 def _spelled(value: Any) -> str:

@@ -14,7 +14,9 @@ BATCHING = ("shuffle", "length")
 class Settings:
     """How to train. None means: chosen automatically, recorded in run.json and reused on resuming.
 
-    `batching="length"` puts rows of like length into a batch, which saves padding (see `ShuffledBatches`).
+    `batching="length"` puts rows of like length into a batch, which saves padding (see `ShuffledBatches`). `cache`
+    keeps what lies below the lowest edit, computed once per example: None where that is exact, pays (two epochs or
+    more) and needs at most `cache_bytes` for each split; True insists, with a file in `out` beyond that; False never.
     """
 
     seed: int = 0
@@ -29,6 +31,8 @@ class Settings:
     weight_decay: float = 0.0
     checkpoint_steps: int | None = None
     batching: str = "shuffle"
+    cache: bool | None = None
+    cache_bytes: int = 2**30
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):

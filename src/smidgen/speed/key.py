@@ -1,0 +1,58 @@
+"""What hidden states belong to: the base below the cut, the cut and the examples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from smidgen.fingerprint import Fingerprint
+from smidgen.heads import head_names
+from smidgen.plan import Plan
+from smidgen.prefix import frozen_prefix
+from smidgen.speed.cut import Cut, cut_of
+from smidgen.speed.layout import Rows
+
+# of a configuration, what says nothing of hidden states
+_IDLE = ("_name_or_path", "architectures", "id2label", "label2id", "problem_type", "transformers_version")
+_LABELS = ("labels", "label", "label_ids")
+
+
+def key(model: nn.Module, plan: Plan, rows: Rows) -> str:
+    """A digest of the tensors below the cut, the configuration, the number of the first edited block and all inputs.
+
+    What is trained, the head and the labels are left out: they may change.
+    """
+    cut, digest = cut_of(model, plan), hashlib.sha256()
+    base = Fingerprint.of(model, {*head_names(model), *_above(cut)})
+    config: Any = getattr(model, "config", None)
+    settings = {k: v for k, v in config.to_dict().items() if k not in _IDLE} if hasattr(config, "to_dict") else {}
+    said = [base.architecture, base.structure, base.content, base.dtype, cut.stack, cut.index, settings]
+    digest.update(json.dumps(said, sort_keys=True, default=str).encode())
+    for module in frozen_prefix(model, plan):
+        for name, buffer in module.named_buffers():
+            digest.update(name.encode() + _bytes(buffer))
+    for i in range(len(rows)):
+        row = rows[i]
+        for name in sorted(row):
+            if name not in _LABELS:
+                digest.update(name.encode() + _bytes(row[name]))
+    return digest.hexdigest()[:32]
+
+
+def _above(cut: Cut) -> list[str]:
+    """Names of the parameters of the blocks above the cut."""
+    paths = {id(module): path for path, module in cut.model.named_modules()}
+    return [f"{paths[id(b)]}.{name}" for b in cut.blocks[cut.index :] for name, _ in b.named_parameters()]
+
+
+def _bytes(value: Any) -> bytes:
+    if isinstance(value, Tensor):
+        head, data = f"{tuple(value.shape)}{value.dtype}", value.detach().cpu().contiguous().reshape(-1)
+        return head.encode() + data.view(torch.uint8).numpy().tobytes()
+    array = np.asarray(value)
+    return f"{array.shape}{array.dtype}".encode() + array.tobytes()
