@@ -14,6 +14,7 @@ SUMS = [
         "LoRA(rank=2, target='linear') + IA3() + LN(which='output')",
         "IA3() + LoRA(rank=2, target=('ff_out', 'value')) + IA3(layers='top:1')",
         "LN(terms='gain') + LoRA(rank=4, alpha=1.5, target='query', layers=0, exclude='value')",
+        "LoRA(rank=4, alpha=8, scaling='rslora', lr_ratio=16)",
         "LN() | Select('random', keep=0.3)",
         "LoRA(rank=2, target='linear') + IA3() | Select('random', keep=0.5)",
         "(Full() | Select('magnitude', keep=200, scope='tensor')) + LoRA(rank=2)",

@@ -54,6 +54,10 @@ class Method(Term, abstract=True):
         """Whether this tensor may stand still in training although nothing is wrong (say why in the file)."""
         return False
 
+    def rate(self, term: str) -> float:
+        """Learning rate of a tensor over the method's own."""
+        return 1.0
+
     def check(self, sites: Sequence[Site]) -> None:
         """Raise PlanError if a field names something that this model does not have."""
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from smidgen.attachment import attachment
 from smidgen.method import Method
+from smidgen.plan import Plan
 
 HEAD_LR = 5e-3
 
@@ -16,7 +17,7 @@ HEAD_LR = 5e-3
 def parameter_groups(
     model: nn.Module, lr: float | None = None, head_lr: float | None = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Groups for any torch optimiser, in the plan's order.
+    """Groups for any torch optimiser, in the plan's order; one for each learning rate of a method.
 
     Args:
         lr: for all methods; by default each method's own (LN 3e-3, LoRA 1e-3, Full 5e-5).
@@ -27,13 +28,23 @@ def parameter_groups(
     masters = dict(record.trained())
     groups = []
     for index, method in enumerate(record.plan.recipe):
-        names = [n for row in record.plan.rows if row.index == index for n, _ in row.names()]
-        if names and isinstance(method, Method):
-            groups.append(_group(str(method), masters, names, lr or method.lr, weight_decay))
+        if isinstance(method, Method):
+            for rate, names in _by_rate(record.plan, index).items():
+                label = str(method) if rate == 1 else f"{method} x {rate:g}"
+                groups.append(_group(label, masters, names, rate * (lr or method.lr), weight_decay))
     if record.plan.head:
         names = [name for name, _ in record.plan.head]
         groups.append(_group("head", masters, names, head_lr or HEAD_LR, weight_decay))
     return groups
+
+
+def _by_rate(plan: Plan, index: int) -> dict[float, list[str]]:
+    """Rate over the method's own -> saved names, for one method of a recipe."""
+    found: dict[float, list[str]] = {}
+    for row in plan.rows:
+        for term, name, _ in row.trained() if row.index == index else ():
+            found.setdefault(row.method.rate(term), []).append(name)
+    return found
 
 
 def _group(

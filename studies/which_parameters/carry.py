@@ -1,6 +1,6 @@
 """Do selections carry over? Each task is left out in turn; the others choose its tenth of LayerNorm.
 
-python studies/which_parameters/carry.py --tasks sst2,mrpc,trec,sst5
+python studies/which_parameters/carry.py --tasks sst2,stsb,trec,sst5
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from smidgen.analyze.transfer import transfer
 from smidgen.analyze.transfer_report import transfer_report
 
 if __name__ == "__main__":
-    given = options(__doc__, "sst2,mrpc,trec,sst5", recipe="LN() | Select('fisher', keep=0.1)", how="mean")
+    given = options(__doc__, "sst2,stsb,trec,sst5", recipe="LN() | Select('fisher', keep=0.1)", how="mean")
     say = lambda text: print(text, flush=True)  # noqa: E731
     more = {"how": given.how, "seeds": given.seeds, "out": Path(given.runs) / "carry", "say": say}
     result = transfer(given.model, load_tasks(given), given.recipe, **more, **settings(given))

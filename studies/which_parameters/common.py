@@ -30,6 +30,7 @@ def options(doc, tasks, **more):
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lr", type=float, default=0.0, help="of what is tuned; 0 for the method's own")
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--out", default=str(HERE / "results"))
     parser.add_argument("--runs", default=str(HERE / "runs"), help="finished runs; started again, a study goes on here")
@@ -50,7 +51,8 @@ def load_tasks(given):
 
 
 def settings(given):
-    return {"epochs": given.epochs, "batch_size": given.batch_size, "max_length": given.max_length, "progress": False}
+    chosen = {"epochs": given.epochs, "batch_size": given.batch_size, "max_length": given.max_length, "progress": False}
+    return {**chosen, "lr": given.lr} if given.lr else chosen
 
 
 def mean_sd(values):

@@ -28,11 +28,11 @@ def selections(model, information, keep, seed):
 
 
 def study(given):
-    runs = []
+    runs, folder = [], f"keep-{given.lr}" if given.lr else "keep"
     for task in load_tasks(given):
         for seed in range(given.seeds):
             model, tokenizer = sm.load(given.model, task=task, seed=seed)
-            bench = Bench(model, tokenizer, task, seed, settings(given), "test", Path(given.runs) / "keep")
+            bench = Bench(model, tokenizer, task, seed, settings(given), "test", Path(given.runs) / folder)
             reading = {"tokenizer": tokenizer, "seed": seed, "max_length": given.max_length}
             information = sm.score(model, "LN() | Select('fisher')", task, **reading)
             runs.append(bench.run("head alone", sm.parse("Head()")) | {"keep": 0.0})
@@ -75,7 +75,7 @@ def report(runs):
 
 if __name__ == "__main__":
     given = options(__doc__, "sst2,trec", keep="0.02,0.1,0.5")
-    runs = study(given)
+    runs, name = study(given), f"keep-lr-{given.lr}" if given.lr else "keep"
     columns = ["task", "arm", "keep", "seed", "metric", "value", "trained", "head_values", "seconds"]
-    write(given, "keep", columns, [[run[c] for c in columns] for run in runs], report(runs))
+    write(given, name, columns, [[run[c] for c in columns] for run in runs], report(runs))
     print(report(runs))

@@ -1,6 +1,6 @@
 """Where does fine-tuning happen? Changes in four measures after full fine-tuning, and Fisher mass, on several tasks.
 
-python studies/which_parameters/where.py --tasks sst2,mrpc,trec,sst5
+python studies/which_parameters/where.py --tasks sst2,stsb,trec,sst5
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ def masses(task, given):
 
 
 def main():
-    given = options(__doc__, "sst2,mrpc,trec,sst5", examples=256)
+    given = options(__doc__, "sst2,stsb,trec,sst5", examples=256)
     tasks, out = load_tasks(given), Path(given.out)
     say = lambda text: print(text, flush=True)  # noqa: E731
     changed = analyze_changes(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smidgen.errors import RecipeError
-from smidgen.method import Layers, Method, Tensors, at_least, check_targets, in_layers, layers_field, targeted
+from smidgen.method import Layers, Method, Tensors, at_least, check_targets, in_layers, layers_field, one_of, targeted
 from smidgen.sites import Site
 
 
@@ -21,9 +21,12 @@ class LoRA(Method):
     """Add a product of two thin matrices to a linear map.
 
     Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685, section 4.1.
+    Kalajdzievski 2023, A Rank Stabilization Scaling Factor (rsLoRA), arXiv:2312.03732, section 3 (scaling="rslora").
+    Hayou et al. 2024, LoRA+, arXiv:2402.12354, section 4 (lr_ratio; they suggest 16).
 
-        y = W x + b + (alpha / rank) * B A dropout(x)
-        W_merged = W + (alpha / rank) * B A
+        y = W x + b + s * B A dropout(x)        s = alpha / rank, or alpha / sqrt(rank) with scaling="rslora"
+        W_merged = W + s * B A
+        lr(B) = lr_ratio * lr(A)
 
     Shapes:
         A: (rank, width_in)   uniform in +-1/sqrt(width_in)
@@ -36,6 +39,8 @@ class LoRA(Method):
         layers: as in LN.
         exclude: roles or endings of module paths to leave out.
         dropout: on the input of A, in training.
+        scaling: "lora" or "rslora".
+        lr_ratio: learning rate of B over that of A.
 
     Departures: the paper draws A from a normal distribution; its authors' code, and all since, from the uniform
     one above. Slices of a fused projection (GPT-2, Phi-3) each get a pair of their own.
@@ -47,19 +52,28 @@ class LoRA(Method):
     layers: Layers = None
     exclude: str | tuple[str, ...] = ()
     dropout: float = 0.0
+    scaling: str = "lora"
+    lr_ratio: float = 1.0
 
     lr: ClassVar[float] = 1e-3
 
     def __post_init__(self) -> None:
         at_least("LoRA", "rank", self.rank, 1)
         layers_field("LoRA", self.layers)
+        one_of("LoRA", "scaling", self.scaling, ("lora", "rslora"))
+        if not self.lr_ratio > 0:
+            raise RecipeError(f"LoRA: lr_ratio={self.lr_ratio!r} must be above 0")
         if not 0 <= self.dropout < 1:
             raise RecipeError(f"LoRA: dropout={self.dropout!r} must lie in [0, 1)")
 
     @property
     def scale(self) -> float:
-        """alpha / rank."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
+        """alpha / rank, or alpha / sqrt(rank)."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (self.rank if self.scaling == "lora" else math.sqrt(self.rank))
+
+    def rate(self, term: str) -> float:
+        return self.lr_ratio if term == "B" else 1.0
 
     def check(self, sites: Sequence[Site]) -> None:
         check_targets("LoRA", "target", _names(self.target), sites)
