@@ -3,6 +3,7 @@
 import argparse
 import csv
 import math
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -88,9 +89,8 @@ def write(given, name, columns, rows, text):
         writer.writerows(rows)
     about = describe()
     chosen = {k: v for k, v in vars(given).items() if k not in ("data", "out", "runs")}
-    command = f"python studies/which_parameters/{Path(sys.argv[0]).name} " + " ".join(
-        f"--{key.replace('_', '-')} {value}" for key, value in chosen.items()
-    )
+    words = [word for key, value in chosen.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    command = shlex.join(["python", f"studies/which_parameters/{Path(sys.argv[0]).name}", *words])
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
     machine = ", ".join(f"{k} {v}" for k, v in about["machine"].items())
     foot = f"\n\n---\n\n`{command}`\n\n{machine}; {versions}; commit {about['commit']}.\n"
