@@ -49,7 +49,8 @@ def test_sum_is_associative_and_spelled_shortly():
 
 
 def test_saved_form_lists_every_field():
-    assert set(LoRA().to_json()) == {"name", "rank", "alpha", "target", "layers", "exclude", "dropout"}
+    fields = {"rank", "alpha", "target", "layers", "exclude", "dropout", "scaling", "lr_ratio"}
+    assert set(LoRA().to_json()) == {"name", *fields}
 
 
 @pytest.mark.parametrize(
