@@ -220,3 +220,5 @@ def test_trust_refuses_too_little(folder, tasks):
         trust(folder / "tiny", tasks[0], RECIPE, seeds=1)
     with pytest.raises(SmidgenError, match="two counts"):
         trust(folder / "tiny", tasks[0], RECIPE, counts=(999,))
+    with pytest.raises(SmidgenError, match=r"one Select\('fisher'\)"):
+        trust(folder / "tiny", tasks[0], "LN() | Select('random')")

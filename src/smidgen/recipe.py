@@ -1,8 +1,7 @@
 """Recipes: sums of terms with one spelling in Python, on the command line, in file names and in saved files.
 
 A term is a frozen dataclass; defining the class registers its name. `a + b` is both, `a + b | c` is both, narrowed by
-c. `parse` reads the spelling with `ast` and accepts registered calls, literals, `+` and `|` only: nothing is ever
-evaluated.
+c. `parse` reads the spelling with `ast` and accepts registered calls, literals, `+` and `|` only, never `eval`.
 """
 
 from __future__ import annotations
@@ -119,6 +118,10 @@ class Recipe:
     def whole(self) -> Recipe:
         """The same methods, nothing narrowed."""
         return replace(self, narrowed=())
+
+    def narrows(self, index: int) -> bool:
+        """Whether the term at this place is narrowed."""
+        return any(span.start <= index < span.stop for span in self.narrowed)
 
     def groups(self) -> Iterator[tuple[tuple[Term, ...], Filter | None]]:
         """The terms in order, in runs: (terms, what narrows them or None)."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from smidgen.analyze.components import Part, check_components, components, known_components
+from smidgen.analyze.components import Key, Part, check_components, components, grouped, known_components
 from smidgen.analyze.measures import CAVEAT, MEASURES, measure
 from smidgen.analyze.numbers import plain, restored
 from smidgen.errors import ModelError, nearest
@@ -19,8 +19,6 @@ from smidgen.heads import head_names
 
 Values = NDArray[np.float64]
 Weights = nn.Module | Mapping[str, Tensor]
-Key = tuple[Any, ...]
-KEYS = ("component", "term", "stack", "layer", "name")
 
 
 @dataclass(frozen=True)
@@ -79,16 +77,8 @@ class Changes:
         A tensor gives one number, and a cell is the plain mean of its tensors' numbers, as in the published plots.
         `by` is of "component", "term", "stack", "layer", "name".
         """
-        wrong = next((name for name in by if name not in KEYS), None)
-        if wrong is not None:
-            raise ModelError(f"a table cannot be made by {wrong!r}{nearest(wrong, KEYS)}; by {', '.join(KEYS)}")
-        groups: dict[Key, list[int]] = {}
-        ranks = {name: i for i, name in enumerate(self.components)}
-        for index in sorted(range(len(self.parts)), key=lambda i: ranks[self.parts[i].component]):
-            part = self.parts[index]
-            groups.setdefault(tuple(getattr(part, name) for name in by), []).append(index)
         numbers = self.values[:, :, _column(measure)]
-        return {key: self._cell(numbers[:, members]) for key, members in groups.items()}
+        return {key: self._cell(numbers[:, members]) for key, members in grouped(self.parts, by).items()}
 
     def ranking(self, measure: str) -> list[str]:
         """Components from the largest change to the smallest; those without a number are left out."""

@@ -34,6 +34,8 @@ COMPONENTS = (
     "shared LN", "output LN", "ff in", "ff out", "final LN", "pooler", "output embedding", "other", "head",
 )  # fmt: skip
 TERMS = ("weight", "gain", "bias")
+KEYS = ("component", "term", "stack", "layer", "name")
+Key = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,21 @@ def known_components(parts: Iterable[Part]) -> list[str]:
     """The components that occur, in the order of `COMPONENTS`."""
     present = {part.component for part in parts}
     return [name for name in COMPONENTS if name in present]
+
+
+def grouped(parts: Sequence[Part], by: Sequence[str]) -> dict[Key, list[int]]:
+    """Key (of the fields of a part named by `by`, of `KEYS`) -> numbers of its parts, in the order of the components.
+
+    Raises:
+        ModelError: no such field; names the nearest.
+    """
+    wrong = next((name for name in by if name not in KEYS), None)
+    if wrong is not None:
+        raise ModelError(f"a table cannot be made by {wrong!r}{nearest(wrong, KEYS)}; by {', '.join(KEYS)}")
+    groups: dict[Key, list[int]] = {}
+    for index in sorted(range(len(parts)), key=lambda i: COMPONENTS.index(parts[i].component)):
+        groups.setdefault(tuple(getattr(parts[index], name) for name in by), []).append(index)
+    return groups
 
 
 def check_components(wanted: Sequence[str], parts: Iterable[Part]) -> None:

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smidgen.analyze.changes import KEYS, Key
-from smidgen.analyze.components import Part, components, known_components, part_of
+from smidgen.analyze.components import Key, Part, components, grouped, known_components, part_of
 from smidgen.analyze.numbers import plain
-from smidgen.errors import ModelError, nearest
+from smidgen.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -80,14 +79,7 @@ class FisherMass:
 
     def table(self, by: Sequence[str] = ("component",)) -> dict[Key, Mass]:
         """Key (of the fields of a part named by `by`) -> mass, in the order of the components."""
-        wrong = next((name for name in by if name not in KEYS), None)
-        if wrong is not None:
-            raise ModelError(f"a table cannot be made by {wrong!r}{nearest(wrong, KEYS)}; by {', '.join(KEYS)}")
-        groups: dict[Key, list[int]] = {}
-        ranks = {name: i for i, name in enumerate(self.components)}
-        for index in sorted(range(len(self.parts)), key=lambda i: ranks[self.parts[i].component]):
-            groups.setdefault(tuple(getattr(self.parts[index], name) for name in by), []).append(index)
-        return {key: self._mass(members) for key, members in groups.items()}
+        return {key: self._mass(members) for key, members in grouped(self.parts, by).items()}
 
     def ranking(self, of: str = "total", by: str = "component") -> list[Any]:
         """Groups from the largest "total" or "mean" to the smallest."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
@@ -10,6 +11,13 @@ from smidgen.analyze.errors import ReportError
 
 Number = float | None
 Cell = str | Number | tuple[Number, Number]  # a tuple is a mean with its spread
+
+
+def mean_cell(values: Sequence[float]) -> Cell:
+    """Mean with standard deviation; one value alone; None for none."""
+    if len(values) < 2:
+        return values[0] if values else None
+    return statistics.fmean(values), statistics.stdev(values)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 
 from smidgen.analyze.change_report import short_name
 from smidgen.analyze.report import Report
-from smidgen.analyze.sections import Cell, Column, HeatMap, Section, Table, Text
+from smidgen.analyze.sections import Cell, Column, HeatMap, Section, Table, Text, mean_cell
 from smidgen.analyze.transfer import ARMS, Transfer
 
 TITLES = {"own": "own choice", "transferred": "the others' choice", "random": "random", "all": "everything"}
@@ -62,8 +62,8 @@ def _facts(result: Transfer) -> dict[str, str]:
 def _sections(result: Transfer) -> Iterator[Section]:
     rows: list[list[Cell]] = []
     for target in result.carried:
-        cells = [_cell(result.values(target, arm)) for arm in ARMS]
-        rows.append([f"{target} ({_metric(result, target)})", *cells, _cell(result.carried[target])])
+        cells = [mean_cell(result.values(target, arm)) for arm in ARMS]
+        rows.append([f"{target} ({_metric(result, target)})", *cells, mean_cell(result.carried[target])])
     columns = [Column("left out"), *(Column(TITLES[arm]) for arm in ARMS), Column("overlap, own with others'")]
     note = "Mean over seeds, standard deviation behind it. The head, data and steps are the same in all arms."
     yield Table("What the task left out makes of each selection", columns, rows, note=note)
@@ -71,7 +71,7 @@ def _sections(result: Transfer) -> Iterator[Section]:
     for arm, other in (("transferred", "own"), ("transferred", "random"), ("own", "random"), ("own", "all")):
         found = gaps(result, arm, other)
         better = sum(gap > 0 for gap in found)
-        rows.append([f"{TITLES[arm]} less {TITLES[other]}", _cell(found), f"{better} of {len(found)}"])
+        rows.append([f"{TITLES[arm]} less {TITLES[other]}", mean_cell(found), f"{better} of {len(found)}"])
     yield Table("Differences, paired by task and seed", [Column("arms"), Column("mean"), Column("above 0")], rows)
     matrix = np.mean(result.overlaps, axis=0).tolist()
     note = f"Values that both keep over values that one keeps, mean over seeds. By chance: {result.chance:.2f}."
@@ -85,9 +85,3 @@ def _sections(result: Transfer) -> Iterator[Section]:
 
 def _metric(result: Transfer, task: str) -> str:
     return next(run["metric"] for run in result.outcomes if run["task"] == task)
-
-
-def _cell(values: list[float]) -> Cell:
-    if len(values) < 2:
-        return values[0] if values else None
-    return float(np.mean(values)), float(np.std(values, ddof=1))

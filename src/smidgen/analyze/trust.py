@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
+from smidgen.analyze.components import stack_names
+from smidgen.analyze.fisher import FisherMass
 from smidgen.analyze.numbers import plain
 from smidgen.data import Task
 from smidgen.delta import Delta
@@ -19,7 +22,6 @@ from smidgen.scores.fisher import fisher
 from smidgen.select import select
 from smidgen.selection.chosen import Selection
 from smidgen.selection.term import Select
-from smidgen.sites import find_sites
 from smidgen.train import fit
 
 COUNTS = (32, 64, 128, 256, 512, 1024, 2048)
@@ -86,10 +88,14 @@ class _Probe:
             model, self.task, self.recipe.whole, delta, examples, kind, seed=draw, tokenizer=tokenizer, **self.options
         )
 
+    @cached_property
+    def model(self) -> nn.Module:
+        """The base with some head: what is chosen does not depend on which."""
+        return load(self.model_name, task=self.task)[0]
+
     def chosen(self, scores: Mapping[str, Tensor]) -> Selection:
         """What the recipe's budget keeps by these scores."""
-        model, _ = load(self.model_name, task=self.task)
-        return select(model, self.recipe, scores=scores, pooling=self.options.get("pooling"))
+        return select(self.model, self.recipe, scores=scores, pooling=self.options.get("pooling"))
 
 
 def trust(
@@ -120,21 +126,18 @@ def trust(
     best = probe.information(0, most, draw=seeds)
     draws, reference = _by_count(probe, sizes, seeds, probe.chosen(best), note)
     deltas = [_warm(probe, head, head_epochs) for head in range(seeds)]
-    heads = _heads(probe, most, deltas)
+    heads = _heads(probe, most, deltas, best)
     note(f"{task.name}: {seeds} heads, fresh and trained, compared")
     about = (os.fspath(model_name), task.name, str(recipe))
-    model, _ = load(model_name, task=task)
-    trained = probe.information(0, most, draw=0, delta=deltas[0])
-    found = {"fresh head": mass(model, best), "trained head": mass(model, trained)}
-    return Trust(*about, enough=tuple(sizes), draws=draws, reference=reference, mass=found, **heads)
+    return Trust(*about, enough=tuple(sizes), draws=draws, reference=reference, **heads)
 
 
-def _heads(probe: _Probe, most: int, deltas: Sequence[Delta]) -> dict[str, Any]:
-    """What the selection owes to the head, and to the kind of information."""
-    seeds = range(len(deltas))
+def _heads(probe: _Probe, most: int, deltas: Sequence[Delta], best: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the selection owes to the head, and to the kind of information; where the mass lies."""
+    model, seeds = probe.model, range(len(deltas))
     fresh = [probe.chosen(probe.information(head, most, draw=0)) for head in seeds]
-    warmed = [probe.chosen(probe.information(head, most, draw=0, delta=deltas[head])) for head in seeds]
-    model, _ = load(probe.model_name, task=probe.task)
+    informed = [probe.information(head, most, draw=0, delta=deltas[head]) for head in seeds]
+    warmed = [probe.chosen(information) for information in informed]
     return {
         "chance": warmed[0].kept / warmed[0].candidates,
         "heads": tuple(_pairs(fresh)),
@@ -142,15 +145,18 @@ def _heads(probe: _Probe, most: int, deltas: Sequence[Delta]) -> dict[str, Any]:
         "fresh_to_warmed": tuple(a.overlap(b) for a, b in zip(fresh, warmed, strict=True)),
         "kinds": _kinds(probe, most, deltas[0], warmed[0]),
         "outliers": _outliers(model, warmed[0]),
+        "mass": {"fresh head": mass(model, best), "trained head": mass(model, informed[0])},
     }
 
 
 def _sizes(recipe: Recipe, task: Task, counts: Sequence[int], seeds: int) -> list[int]:
     """The counts that train has examples for."""
     sizes = sorted({n for n in counts if 0 < n <= len(task.split("train"))})
-    if seeds < 2 or len(sizes) < 2 or len(recipe.narrowed) != 1 or not isinstance(recipe.narrowed[0].by, Select):
+    by = [span.by for span in recipe.narrowed]
+    fits = len(by) == 1 and isinstance(by[0], Select) and by[0].score == "fisher"
+    if seeds < 2 or len(sizes) < 2 or not fits:
         raise DataError(
-            f"trust needs two seeds, two counts of at most {len(task.split('train')):,} examples, and one Select; "
+            f"trust needs two seeds, two counts up to {len(task.split('train')):,} examples, one Select('fisher'); "
             f"found {seeds} seeds, counts {sizes}, {recipe}"
         )
     return sizes
@@ -187,19 +193,15 @@ def _pairs(chosen: Sequence[Selection]) -> Iterator[float]:
 
 
 def mass(model: nn.Module, information: Mapping[str, Tensor]) -> dict[str, float]:
-    """Share of the whole mass by layer ("layer 0", "embedding", ...) and by term ("gain", "bias", ...)."""
-    whole = sum(float(value.double().sum()) for value in information.values())
-    shares: dict[str, float] = {}
-    for site in find_sites(model):
-        kinds = {site.gain: "gain", site.bias: "bias"}
-        for term, _ in site.terms if site.rows is None else ():
-            name = f"{site.path}.{term}"
-            if name in information:
-                part = float(information[name].double().sum()) / whole
-                place = "outside the layers" if site.layer is None else f"{site.stack}.{site.layer}"
-                for key in (place, kinds.get(term, term)):
-                    shares[key] = shares.get(key, 0.0) + part
-    return shares
+    """Share of the whole mass by layer ("layer 0", "outside the layers") and by term ("gain", "bias", ...)."""
+    found = FisherMass.of(model, information)
+    names, layers = stack_names(found.parts), found.table(("stack", "layer"))
+    places = sorted(layers, key=lambda key: (key[0], -1 if key[1] is None else key[1]))
+    shares = {
+        "outside the layers" if layer is None else f"{names[stack]} layer {layer}".strip(): layers[stack, layer].share
+        for stack, layer in places
+    }
+    return shares | {term: cell.share for (term,), cell in found.table(("term",)).items()}
 
 
 def _outliers(model: nn.Module, chosen: Selection) -> tuple[float, float]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from smidgen.analyze.change_report import short_name
 from smidgen.analyze.report import Report
-from smidgen.analyze.sections import Bars, Cell, Column, Lines, Section, Table, Text
+from smidgen.analyze.sections import Bars, Cell, Column, Lines, Section, Table, Text, mean_cell
 from smidgen.analyze.trust import OUTLIER, Trust
 
 AGREED = 0.9
@@ -44,7 +44,7 @@ def _summary(result: Trust) -> Iterator[str]:
 
 def _sections(result: Trust) -> Iterator[Section]:
     rows: list[list[Cell]] = [
-        [count, _cell(draws), _cell(reference)]
+        [count, mean_cell(draws), mean_cell(reference)]
         for count, draws, reference in zip(result.enough, result.draws, result.reference, strict=True)
     ]
     columns = [Column("examples"), Column("two draws of so many"), Column(f"with {result.enough[-1]:,} examples")]
@@ -53,9 +53,9 @@ def _sections(result: Trust) -> Iterator[Section]:
     series = {"two draws": _band(result.draws), f"with {result.enough[-1]:,}": _band(result.reference)}
     yield Lines("Overlap by number of examples", result.enough, series, "examples", "overlap", log=False)
     rows = [
-        ["fresh heads of different seeds", _cell(result.heads)],
-        ["trained heads of different seeds", _cell(result.warmed)],
-        ["fresh with trained head, same seed", _cell(result.fresh_to_warmed)],
+        ["fresh heads of different seeds", mean_cell(result.heads)],
+        ["trained heads of different seeds", mean_cell(result.warmed)],
+        ["fresh with trained head, same seed", mean_cell(result.fresh_to_warmed)],
     ]
     rows += [[f"{kind} with empirical, trained head", value] for kind, value in result.kinds.items()]
     rows.append(["two random selections", result.chance])
@@ -80,9 +80,3 @@ def _masses(result: Trust) -> Iterator[Section]:
 def _band(found: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
     spreads = [float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for values in found]
     return [float(np.mean(values)) for values in found], spreads
-
-
-def _cell(values: Sequence[float]) -> Cell:
-    if len(values) < 2:
-        return values[0] if values else None
-    return float(np.mean(values)), float(np.std(values, ddof=1))

@@ -128,8 +128,7 @@ class Selection:
 
 def narrowed_shapes(plan: Plan) -> dict[str, Shape]:
     """Saved name -> whole shape of every tensor that a plan's recipe narrows; the plan is not narrowed yet."""
-    spans = plan.recipe.narrowed
-    rows = [row for row in plan.rows if any(span.start <= row.index < span.stop for span in spans)]
+    rows = [row for row in plan.rows if plan.recipe.narrows(row.index)]
     return {row.name(term): shape for row in rows for term, shape in row.terms}
 
 

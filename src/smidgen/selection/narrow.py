@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from smidgen.errors import DeltaError
 from smidgen.plan import Plan
 from smidgen.rows import Row, Subset
+from smidgen.selection.chosen import narrowed_shapes
 from smidgen.selection.ready import choose_ready, needs_data
 from smidgen.start import initial
 
@@ -25,15 +26,13 @@ def narrow(plan: Plan, indices: Mapping[str, Tensor]) -> Plan:
     Raises:
         DeltaError: indices that are none of this plan's tensors, or outside of one.
     """
-    spans = plan.recipe.narrowed
-    inside = [any(span.start <= row.index < span.stop for span in spans) for row in plan.rows]
-    known = {row.name(t) for row, narrowed in zip(plan.rows, inside, strict=True) if narrowed for t, _ in row.terms}
+    known = set(narrowed_shapes(plan))
     if known != set(indices):
         odd = sorted(known ^ set(indices))
         raise DeltaError(f"the selection is of another model or recipe: {plan.recipe.whole} differs in {odd[0]}")
     rows: list[Row] = []
-    for row, narrowed in zip(plan.rows, inside, strict=True):
-        rows += _narrowed(row, indices) if narrowed else [row]
+    for row in plan.rows:
+        rows += _narrowed(row, indices) if plan.recipe.narrows(row.index) else [row]
     return replace(plan, rows=tuple(rows), chosen=True)
 
 
