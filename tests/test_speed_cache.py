@@ -567,3 +567,16 @@ def test_an_empty_cache_says_so():
     cache.fill(examples(), collate)
     with pytest.raises(TrainError, match="8 tokens of an example are kept, but the batch has room for 5"):
         cache.batch([0, 3], 5)
+
+
+@pytest.mark.parametrize(("rate", "refused"), [(0.1, True), (0.0, False)])
+def test_a_model_that_drops_around_its_blocks_is_refused(rate, refused):
+    """OPT drops embeddings in the decoder's own forward, which training without a cache leaves on."""
+    sizes = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 20}
+    config = T.OPTConfig(**sizes, word_embed_proj_dim=16, max_position_embeddings=40, dropout=rate)
+    model = T.OPTForCausalLM(config).eval()
+    recipe = "LN(layers='top:1')"
+    attach(model, recipe)
+    why = why_not(model, attachment(model).plan)
+    assert (why is not None) == refused
+    assert not refused or "drops activations by itself (dropout=0.1)" in why

@@ -62,7 +62,7 @@ def why_not(model: nn.Module, plan: Plan) -> str | None:
         model: with `plan` attached.
         plan: what is attached.
     """
-    return _shape(model) or _edits(model, plan) or _use(model)
+    return _shape(model) or _edits(model, plan) or _use(model) or _drops(model, plan)
 
 
 def _shape(model: nn.Module) -> str | None:
@@ -96,6 +96,17 @@ def _use(model: nn.Module) -> str | None:
             return f"the model gives back what every block computes (config.{name})"
     if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
         return f"{type(model).__name__} is compiled, which does not notice a start in the middle"
+    return None
+
+
+def _drops(model: nn.Module, plan: Plan) -> str | None:
+    """A dropout rate on a module around the blocks: its forward drops (OPT), and has no eval mode of its own."""
+    words = cut_of(model, plan).stack.split(".")
+    for count in range(len(words)):
+        module = model.get_submodule(".".join(words[:count]))
+        rate = getattr(module, "dropout", None)
+        if isinstance(rate, float) and rate > 0:
+            return f"{type(module).__name__} drops activations by itself (dropout={rate:g}) below the edits"
     return None
 
 
