@@ -24,13 +24,13 @@ from smidgen.fingerprint import Fingerprint
 from smidgen.heads import head_names
 from smidgen.objective import Objective
 from smidgen.optim import optimizer
-from smidgen.prefix import frozen_prefix
 from smidgen.progress import Bar
 from smidgen.recipe import Recipe
 from smidgen.runs import Interrupts, RunFolder, State
 from smidgen.select import select
 from smidgen.selection.chosen import Selection
 from smidgen.settings import Settings
+from smidgen.speed.inner import resting_modules
 from smidgen.state import borrowed, pack, unpack
 from smidgen.watch import check_gradients, check_moved, memory_guard, snapshot
 
@@ -76,9 +76,8 @@ class Loop:
             self.selection = self._selected()
             options: Any = {"pooling": self.settings.pooling, "seed": self.settings.seed, "selection": self.selection}
             attach(self.model, self.recipe, **options)
-            before = record["chosen"].get("cache") if record else None
             splits = (self.model.to(device), (self.rows, self.mine), self.collate)
-            caches, why = kept_prefix(*splits, self.settings, before, self.folder.path)
+            caches, why = kept_prefix(*splits, self.settings, chosen.get("cache"), self.folder.path)
             self.around, self.around_held = map(around, caches)
             self.chosen = self.folder.agreed(asked, {**self._chosen(), "cache": why}, record)
             self.folder.keep(self.selection)
@@ -149,7 +148,7 @@ class Loop:
 
     def _train_mode(self) -> None:
         self.model.train()
-        for module in frozen_prefix(self.model, attachment(self.model).plan):
+        for module in self.resting:
             module.eval()
 
     def _step(self, batch: dict[str, Tensor]) -> None:
@@ -189,6 +188,7 @@ class Loop:
         self.model.eval()
         rows = [self.rows[i] for i in range(min(2, len(self.rows)))]
         batch = {k: v.to(self.accelerator.device) for k, v in self.collate(rows).items()}
+        self.resting = resting_modules(self.model, attachment(self.model).plan, batch)
         self._loss(self.model, batch).backward()
         check_gradients(self.model)
         self.optimizer.zero_grad(set_to_none=True)

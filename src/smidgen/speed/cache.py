@@ -1,4 +1,4 @@
-"""PrefixCache: the hidden states that enter the first edited block, computed once per example."""
+"""PrefixCache: the hidden states at the lowest edit, computed once per example."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from smidgen.errors import SmidgenError, TrainError
 from smidgen.plan import Plan
 from smidgen.speed.cut import cut_of, why_not
+from smidgen.speed.inner import inner_cut
 from smidgen.speed.key import key
 from smidgen.speed.layout import Layout, Rows, kept_of, pads_left
 from smidgen.speed.listen import resting, result_of, states_at
 from smidgen.speed.skip import Seam, feeding
 from smidgen.speed.store import from_file, in_file, in_memory
-from smidgen.speed.trial import Collate, Trial, batch_of
+from smidgen.speed.trial import Collate, Trial, batch_of, few
 from smidgen.watch import memory_guard
 
 _BROKEN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
@@ -88,7 +89,7 @@ class PrefixCache:
         start = time.perf_counter()
         self._seam = None
         with resting(self._model), memory_guard(batch_size):
-            trial = Trial.of(self._cut, rows, collate)
+            trial = self._trial(rows, collate)
             self._layout, self._left = Layout.of(trial.lengths), trial.left
             path = self._path(trial, rows, limit_bytes, folder)
             if path is None or not self._taken_up(trial, path):
@@ -97,6 +98,20 @@ class PrefixCache:
                 self._check(trial)
         self._seam = trial.seam
         self._seconds = time.perf_counter() - start
+
+    def _trial(self, rows: Rows, collate: Collate) -> Trial:
+        """At the finer cut within the first edited block if the model can start there, else in front of the block."""
+        whole = cut_of(self._model, self._plan)
+        finer = inner_cut(whole, self._plan, few(self._model, rows, collate))
+        for self._cut in (finer, whole) if finer is not None else (whole,):
+            try:
+                trial = Trial.of(self._cut, rows, collate)
+                self._compare(trial, trial.seen.states)
+                return trial
+            except TrainError:
+                if self._cut is whole:
+                    raise
+        raise AssertionError("unreachable")
 
     def batch(self, places: Sequence[int], length: int | None = None) -> Tensor:
         """States (B, T, d) of the examples with these numbers, zeros at padding, on the model's device.
@@ -111,15 +126,16 @@ class PrefixCache:
         self._filled()
         return self._padded(places, length)
 
-    def feeding(self, hidden: Tensor) -> AbstractContextManager[None]:
-        """Inside, `model(**batch)` starts at the first edited block with `hidden` (B, T, d).
+    def feeding(self, hidden: Tensor, first: bool = False) -> AbstractContextManager[None]:
+        """Inside, `model(**batch)` starts at the cut with `hidden` (B, T, d).
 
-        The embeddings and the blocks below are not computed. Whatever happens, the model is as it was afterwards.
+        The embeddings and what else lies below are not computed. `first`: for the first token only, where the cut lies
+        within the last block. Whatever happens, the model is as it was afterwards.
 
         Raises:
             TrainError: the cache is empty.
         """
-        return feeding(self._filled(), hidden)
+        return feeding(self._filled(), hidden, first)
 
     def _filled(self) -> Seam:
         if self._seam is None:
@@ -148,7 +164,7 @@ class PrefixCache:
             return None
         if folder is None:
             raise TrainError(f"hidden states of {size:,} bytes are over the limit of {limit:,}; name a folder for them")
-        return Path(folder) / f"prefix-{key(self._model, self._plan, rows)}.states"
+        return Path(folder) / f"prefix-{key(self._model, self._plan, self._cut, rows)}.states"
 
     def _taken_up(self, trial: Trial, path: Path) -> bool:
         """Whether a file has the states; one that does not stand the check is not used."""
@@ -185,8 +201,12 @@ class PrefixCache:
         """A few examples with and without the cache."""
         cached = self._padded(trial.places, trial.kept.shape[1])
         trial.check_states(self._cut, cached.cpu())
+        self._compare(trial, cached)
+
+    def _compare(self, trial: Trial, states: Tensor) -> None:
+        """Logits and loss of a few examples that start at the cut with these states (b, T, d)."""
         try:
-            with feeding(trial.seam, cached):
+            with feeding(trial.seam, states):
                 result, loss = result_of(self._model(**trial.batch))
         except (SmidgenError, torch.OutOfMemoryError):
             raise

@@ -22,17 +22,32 @@ class Cut:
         stack: path of the stack.
         blocks: all blocks of it, in order.
         index: number of the first edited block; the number of blocks if none is edited.
+        site: the first edited module of that block, if the cut lies in front of it (see `inner`).
+        inner: modules of that block that are computed, in whole, before `site`.
     """
 
     model: nn.Module
     stack: str
     blocks: tuple[nn.Module, ...]
     index: int
+    site: nn.Module | None = None
+    inner: tuple[nn.Module, ...] = ()
 
     @property
     def lower(self) -> tuple[nn.Module, ...]:
         """The blocks below the cut."""
         return self.blocks[: self.index]
+
+    @property
+    def entry(self) -> nn.Module | None:
+        """The module that the hidden states at the cut enter; None if the cut is behind the last block."""
+        return self.first if self.site is None else self.site
+
+    @property
+    def place(self) -> str:
+        """Path of that module."""
+        paths = {module: path for path, module in self.model.named_modules()}
+        return paths[self.entry] if self.entry is not None else f"{self.stack}, its end"
 
     @property
     def first(self) -> nn.Module | None:

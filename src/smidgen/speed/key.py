@@ -14,7 +14,7 @@ from smidgen.fingerprint import Fingerprint
 from smidgen.heads import head_names
 from smidgen.plan import Plan
 from smidgen.prefix import frozen_prefix
-from smidgen.speed.cut import Cut, cut_of
+from smidgen.speed.cut import Cut
 from smidgen.speed.layout import Rows
 
 # of a configuration, what says nothing of hidden states
@@ -22,16 +22,16 @@ _IDLE = ("_name_or_path", "architectures", "id2label", "label2id", "problem_type
 _LABELS = ("labels", "label", "label_ids")
 
 
-def key(model: nn.Module, plan: Plan, rows: Rows) -> str:
-    """A digest of the tensors below the cut, the configuration, the number of the first edited block and all inputs.
+def key(model: nn.Module, plan: Plan, cut: Cut, rows: Rows) -> str:
+    """A digest of the tensors below the cut, the configuration, the place of the cut and all inputs.
 
     What is trained, the head and the labels are left out: they may change.
     """
-    cut, digest = cut_of(model, plan), hashlib.sha256()
+    digest = hashlib.sha256()
     base = Fingerprint.of(model, {*head_names(model), *_above(cut)})
     config: Any = getattr(model, "config", None)
     settings = {k: v for k, v in config.to_dict().items() if k not in _IDLE} if hasattr(config, "to_dict") else {}
-    said = [base.architecture, base.structure, base.content, base.dtype, cut.stack, cut.index, settings]
+    said = [base.architecture, base.structure, base.content, base.dtype, cut.place, settings]
     digest.update(json.dumps(said, sort_keys=True, default=str).encode())
     for module in frozen_prefix(model, plan):
         for name, buffer in module.named_buffers():
@@ -45,9 +45,10 @@ def key(model: nn.Module, plan: Plan, rows: Rows) -> str:
 
 
 def _above(cut: Cut) -> list[str]:
-    """Names of the parameters of the blocks above the cut."""
-    paths = {id(module): path for path, module in cut.model.named_modules()}
-    return [f"{paths[id(b)]}.{name}" for b in cut.blocks[cut.index :] for name, _ in b.named_parameters()]
+    """Names of the parameters of the blocks above the cut, without those of modules that stand still."""
+    below = {id(parameter) for module in cut.inner for parameter in module.parameters()}
+    above = {id(p) for block in cut.blocks[cut.index :] for p in block.parameters()} - below
+    return [name for name, p in cut.model.named_parameters(remove_duplicate=False) if id(p) in above]
 
 
 def _bytes(value: Any) -> bytes:

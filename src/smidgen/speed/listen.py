@@ -1,4 +1,4 @@
-"""Run a model and listen at the cut: what enters the first edited block, and how the model gets there."""
+"""Run a model and listen at the cut: what enters there, and how the model gets there."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Trace:
         result: the model's logits, or its first output.
         loss: the model's own, if the batch has labels.
         precision: dtype in which it was computed.
-        calls: modules before the stack and blocks with their outputs, in order.
+        calls: modules before the stack, blocks and `cut.inner` with their outputs, in order.
     """
 
     states: Tensor
@@ -87,7 +87,7 @@ def trace(cut: Cut, batch: Batch) -> Trace:
     def left(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         calls.append((module, output))
 
-    handles = [module.register_forward_hook(left) for module in (*cut.before(), *cut.blocks)]
+    handles = [module.register_forward_hook(left) for module in (*cut.before(), *cut.blocks, *cut.inner)]
     handles.append(cut.blocks[0].register_forward_pre_hook(enter, with_kwargs=True))
     try:
         with _listening(cut, see):
@@ -108,14 +108,14 @@ def result_of(output: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The hidden states among the arguments of a block."""
+    """The hidden states among the arguments of a module."""
     return args[0] if args else kwargs.get("hidden_states")
 
 
 @contextmanager
 def _listening(cut: Cut, see: Callable[[Any], None]) -> Iterator[None]:
-    if cut.first is not None:
-        handle = cut.first.register_forward_pre_hook(partial(_at_first, see), with_kwargs=True, prepend=True)
+    if cut.entry is not None:
+        handle = cut.entry.register_forward_pre_hook(partial(_at_first, see), with_kwargs=True, prepend=True)
     else:
         handle = cut.blocks[-1].register_forward_hook(partial(_at_last, see), prepend=True)
     try:
@@ -146,8 +146,8 @@ def _precision(states: Any) -> torch.dtype:
 
 def _checked(cut: Cut, seen: list[Any]) -> Tensor:
     if len(seen) != 1:
-        raise cut.refusal(f"a forward pass comes to block {cut.index} of {cut.stack} {len(seen)} times")
+        raise cut.refusal(f"a forward pass comes to {cut.place} {len(seen)} times")
     states = seen[0]
     if not isinstance(states, Tensor) or states.ndim != 3 or not states.is_floating_point():
-        raise cut.refusal(f"what crosses the cut at {cut.stack}.{cut.index} is no (batch, tokens, width) tensor")
+        raise cut.refusal(f"what crosses the cut at {cut.place} is no (batch, tokens, width) tensor")
     return states

@@ -50,8 +50,6 @@ class Trial:
             TrainError: they differ from one reading to the next, or their states do from one forward pass or one
                 padding to the next.
         """
-        if not len(rows):
-            raise TrainError("there are no examples to keep hidden states of")
         known = lengths_of(rows)
         counts = known or [1] * len(rows)
         _read_twice(cut, rows, collate, _few(counts, _READ))
@@ -116,6 +114,17 @@ def batch_of(model: nn.Module, rows: Rows, collate: Collate, places: list[int]) 
     """A batch on the model's device."""
     device = next(model.parameters()).device
     return {k: v.to(device) for k, v in collate([rows[i] for i in places]).items()}
+
+
+def few(model: nn.Module, rows: Rows, collate: Collate) -> Batch:
+    """A batch of a few examples.
+
+    Raises:
+        TrainError: there are none.
+    """
+    if not len(rows):
+        raise TrainError("there are no examples to keep hidden states of")
+    return batch_of(model, rows, collate, _few(lengths_of(rows) or [1] * len(rows), _FEW))
 
 
 def _few(lengths: list[int], count: int) -> list[int]:
