@@ -1,10 +1,9 @@
-"""Feed: the batches of training, epoch by epoch, and where a forward pass on them starts."""
+"""Feed: the batches of training, epoch by epoch, and the kept prefix of their rows."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,6 @@ from smidgen.settings import Settings
 from smidgen.speed.cache import PrefixCache
 from smidgen.speed.cut import why_not
 
-Around = Callable[[Sequence[int], Mapping[str, Tensor]], AbstractContextManager[None]]
 Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
 ON = "on"
 
@@ -53,13 +51,6 @@ class Feed:
         for places in ShuffledBatches(len(self.rows), s.batch_size, s.seed, epoch, skip=skip, lengths=lengths, **share):
             batch = self.collate([self.rows[i] for i in places])
             yield places, {k: v.to(self.device) for k, v in batch.items()}
-
-
-def around(cache: PrefixCache | None) -> Around:
-    """What a forward pass on some rows stands in: the states of a cache enter at the first edited block."""
-    if cache is None:
-        return lambda places, batch: nullcontext()
-    return lambda places, batch: cache.feeding(cache.batch(places, batch["input_ids"].shape[1]))
 
 
 def kept_prefix(

@@ -13,13 +13,14 @@ from accelerate.utils import DistributedType, gather_object, set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from smidgen.around import shortcuts
 from smidgen.attach import attach, detach, disabled
 from smidgen.attachment import attachment, trained_parameters
 from smidgen.data import Task
 from smidgen.delta import Delta
 from smidgen.errors import TrainError
 from smidgen.evaluate import Scores, run, scores, tokenizer_of
-from smidgen.feed import Feed, around, kept_prefix
+from smidgen.feed import Feed
 from smidgen.fingerprint import Fingerprint
 from smidgen.heads import head_names
 from smidgen.objective import Objective
@@ -77,9 +78,8 @@ class Loop:
             options: Any = {"pooling": self.settings.pooling, "seed": self.settings.seed, "selection": self.selection}
             attach(self.model, self.recipe, **options)
             splits = (self.model.to(device), (self.rows, self.mine), self.collate)
-            caches, why = kept_prefix(*splits, self.settings, chosen.get("cache"), self.folder.path)
-            self.around, self.around_held = map(around, caches)
-            self.chosen = self.folder.agreed(asked, {**self._chosen(), "cache": why}, record)
+            (self.around, self.around_held), why = shortcuts(*splits, self.settings, chosen, self.folder.path)
+            self.chosen = self.folder.agreed(asked, {**self._chosen(), **why}, record)
             self.folder.keep(self.selection)
             return self._train()
 

@@ -12,6 +12,7 @@ from smidgen.method import Method
 from smidgen.plan import Plan
 
 HEAD_LR = 5e-3
+FUSED = ("cpu", "cuda")  # where torch has AdamW as one kernel
 
 
 def parameter_groups(
@@ -58,4 +59,6 @@ def optimizer(
     model: nn.Module, lr: float | None = None, head_lr: float | None = None, weight_decay: float = 0.0
 ) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`; hand it to Trainer as `optimizers=(sm.optimizer(model), None)`."""
-    return torch.optim.AdamW(parameter_groups(model, lr, head_lr, weight_decay))
+    groups = parameter_groups(model, lr, head_lr, weight_decay)
+    fused = all(p.device.type in FUSED for group in groups for p in group["params"])  # one call for many small tensors
+    return torch.optim.AdamW(groups, fused=fused or None)

@@ -17,6 +17,8 @@ class Settings:
     `batching="length"` puts rows of like length into a batch, which saves padding (see `ShuffledBatches`). `cache`
     keeps what lies below the lowest edit, computed once per example: None where that is exact, pays (two epochs or
     more) and needs at most `cache_bytes` for each split; True insists, with a file in `out` beyond that; False never.
+    `only_read` computes the last block for the one token that the head reads: None where that is exact.
+    `fast_dropout` draws the same distribution as torch in less time on a CPU.
     """
 
     seed: int = 0
@@ -33,6 +35,8 @@ class Settings:
     batching: str = "shuffle"
     cache: bool | None = None
     cache_bytes: int = 2**30
+    only_read: bool | None = None
+    fast_dropout: bool = True
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):

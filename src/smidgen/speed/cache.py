@@ -126,16 +126,29 @@ class PrefixCache:
         self._filled()
         return self._padded(places, length)
 
-    def feeding(self, hidden: Tensor, first: bool = False) -> AbstractContextManager[None]:
-        """Inside, `model(**batch)` starts at the cut with `hidden` (B, T, d).
+    def first(self, places: Sequence[int]) -> Tensor:
+        """States (B, 1, d) of the first tokens of these examples. Raises TrainError if the cache is empty."""
+        self._filled()
+        starts = torch.tensor([self._layout.starts[place] for place in places])
+        return self._states[starts][:, None].to(next(self._model.parameters()).device)
 
-        The embeddings and what else lies below are not computed. `first`: for the first token only, where the cut lies
-        within the last block. Whatever happens, the model is as it was afterwards.
+    @property
+    def ends_rowwise(self) -> bool:
+        """Whether no block runs in whole above the cut, so that nothing above it may mix tokens."""
+        last = len(self._cut.blocks) - 1
+        inside = self._cut.index == last and self._cut.site is not None
+        return not self._left and (inside or self._cut.index > last)
+
+    def feeding(self, hidden: Tensor, length: int | None = None) -> AbstractContextManager[None]:
+        """Inside, `model(**batch)` starts at the cut with `hidden` (B, T, d), or (B, 1, d) for the first tokens alone.
+
+        The embeddings and what else lies below are not computed. Whatever happens, the model is as it was afterwards.
+        `length`: tokens of the batch, if they are not T.
 
         Raises:
             TrainError: the cache is empty.
         """
-        return feeding(self._filled(), hidden, first)
+        return feeding(self._filled(), hidden, length)
 
     def _filled(self) -> Seam:
         if self._seam is None:

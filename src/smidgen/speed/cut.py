@@ -80,6 +80,11 @@ def why_not(model: nn.Module, plan: Plan) -> str | None:
     return _shape(model) or _edits(model, plan) or _use(model) or _drops(model, plan)
 
 
+def irregular(model: nn.Module) -> str | None:
+    """In one line, why a model is no plain chain of blocks of which only the logits count; None if it is."""
+    return _shape(model) or _use(model)
+
+
 def _shape(model: nn.Module) -> str | None:
     name, stacks = type(model).__name__, find_blocks(model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):

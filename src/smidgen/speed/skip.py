@@ -33,9 +33,9 @@ class Blank:
     dtype: torch.dtype
     extra: int | None = None
 
-    def like(self, hidden: Tensor) -> Any:
-        """Zeros with batch and tokens of `hidden` (B, T, d)."""
-        zeros = hidden.new_zeros((*hidden.shape[:2], self.width), dtype=self.dtype)
+    def like(self, hidden: Tensor, length: int) -> Any:
+        """Zeros (B, length, width) on the device of `hidden` (B, T, d)."""
+        zeros = hidden.new_zeros((hidden.shape[0], length, self.width), dtype=self.dtype)
         return zeros if self.extra is None else (zeros, *[None] * self.extra)
 
 
@@ -68,26 +68,28 @@ class Seam:
 
 
 @contextmanager
-def feeding(seam: Seam, hidden: Tensor, first: bool = False) -> Iterator[None]:
+def feeding(seam: Seam, hidden: Tensor, length: int | None = None) -> Iterator[None]:
     """Inside, a forward pass starts at the cut with `hidden` (B, T, d); all is restored on exit.
 
     Args:
-        first: only the first token's states enter, (B, 1, d); for a cut inside the last block.
+        length: tokens of the batch; T unless only the first tokens' states enter.
     """
-    entering = hidden[:, :1] if first else hidden
-    forwards: dict[nn.Module, Callable[..., Any]] = {m: partial(give_blank, b, hidden) for m, b in seam.before.items()}
-    forwards |= {m: partial(give_blank, b, entering) for m, b in seam.inner.items()}
+    tokens = hidden.shape[1]
+    forwards: dict[nn.Module, Callable[..., Any]] = {
+        module: partial(give_blank, blank, hidden, length or tokens) for module, blank in seam.before.items()
+    }
+    forwards |= {module: partial(give_blank, blank, hidden, tokens) for module, blank in seam.inner.items()}
     for block, extra in zip(seam.cut.lower, seam.extra, strict=True):
-        forwards[block] = partial(give_hidden, entering, extra)
+        forwards[block] = partial(give_hidden, hidden, extra)
     own = {module: module.__dict__.get("forward", _ABSENT) for module in forwards}
     entry, handles = seam.cut.entry, []
     try:
         for module, forward in forwards.items():
             module.__dict__["forward"] = forward
         if entry is not None:
-            handles.append(entry.register_forward_pre_hook(partial(put_in, entering), with_kwargs=True, prepend=True))
+            handles.append(entry.register_forward_pre_hook(partial(put_in, hidden), with_kwargs=True, prepend=True))
         if seam.cut.first is not None and entry is not seam.cut.first:  # it adds what it was given to nothing
-            first_block = partial(put_in, entering)
+            first_block = partial(put_in, hidden)
             handles.append(seam.cut.first.register_forward_pre_hook(first_block, with_kwargs=True, prepend=True))
         yield
     finally:
@@ -100,9 +102,9 @@ def feeding(seam: Seam, hidden: Tensor, first: bool = False) -> Iterator[None]:
                 module.__dict__["forward"] = forward
 
 
-def give_blank(blank: Blank, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+def give_blank(blank: Blank, hidden: Tensor, length: int, *args: Any, **kwargs: Any) -> Any:
     """Stands in for a module whose output means nothing, without a look at the inputs."""
-    return blank.like(hidden)
+    return blank.like(hidden, length)
 
 
 def give_hidden(hidden: Tensor, extra: int | None, *args: Any, **kwargs: Any) -> Any:

@@ -59,7 +59,9 @@ class Trial:
         lengths = known or [seen.states.shape[1]] * len(rows)
         kept = kept_of(cut, batch, tuple(seen.states.shape), [lengths[i] for i in places])
         seam, left = Seam.of(cut, seen), pads_left(cut, kept)
-        found = cls(lengths, places, batch, kept, left, replace(seen, calls=[]), seam, _allowed(seen))
+        found = cls(
+            lengths, places, batch, kept, left, replace(seen, calls=[]), seam, allowed_for(seen.states, seen.precision)
+        )
         found._check_again(cut)
         found._check_alone(cut, rows, collate)
         return found
@@ -122,9 +124,14 @@ def few(model: nn.Module, rows: Rows, collate: Collate) -> Batch:
     Raises:
         TrainError: there are none.
     """
+    return batch_of(model, rows, collate, few_places(rows))
+
+
+def few_places(rows: Rows) -> list[int]:
+    """Numbers of a few examples: evenly spread, the shortest, the longest. Raises TrainError if there are none."""
     if not len(rows):
         raise TrainError("there are no examples to keep hidden states of")
-    return batch_of(model, rows, collate, _few(lengths_of(rows) or [1] * len(rows), _FEW))
+    return _few(lengths_of(rows) or [1] * len(rows), _FEW)
 
 
 def _few(lengths: list[int], count: int) -> list[int]:
@@ -141,6 +148,7 @@ def _read_twice(cut: Cut, rows: Rows, collate: Collate, places: list[int]) -> No
             raise cut.refusal(f"{name} of an example is not the same twice (are examples made anew at each reading?)")
 
 
-def _allowed(seen: Trace) -> float:
-    coarse = seen.states.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-    return max(ALLOWED[seen.precision], 1e-2 if coarse else 0)
+def allowed_for(result: Tensor, precision: torch.dtype | None = None) -> float:
+    """Difference that is rounding, relative to scale, of what was computed in `precision` (its own by default)."""
+    coarse = result.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    return max(ALLOWED[precision or result.dtype], 1e-2 if coarse else 0)

@@ -1,0 +1,110 @@
+"""What a forward pass stands in: where it starts, which rows of the last block it computes, how dropout is drawn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from smidgen.errors import TrainError
+from smidgen.feed import ON, Collate, kept_prefix
+from smidgen.settings import Settings
+from smidgen.speed.cache import PrefixCache
+from smidgen.speed.draws import FastDropout
+from smidgen.speed.listen import resting, result_of
+from smidgen.speed.single import FirstRow
+from smidgen.speed.trial import allowed_for, batch_of, few, few_places, gap
+
+
+@dataclass(frozen=True, eq=False)
+class Shortcut:
+    """What is left out of the forward passes over one split.
+
+    Attributes:
+        cache: hidden states at the lowest edit, one set per row of the split.
+        row: the last block for the first token alone.
+        fast_dropout: masks are drawn by `FastDropout`.
+    """
+
+    cache: PrefixCache | None = None
+    row: FirstRow | None = None
+    fast_dropout: bool = False
+
+    @contextmanager
+    def __call__(self, places: Sequence[int], batch: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, `model(**batch)` computes what is needed and no more. `places`: numbers of the batch's rows."""
+        with ExitStack() as stack:
+            if self.fast_dropout:
+                stack.enter_context(FastDropout())
+            rowwise = self.cache is not None and self.row is not None and self.cache.ends_rowwise
+            if self.cache is not None:
+                length = batch["input_ids"].shape[1]
+                states = self.cache.first(places) if rowwise else self.cache.batch(places, length)
+                stack.enter_context(self.cache.feeding(states, length))
+            if self.row is not None and not rowwise:
+                stack.enter_context(self.row.reading())
+            yield
+
+
+def shortcuts(
+    model: nn.Module,
+    splits: Sequence[Sequence[dict[str, Any]]],
+    collate: Collate,
+    settings: Settings,
+    before: Mapping[str, str],
+    folder: str | os.PathLike[str] | None,
+) -> tuple[list[Shortcut], dict[str, str]]:
+    """A shortcut for each split, and for "cache" and "rows" whether they are on, or why not.
+
+    Args:
+        before: what came of it at the first start of a run that is resumed: it is done, or not done, again.
+        folder: for hidden states that are too large for memory, if a cache is insisted on.
+
+    Raises:
+        TrainError: something is insisted on and cannot be had; says why.
+    """
+    caches, cached = kept_prefix(model, splits, collate, settings, before.get("cache"), folder)
+    row, read = _first_row(model, splits[0], collate, settings, before.get("rows"))
+    if row is not None and caches[0] is not None:
+        try:
+            _check(model, splits[0], collate, Shortcut(caches[0], row))
+        except TrainError as error:
+            row, read = None, _declined(str(error), settings)
+    made = [Shortcut(cache, row, settings.fast_dropout) for cache in caches]
+    return made, {"cache": cached, "rows": read}
+
+
+def _first_row(
+    model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, settings: Settings, before: str | None
+) -> tuple[FirstRow | None, str]:
+    if settings.only_read is False:
+        return None, "off"
+    if before not in (None, ON):
+        return None, str(before)
+    try:
+        return FirstRow.of(model, few(model, rows, collate)), ON
+    except TrainError as error:
+        return None, _declined(str(error), settings)
+
+
+def _declined(reason: str, settings: Settings) -> str:
+    if settings.only_read:
+        raise TrainError(f"only_read=True, but {reason}; leave it out")
+    return reason
+
+
+def _check(model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, shortcut: Shortcut) -> None:
+    """Both together, on a few examples."""
+    places = few_places(rows)
+    batch = batch_of(model, rows, collate, places)
+    with resting(model):
+        wanted = result_of(model(**batch))[0]
+        with shortcut(places, batch):
+            found = result_of(model(**batch))[0]
+    off = gap(found[None], wanted[None]) if found.shape == wanted.shape else float("inf")
+    if not off <= allowed_for(wanted):
+        raise TrainError(f"logits from one row and a kept prefix differ by {off:.2g} of their scale")

@@ -1,0 +1,173 @@
+"""Only the rows that are read: the same numbers from one row of the last block, and what cannot be computed so."""
+
+import json
+
+import pytest
+import torch
+import transformers as T
+
+import smidgen as sm
+from smidgen.attach import attach
+from smidgen.attachment import attachment
+from smidgen.errors import TrainError
+from smidgen.speed import single
+from smidgen.speed.listen import resting
+from smidgen.speed.single import FirstRow
+from tests import helpers as h
+from tests.test_speed_cache import Operations, build, close, collate, examples, gradients
+
+RECIPES = ("LN()", "LoRA(rank=2, target='linear')", "LN() + LoRA(rank=2, target=('key', 'value'))", "Full()")
+
+
+def vit():
+    config = T.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = T.AutoModelForImageClassification.from_config(config).eval()
+    h.shake(model.parameters(), 0.3)
+    return model
+
+
+def images():
+    return {"pixel_values": torch.randn(3, 3, 8, 8), "labels": torch.tensor([0, 1, 0])}
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "vit"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_one_row_gives_the_same_logits_and_gradients(kind, recipe):
+    model = vit() if kind == "vit" else build(kind)
+    attach(model, recipe)
+    batch = images() if kind == "vit" else collate(examples()[:4])
+    with h.untouched(model):
+        row = FirstRow.of(model, batch)
+    plain = gradients(model, batch)
+    with row.reading():
+        close(plain, gradients(model, batch), 1e-5)
+    close(plain, gradients(model, batch), 0)
+    assert (row.norm is not None) == (kind == "vit")
+
+
+def test_low_precision_stays_within_its_rounding():
+    model = build(dtype=torch.bfloat16)
+    attach(model, "LN()")
+    batch = collate(examples()[:4])
+    row = FirstRow.of(model, batch)
+    plain, true = h.logits(model, **batch), h.logits(build(dtype=torch.float64), **batch)
+    with row.reading():
+        fed = h.logits(model, **batch)
+    assert (fed - true).abs().max() < 2 * (plain - true).abs().max() + 1e-2
+
+
+def test_the_last_block_works_on_one_row():
+    model = build()
+    attach(model, "LN()")
+    batch, shapes = collate(examples()[:4]), []
+    row = FirstRow.of(model, batch)
+    layer = model.bert.encoder.layer[2]
+    for part in (layer.attention.self.query, layer.attention.self.key, layer.intermediate.dense):
+        part.register_forward_hook(lambda module, args, output: shapes.append(output.shape[1]))
+    with resting(model), row.reading():
+        model(**batch)
+    assert shapes == [1, 8, 1]
+    with Operations() as all_rows:
+        model(**batch)
+    with Operations() as one, row.reading():
+        model(**batch)
+    assert sum("mm" in name for name in one.names) <= sum("mm" in name for name in all_rows.names)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_padding_does_not_reach_the_row(masked):
+    """Other tokens behind the mask, the same logits; without a mask, others."""
+    model = build()
+    attach(model, "LN()")
+    batch = collate(examples()[:4])
+    row = FirstRow.of(model, batch)
+    other = {**batch, "input_ids": torch.where(batch["attention_mask"] == 0, 7, batch["input_ids"])}
+    if not masked:
+        del batch["attention_mask"], other["attention_mask"]
+    with row.reading():
+        assert torch.allclose(h.logits(model, **batch), h.logits(model, **other), atol=1e-6) == masked
+
+
+@pytest.mark.parametrize(
+    ("kind", "pooling", "options", "said"),
+    [
+        ("bert", "mean", {}, "reads more than the first token"),
+        ("gpt2", None, {}, "reads more than the first token"),
+        ("albert", None, {}, "same layers at every depth"),
+        ("bert", None, {"output_hidden_states": True}, "what every block computes"),
+        ("bert", None, {"attn_implementation": "eager"}, "cannot be computed for one token"),
+    ],
+)
+def test_what_cannot_be_computed_so_is_refused(kind, pooling, options, said):
+    model = build(kind, **options)
+    attach(model, "LN()", pooling=pooling)
+    with h.untouched(model), pytest.raises(TrainError, match=said) as error:
+        FirstRow.of(model, collate(examples()[:4]))
+    assert "\n" not in str(error.value)
+
+
+def test_checkpointing_is_refused():
+    model = build()
+    model.activation_checkpointing_enable()
+    with pytest.raises(TrainError, match="a second time"):
+        FirstRow.of(model, collate(examples()[:4]))
+
+
+def test_a_block_that_mixes_the_wrong_rows_is_caught(monkeypatch):
+    model = build()
+    attach(model, "LN()")
+    plain = single._attend
+    monkeypatch.setattr(
+        single, "_attend", lambda tokens, q, k, *rest, **more: plain(tokens, q, k.flip(1), *rest, **more)
+    )
+    with pytest.raises(TrainError, match="logits from one row differ"):
+        FirstRow.of(model, collate(examples()[:4]))
+
+
+@pytest.mark.parametrize("recipe", ["LN()", "LN(layers='top:2')", "LN(layers='top:1')", "Head()"])
+def test_fit_gives_the_same_delta(recipe, tmp_path):
+    """With and without, alone and over a kept prefix; dropout is off, as one row draws fewer numbers."""
+    task = h.task(tmp_path / "data")
+    options = {
+        "epochs": 3,
+        "batch_size": 8,
+        "progress": False,
+        "max_length": 16,
+        "lr": 1e-2,
+        "tokenizer": h.tokenizer(),
+    }
+    model = h.bert()
+    one = sm.fit(model, recipe, task, out=tmp_path / "one", **options)
+    all_rows = sm.fit(model, recipe, task, only_read=False, out=tmp_path / "all", **options)
+    for name, tensor in one.tensors.items():
+        torch.testing.assert_close(tensor, all_rows.tensors[name], rtol=1e-4, atol=1e-5)
+    assert one.info["scores"] == all_rows.info["scores"]
+    said = [json.loads((tmp_path / out / "run.json").read_text())["chosen"]["rows"] for out in ("one", "all")]
+    assert said == ["on", "off"]
+
+
+def test_insisting_says_why_not(tmp_path):
+    with pytest.raises(TrainError, match="only_read=True, but the head reads more than the first token") as error:
+        sm.fit(
+            h.bert(), "LN()", h.task(tmp_path), tokenizer=h.tokenizer(), pooling="mean", only_read=True, progress=False
+        )
+    assert "\n" not in str(error.value)
+
+
+def test_a_cut_in_the_last_block_needs_one_row_of_states():
+    from smidgen.speed.cache import PrefixCache
+
+    model = build()
+    attach(model, "LN(layers='top:1')")
+    cache = PrefixCache(model, attachment(model).plan)
+    cache.fill(examples(), collate)
+    assert cache.ends_rowwise
+    batch = collate(examples()[:3])
+    wanted = h.logits(model, **batch)
+    with cache.feeding(cache.first([0, 1, 2]), batch["input_ids"].shape[1]):
+        assert torch.allclose(h.logits(model, **batch), wanted, atol=1e-6)
+    with cache.feeding(cache.first([1, 2, 0]), batch["input_ids"].shape[1]):
+        assert not torch.allclose(h.logits(model, **batch), wanted, atol=1e-3)
