@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,23 +37,30 @@ class Feed:
     device: torch.device
 
     @property
-    def batches(self) -> int:
-        """Batches in an epoch."""
-        return -(-len(self.rows) // self.settings.batch_size)
-
-    @property
     def steps(self) -> int:
-        """Steps in all epochs."""
-        return self.batches * self.settings.epochs
+        """Steps in all epochs. Raises TrainError if a row is longer than `batch_tokens`."""
+        return self.before(self.settings.epochs)
+
+    def before(self, epoch: int) -> int:
+        """Steps in all epochs before this one; epochs may have different numbers of batches."""
+        return sum(self._counts[:epoch])
+
+    @cached_property
+    def _counts(self) -> list[int]:
+        return [len(self._order(epoch)) for epoch in range(self.settings.epochs)]
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Row numbers and batch, in the order of the epoch, without the first `skip`."""
-        s = self.settings
-        lengths = self.rows.lengths if s.batching == "length" else None
-        share = {"rank": self.rank, "world": self.world}
-        for places in ShuffledBatches(len(self.rows), s.batch_size, s.seed, epoch, skip=skip, lengths=lengths, **share):
+        for places in self._order(epoch, skip):
             batch = self.collate([self.rows[i] for i in places])
             yield places, {k: v.to(self.device) for k, v in batch.items()}
+
+    def _order(self, epoch: int, skip: int = 0) -> ShuffledBatches:
+        s = self.settings
+        options: Any = {"skip": skip, "rank": self.rank, "world": self.world, "tokens": s.batch_tokens}
+        if s.batching == "length" or s.batch_tokens is not None:
+            options["lengths"] = self.rows.lengths
+        return ShuffledBatches(len(self.rows), s.batch_size, s.seed, epoch, **options)
 
 
 def around(cache: PrefixCache | None) -> Around:

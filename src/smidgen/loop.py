@@ -138,11 +138,11 @@ class Loop:
     def _epoch(self, epoch: int) -> None:
         numbers = self.state.numbers
         self._train_mode()
-        for places, batch in self.feed.epoch(epoch, skip=numbers["step"] - epoch * self.feed.batches):
+        for places, batch in self.feed.epoch(epoch, skip=numbers["step"] - self.feed.before(epoch)):
             with self.around(places, batch):
                 self._step(batch)
             due = numbers["step"] % self.chosen["checkpoint_steps"] == 0 or self.interrupts.seen
-            if due and numbers["step"] < (epoch + 1) * self.feed.batches:
+            if due and numbers["step"] < self.feed.before(epoch + 1):
                 self._checkpoint()
         self._validate(epoch)
         self._checkpoint()
@@ -157,7 +157,7 @@ class Loop:
         factor = self.settings.rate(numbers["step"], self.total)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        with memory_guard(self.settings.batch_size):
+        with memory_guard(self.settings.batch_size, self.settings.batch_tokens):
             loss = self._loss(self.prepared, batch)
             value = float(loss.detach())
             if not torch.isfinite(loss):
@@ -237,7 +237,7 @@ class Loop:
             settings={**asdict(self.settings), "max_length": self.rows.max_length},
             scores={f"validation {k}": v for k, v in best["validation"].items()},
             best_epoch=numbers["best_epoch"], **({"selection": self.selection.info} if self.selection else {}),
-            steps=self.total,
+            steps=self.total, best_step=best["step"],
         )  # fmt: skip
         if self.folder.path is not None and self.main:
             delta.save(self.folder.path)

@@ -14,7 +14,9 @@ BATCHING = ("shuffle", "length")
 class Settings:
     """How to train. None means: chosen automatically, recorded in run.json and reused on resuming.
 
-    `batching="length"` puts rows of like length into a batch, which saves padding (see `ShuffledBatches`). `cache`
+    `batching="length"` puts rows of like length into a batch, which saves padding (see `ShuffledBatches`).
+    `batch_tokens` does so too, and a batch holds as many rows as fit into that many tokens, padding counted; training
+    does not read `batch_size` then. `cache`
     keeps what lies below the lowest edit, computed once per example: None where that is exact, pays (two epochs or
     more) and needs at most `cache_bytes` for each split; True insists, with a file in `out` beyond that; False never.
     """
@@ -31,13 +33,15 @@ class Settings:
     weight_decay: float = 0.0
     checkpoint_steps: int | None = None
     batching: str = "shuffle"
+    batch_tokens: int | None = None
     cache: bool | None = None
     cache_bytes: int = 2**30
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise TrainError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("epochs", "batch_size", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise TrainError(f"{name}={value} must be at least 1")
         for name in ("lr", "head_lr", "clip"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
