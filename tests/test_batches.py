@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 from dataclasses import asdict
 
 import pytest
@@ -14,6 +13,7 @@ from smidgen.batches import POOL, ShuffledBatches
 from smidgen.encode import Encoded
 from smidgen.errors import TrainError
 from smidgen.feed import Feed
+from smidgen.loop import Loop
 from smidgen.runs import RunFolder
 from smidgen.settings import Settings
 from smidgen.watch import memory_guard
@@ -211,29 +211,27 @@ class StopError(Exception):
 
 def stop_at(monkeypatch, call):
     """The n-th step is not made."""
-    loop, left = sys.modules["smidgen.loop"].Loop, [call]
-    original = loop._step
+    left, original = [call], Loop._step
 
     def step(self, batch, *args):
         left[0] -= 1
         if left[0] == 0:
-            monkeypatch.setattr(loop, "_step", original)
+            monkeypatch.setattr(Loop, "_step", original)
             raise StopError
         return original(self, batch, *args)
 
-    monkeypatch.setattr(loop, "_step", step)
+    monkeypatch.setattr(Loop, "_step", step)
 
 
 def fed(monkeypatch):
     """What every step is fed, as lists."""
-    loop, seen = sys.modules["smidgen.loop"].Loop, []
-    original = loop._step
+    seen, original = [], Loop._step
 
     def step(self, batch, *args):
         seen.append(batch["input_ids"].tolist())
         return original(self, batch, *args)
 
-    monkeypatch.setattr(loop, "_step", step)
+    monkeypatch.setattr(Loop, "_step", step)
     return seen
 
 
@@ -262,7 +260,7 @@ def test_budgeted_runs_resume_at_any_step(tmp_path, monkeypatch, small_pools):
     assert whole.info["steps"] == len(batches)
     assert json.loads((tmp_path / "whole" / "run.json").read_text())["chosen"]["steps"] == len(batches)
     assert all(len(batch) * len(batch[0]) <= 40 for batch in batches)
-    for stop in range(2, len(batches) + 1, 4):
+    for stop in range(2, len(batches) + 1, 6):
         done, rest, resumed = stopped_and_resumed(task, tmp_path / f"run-{stop}", stop, monkeypatch)
         assert rest == batches[done:]
         h.same(resumed, whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -58,6 +59,55 @@ class ShuffledBatches:
 
     def __len__(self) -> int:
         return len(self.chunks)
+
+
+class PackedBatches:
+    """Lists of packed rows of one epoch, each a list of numbers of examples; each process its share, as above.
+
+    Best fit: the shuffled examples are put one after another into the fullest row that has room, or else into a new
+    one. Then rows are shuffled and cut into batches of `batch_size` rows. In which order examples are put, and in which
+    order rows come, is random; which of the rows with room takes an example follows from its length alone.
+
+    Args:
+        lengths: tokens of each example, none above `capacity`.
+        capacity: the most tokens of a row.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        capacity: int,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        *,
+        skip: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(len(lengths), generator=generator).tolist()
+        chunks = _cut(_shuffled(_best_fit(order, lengths, capacity), generator), batch_size)
+        self.chunks = [_share(chunk, rank, world) for chunk in chunks[skip:]]
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        return iter(self.chunks)
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+
+def _best_fit(order: list[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room, row), sorted
+    for example in order:
+        at = bisect_left(free, (lengths[example], 0))
+        room, row = free.pop(at) if at < len(free) else (capacity, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(example)
+        insort(free, (room - lengths[example], row))
+    return rows
 
 
 def _usual(lengths: Sequence[int], tokens: int) -> int:

@@ -102,7 +102,7 @@ def tune(
     dtype: Annotated[Dtype, Option("--dtype", help="of the base; not of what is trained")] = Dtype.float32,
     pooling: Pooling = None, limit: Limit = None, text: Text = None, label: Label = None, kind: Kind = None,
     metric: Metric = None,
-    batching: Annotated[Batching, Option(help="length: rows of like length meet, less padding")] = Batching.shuffle,
+    batching: Annotated[Batching, Option(help="less padding: rows of like length, or packed")] = Batching.shuffle,
     cache: Annotated[bool | None, Option("--cache/--no-cache", help="of what lies below; default: if it pays")] = None,
     selection: Annotated[str | None, Option(help="keep what this selection, or this delta, keeps")] = None,
     as_json: Json = False,

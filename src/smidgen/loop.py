@@ -63,8 +63,8 @@ class Loop:
         record = self.folder.open(asked)
         if self.folder.finished and self.folder.path is not None:
             return Delta.load(self.folder.path)
-        chosen = record["chosen"] if record else {}
-        limit = chosen.get("max_length", self.settings.max_length)
+        earlier = record["chosen"] if record else {}
+        limit = earlier.get("max_length", self.settings.max_length)
         self.rows = self.task.encode(self.tokenizer, "train", max_length=limit)
         self.held = self.task.encode(self.tokenizer, "validation", max_length=limit)
         self.collate = self.task.collator(self.tokenizer)
@@ -76,9 +76,9 @@ class Loop:
             self.selection = self._selected()
             options: Any = {"pooling": self.settings.pooling, "seed": self.settings.seed, "selection": self.selection}
             attach(self.model, self.recipe, **options)
-            before = record["chosen"].get("cache") if record else None
-            splits = (self.model.to(device), (self.rows, self.mine), self.collate)
-            caches, why = kept_prefix(*splits, self.settings, before, self.folder.path)
+            self.feed = self.feed.ready(self.model.to(device))
+            how: Any = (self.collate, self.settings, earlier.get("cache"), self.folder.path)
+            caches, why = kept_prefix(self.model, (self.rows, self.mine), *how)
             self.around, self.around_held = map(around, caches)
             self.chosen = self.folder.agreed(asked, {**self._chosen(), "cache": why}, record)
             self.folder.keep(self.selection)
@@ -140,7 +140,7 @@ class Loop:
         self._train_mode()
         for places, batch in self.feed.epoch(epoch, skip=numbers["step"] - self.feed.before(epoch)):
             with self.around(places, batch):
-                self._step(batch)
+                self._step(batch, len(places))
             due = numbers["step"] % self.chosen["checkpoint_steps"] == 0 or self.interrupts.seen
             if due and numbers["step"] < self.feed.before(epoch + 1):
                 self._checkpoint()
@@ -152,7 +152,7 @@ class Loop:
         for module in frozen_prefix(self.model, attachment(self.model).plan):
             module.eval()
 
-    def _step(self, batch: dict[str, Tensor]) -> None:
+    def _step(self, batch: dict[str, Any], examples: int) -> None:
         numbers = self.state.numbers
         factor = self.settings.rate(numbers["step"], self.total)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -170,14 +170,14 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         numbers["step"] += 1
-        self.bar.step(value, len(batch["input_ids"]) * self.world)
+        self.bar.step(value, examples * self.world)
         if numbers["step"] % 10 == 0 or numbers["step"] == self.total:
             rate = round(self.bar.rate, 1)
             self.folder.log({"step": numbers["step"], "loss": value, "lr": factor * self.rates[0], "rate": rate})
         if numbers["step"] == min(5, self.total) and self.total > 1:
             check_moved(self.model, self.start, numbers["step"])
 
-    def _loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def _loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         reference = None
         if self.objective.needs_reference:
             with disabled(self.model), torch.no_grad():

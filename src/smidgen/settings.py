@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from smidgen.errors import TrainError
 
-BATCHING = ("shuffle", "length")
+PACK = "pack"
+BATCHING = ("shuffle", "length", PACK)
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Settings:
 
     `batching="length"` puts rows of like length into a batch, which saves padding (see `ShuffledBatches`).
     `batch_tokens` does so too, and a batch holds as many rows as fit into that many tokens, padding counted; training
-    does not read `batch_size` then. `cache`
+    does not read `batch_size` then. `batching="pack"` puts short examples end to end into rows of `max_length` tokens
+    (causal language models only, see `PackedBatches`); `batch_size` counts such rows. `cache`
     keeps what lies below the lowest edit, computed once per example: None where that is exact, pays (two epochs or
     more) and needs at most `cache_bytes` for each split; True insists, with a file in `out` beyond that; False never.
     """
@@ -50,6 +52,11 @@ class Settings:
             raise TrainError(f"warmup={self.warmup} is a share of the steps, from 0 to 1")
         if self.batching not in BATCHING:
             raise TrainError(f"batching={self.batching!r} is not one of {', '.join(BATCHING)}")
+        if self.batching == PACK and self.batch_tokens is not None:
+            raise TrainError(
+                f"batch_tokens={self.batch_tokens} is for rows of like length, batching='pack' for rows of max_length; "
+                "with 'pack' set batch_size, which counts packed rows"
+            )
         if self.weight_decay < 0 or (self.checkpoint_steps or 1) < 1:
             raise TrainError("weight_decay must not be negative, and checkpoint_steps be at least 1")
 
