@@ -17,7 +17,7 @@ from smidgen.speed.cache import PrefixCache
 from smidgen.speed.draws import FastDropout
 from smidgen.speed.listen import resting, result_of
 from smidgen.speed.single import FirstRow
-from smidgen.speed.trial import allowed_for, batch_of, few, few_places, gap
+from smidgen.speed.trial import allowed, batch_of, few, few_places, gap
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,5 +106,5 @@ def _check(model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, s
         with shortcut(places, batch):
             found = result_of(model(**batch))[0]
     off = gap(found[None], wanted[None]) if found.shape == wanted.shape else float("inf")
-    if not off <= allowed_for(wanted):
+    if not off <= allowed(wanted.dtype, wanted.device.type):
         raise TrainError(f"logits from one row and a kept prefix differ by {off:.2g} of their scale")

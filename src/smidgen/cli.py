@@ -19,6 +19,7 @@ from smidgen.options import (
     Base,
     Batching,
     BatchSize,
+    BatchTokens,
     Data,
     DeltaFolder,
     Dtype,
@@ -97,11 +98,11 @@ def tune(
     epochs: Annotated[int, Option(min=1)] = 3,
     lr: Annotated[float | None, Option(help="default: the method's own")] = None,
     head_lr: Annotated[float | None, Option(help="learning rate of the head")] = None,
-    batch_size: BatchSize = 32, max_length: Length = None,
+    batch_size: BatchSize = 32, batch_tokens: BatchTokens = None, max_length: Length = None,
     dtype: Annotated[Dtype, Option("--dtype", help="of the base; not of what is trained")] = Dtype.float32,
     pooling: Pooling = None, limit: Limit = None, text: Text = None, label: Label = None, kind: Kind = None,
     metric: Metric = None,
-    batching: Annotated[Batching, Option(help="length: rows of like length meet, less padding")] = Batching.shuffle,
+    batching: Annotated[Batching, Option(help="less padding: rows of like length, or packed")] = Batching.shuffle,
     cache: Annotated[bool | None, Option("--cache/--no-cache", help="of what lies below; default: if it pays")] = None,
     selection: Annotated[str | None, Option(help="keep what this selection, or this delta, keeps")] = None,
     as_json: Json = False,
@@ -114,7 +115,7 @@ def tune(
     network, tokenizer = sm.load(model, task=task, dtype=dtype.value, seed=seed)
     settings: dict[str, Any] = {"seed": seed, "epochs": epochs, "lr": lr, "head_lr": head_lr}
     settings |= {"batch_size": batch_size, "max_length": max_length, "pooling": pooling, "batching": batching.value}
-    settings["cache"] = cache
+    settings |= {"cache": cache, "batch_tokens": batch_tokens}
     settings["selection"] = None if selection is None else open_selection(selection, network)
     already = RunFolder(out).finished
     try:

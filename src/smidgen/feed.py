@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from smidgen.attachment import attachment
-from smidgen.batches import ShuffledBatches
+from smidgen.batches import PackedBatches, ShuffledBatches
 from smidgen.encode import Encoded
 from smidgen.errors import TrainError
-from smidgen.settings import Settings
+from smidgen.settings import PACK, Settings
+from smidgen.speed.apart import packer_for
 from smidgen.speed.cache import PrefixCache
 from smidgen.speed.cut import why_not
+from smidgen.speed.pack import Packer
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
 ON = "on"
@@ -24,7 +27,11 @@ ON = "on"
 
 @dataclass(frozen=True)
 class Feed:
-    """Encoded rows as batches on a device, for one process of several."""
+    """Encoded rows as batches on a device, for one process of several.
+
+    Attributes:
+        packer: makes batches of packed rows; `ready` finds one that the model understands.
+    """
 
     rows: Encoded
     collate: Collate
@@ -32,25 +39,54 @@ class Feed:
     rank: int
     world: int
     device: torch.device
+    packer: Packer = field(default_factory=Packer)
 
-    @property
-    def batches(self) -> int:
-        """Batches in an epoch."""
-        return -(-len(self.rows) // self.settings.batch_size)
+    def ready(self, model: nn.Module) -> Feed:
+        """The feed for a model: with `batching="pack"`, packed rows as it keeps their examples apart.
+
+        Raises:
+            TrainError: it does not.
+        """
+        if self.settings.batching != PACK:
+            return self
+        rows = self.rows
+        return replace(self, packer=packer_for(model, rows, rows.lengths, self.collate, rows.max_length))
 
     @property
     def steps(self) -> int:
-        """Steps in all epochs."""
-        return self.batches * self.settings.epochs
+        """Steps in all epochs. Raises TrainError if a row is longer than `batch_tokens`."""
+        return self.before(self.settings.epochs)
 
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    def before(self, epoch: int) -> int:
+        """Steps in all epochs before this one; epochs may have different numbers of batches."""
+        return sum(self._counts[:epoch])
+
+    @cached_property
+    def _counts(self) -> list[int]:
+        return [len(self._order(epoch)) for epoch in range(self.settings.epochs)]
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """Row numbers and batch, in the order of the epoch, without the first `skip`."""
-        s = self.settings
-        lengths = self.rows.lengths if s.batching == "length" else None
-        share = {"rank": self.rank, "world": self.world}
-        for places in ShuffledBatches(len(self.rows), s.batch_size, s.seed, epoch, skip=skip, lengths=lengths, **share):
-            batch = self.collate([self.rows[i] for i in places])
-            yield places, {k: v.to(self.device) for k, v in batch.items()}
+        order = self._order(epoch, skip)
+        for places, batch in self._packed(order) if isinstance(order, PackedBatches) else self._padded(order):
+            yield places, {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def _padded(self, order: ShuffledBatches) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        for places in order:
+            yield places, self.collate([self.rows[i] for i in places])
+
+    def _packed(self, order: PackedBatches) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        for rows in order:
+            yield [i for row in rows for i in row], self.packer([[self.rows[i] for i in row] for row in rows])
+
+    def _order(self, epoch: int, skip: int = 0) -> ShuffledBatches | PackedBatches:
+        s, lengths = self.settings, self.rows.lengths
+        share: Any = {"skip": skip, "rank": self.rank, "world": self.world}
+        if s.batching == PACK:
+            return PackedBatches(lengths, self.rows.max_length, s.batch_size, s.seed, epoch, **share)
+        if s.batching == "length" or s.batch_tokens is not None:
+            share |= {"lengths": lengths, "tokens": s.batch_tokens}
+        return ShuffledBatches(len(self.rows), s.batch_size, s.seed, epoch, **share)
 
 
 def kept_prefix(
@@ -76,7 +112,8 @@ def kept_prefix(
         return none, before
     if settings.cache is False or (settings.epochs < 2 and not insist):
         return none, "off" if settings.cache is False else "one epoch has nothing to gain"
-    reason = why_not(model, attachment(model).plan)
+    packed = "packed rows hold several examples, and states are kept of each example alone"
+    reason = packed if settings.batching == PACK else why_not(model, attachment(model).plan)
     if reason is None:
         try:
             return [_filled(model, rows, collate, settings, folder if insist else None) for rows in splits], ON

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType, gather_object, set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from smidgen.account import asked, chosen, outcome
 from smidgen.around import shortcuts
 from smidgen.attach import attach, detach, disabled
 from smidgen.attachment import attachment, trained_parameters
@@ -21,8 +22,6 @@ from smidgen.delta import Delta
 from smidgen.errors import TrainError
 from smidgen.evaluate import Scores, run, scores, tokenizer_of
 from smidgen.feed import Feed
-from smidgen.fingerprint import Fingerprint
-from smidgen.heads import head_names
 from smidgen.objective import Objective
 from smidgen.optim import optimizer
 from smidgen.progress import Bar
@@ -60,12 +59,13 @@ class Loop:
 
     def fit(self) -> Delta:
         """Open or resume the run, train, and give back the best state; the model is left as it came."""
-        asked = self._asked()
-        record = self.folder.open(asked)
+        about = (self.recipe, self.task, self.settings, self.objective, self.selection)
+        wanted = asked(self.model, *about)
+        record = self.folder.open(wanted)
         if self.folder.finished and self.folder.path is not None:
             return Delta.load(self.folder.path)
-        chosen = record["chosen"] if record else {}
-        limit = chosen.get("max_length", self.settings.max_length)
+        earlier = record["chosen"] if record else {}
+        limit = earlier.get("max_length", self.settings.max_length)
         self.rows = self.task.encode(self.tokenizer, "train", max_length=limit)
         self.held = self.task.encode(self.tokenizer, "validation", max_length=limit)
         self.collate = self.task.collator(self.tokenizer)
@@ -77,9 +77,11 @@ class Loop:
             self.selection = self._selected()
             options: Any = {"pooling": self.settings.pooling, "seed": self.settings.seed, "selection": self.selection}
             attach(self.model, self.recipe, **options)
-            splits = (self.model.to(device), (self.rows, self.mine), self.collate)
-            (self.around, self.around_held), why = shortcuts(*splits, self.settings, chosen, self.folder.path)
-            self.chosen = self.folder.agreed(asked, {**self._chosen(), **why}, record)
+            self.feed = self.feed.ready(self.model.to(device))
+            splits = (self.model, (self.rows, self.mine), self.collate)
+            (self.around, self.around_held), why = shortcuts(*splits, self.settings, earlier, self.folder.path)
+            decided = chosen(self.model, self.settings, self.rows, self.total, self.world)
+            self.chosen = self.folder.agreed(wanted, {**decided, **why}, record)
             self.folder.keep(self.selection)
             return self._train()
 
@@ -92,32 +94,6 @@ class Loop:
         options |= {"head_lr": s.head_lr, "max_length": self.rows.max_length, "objective": self.objective}
         kept = self.folder.kept()
         return kept or select(model, self.recipe, self.task, tokenizer=self.tokenizer, **options)
-
-    def _asked(self) -> dict[str, Any]:
-        base = Fingerprint.of(self.model, head_names(self.model))
-        return {
-            "model": base.name,
-            "base": base.content,
-            "recipe": self.recipe.to_json(),
-            "task": self.task.name,
-            "data": self.task.fingerprint,
-            "objective": repr(self.objective),
-            "selection": self.selection and self.selection.digest,
-            "settings": asdict(self.settings),
-        }
-
-    def _chosen(self) -> dict[str, Any]:
-        groups = optimizer(self.model, self.settings.lr, self.settings.head_lr).param_groups
-        return {
-            "max_length": self.rows.max_length,
-            "truncated": self.rows.truncated,
-            "steps": self.total,
-            "lr": {group["name"]: group["lr"] for group in groups},
-            "checkpoint_steps": self.settings.checkpoint_steps or max(10, self.total // 20),
-            "processes": self.world,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        }
 
     def _train(self) -> Delta:
         s = self.settings
@@ -137,11 +113,11 @@ class Loop:
     def _epoch(self, epoch: int) -> None:
         numbers = self.state.numbers
         self._train_mode()
-        for places, batch in self.feed.epoch(epoch, skip=numbers["step"] - epoch * self.feed.batches):
+        for places, batch in self.feed.epoch(epoch, skip=numbers["step"] - self.feed.before(epoch)):
             with self.around(places, batch):
-                self._step(batch)
+                self._step(batch, len(places))
             due = numbers["step"] % self.chosen["checkpoint_steps"] == 0 or self.interrupts.seen
-            if due and numbers["step"] < (epoch + 1) * self.feed.batches:
+            if due and numbers["step"] < self.feed.before(epoch + 1):
                 self._checkpoint()
         self._validate(epoch)
         self._checkpoint()
@@ -151,12 +127,12 @@ class Loop:
         for module in self.resting:
             module.eval()
 
-    def _step(self, batch: dict[str, Tensor]) -> None:
+    def _step(self, batch: dict[str, Any], examples: int) -> None:
         numbers = self.state.numbers
         factor = self.settings.rate(numbers["step"], self.total)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        with memory_guard(self.settings.batch_size):
+        with memory_guard(self.settings.batch_size, self.settings.batch_tokens):
             loss = self._loss(self.prepared, batch)
             value = float(loss.detach())
             if not torch.isfinite(loss):
@@ -169,14 +145,14 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         numbers["step"] += 1
-        self.bar.step(value, len(batch["input_ids"]) * self.world)
+        self.bar.step(value, examples * self.world)
         if numbers["step"] % 10 == 0 or numbers["step"] == self.total:
             rate = round(self.bar.rate, 1)
             self.folder.log({"step": numbers["step"], "loss": value, "lr": factor * self.rates[0], "rate": rate})
         if numbers["step"] == min(5, self.total) and self.total > 1:
             check_moved(self.model, self.start, numbers["step"])
 
-    def _loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def _loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         reference = None
         if self.objective.needs_reference:
             with disabled(self.model), torch.no_grad():
@@ -230,21 +206,10 @@ class Loop:
         with torch.no_grad():
             for name, parameter in trained_parameters(self.model).items():
                 parameter.copy_(self.best[name])
-        numbers = self.state.numbers
-        best = next(e for e in numbers["history"] if e["epoch"] == numbers["best_epoch"])
-        delta = replace(detach(self.model), labels=tuple(self.task.labels)).with_info(
-            task=self._described(),
-            settings={**asdict(self.settings), "max_length": self.rows.max_length},
-            scores={f"validation {k}": v for k, v in best["validation"].items()},
-            best_epoch=numbers["best_epoch"], **({"selection": self.selection.info} if self.selection else {}),
-            steps=self.total,
-        )  # fmt: skip
+        said = outcome(self.task, self.settings, self.rows.max_length, self.state.numbers, self.selection)
+        delta = replace(detach(self.model), labels=tuple(self.task.labels)).with_info(**said, steps=self.total)
         if self.folder.path is not None and self.main:
             delta.save(self.folder.path)
             self.folder.finish()
         self.accelerator.wait_for_everyone()
         return delta
-
-    def _described(self) -> dict[str, Any]:
-        task = self.task
-        return {"name": task.name, "kind": task.kind, "metric": task.metric, "text": list(task.text)}

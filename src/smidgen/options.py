@@ -16,7 +16,7 @@ Option = typer.Option
 
 Dtype = StrEnum("Dtype", "float32 bfloat16 float16 float64")
 Format = StrEnum("Format", "peft smidgen")
-Batching = StrEnum("Batching", "shuffle length")
+Batching = StrEnum("Batching", "shuffle length pack")
 Model = Annotated[str, Option("--model", help="built-in name (minilm, smollm2), folder, or hub id")]
 Base = Annotated[str | None, Option("--model", help="the delta's base, if it is not where it was")]
 RecipeText = Annotated[str, Option("--recipe", help="what to train, such as 'LN() + LoRA(rank=8)'")]
@@ -31,6 +31,7 @@ Metric = Annotated[str | None, Option("--metric", help="metric that counts")]
 Limit = Annotated[int | None, Option("--limit", min=1, help="use so many training examples")]
 Most = Annotated[int | None, Option("--limit", min=1, help="use so many examples of the split")]
 BatchSize = Annotated[int, Option("--batch-size", min=1)]
+BatchTokens = Annotated[int | None, Option("--batch-tokens", min=1, help="fill batches to so many tokens, not rows")]
 Length = Annotated[int | None, Option("--max-length", min=1, help="tokens per text")]
 Pooling = Annotated[str | None, Option("--pooling", help="first, mean or last; default is the model's own")]
 OwnDtype = Annotated[Dtype | None, Option("--dtype", help="of the base; default as in training")]

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 
 from smidgen.errors import TrainError
 
-BATCHING = ("shuffle", "length")
+PACK = "pack"
+BATCHING = ("shuffle", "length", PACK)
 
 
 @dataclass(frozen=True)
 class Settings:
     """How to train. None means: chosen automatically, recorded in run.json and reused on resuming.
 
-    `batching="length"` puts rows of like length into a batch, which saves padding (see `ShuffledBatches`). `cache`
+    `batching="length"` puts rows of like length into a batch, which saves padding (see `ShuffledBatches`).
+    `batch_tokens` does so too, and a batch holds as many rows as fit into that many tokens, padding counted; training
+    does not read `batch_size` then. `batching="pack"` puts short examples end to end into rows of `max_length` tokens
+    (causal language models only, see `PackedBatches`); `batch_size` counts such rows. `cache`
     keeps what lies below the lowest edit, computed once per example: None where that is exact, pays (two epochs or
     more) and needs at most `cache_bytes` for each split; True insists, with a file in `out` beyond that; False never.
     `only_read` computes the last block for the one token that the head reads: None where that is exact.
@@ -33,15 +37,17 @@ class Settings:
     weight_decay: float = 0.0
     checkpoint_steps: int | None = None
     batching: str = "shuffle"
+    batch_tokens: int | None = None
     cache: bool | None = None
     cache_bytes: int = 2**30
     only_read: bool | None = None
     fast_dropout: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise TrainError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("epochs", "batch_size", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise TrainError(f"{name}={value} must be at least 1")
         for name in ("lr", "head_lr", "clip"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
@@ -50,6 +56,11 @@ class Settings:
             raise TrainError(f"warmup={self.warmup} is a share of the steps, from 0 to 1")
         if self.batching not in BATCHING:
             raise TrainError(f"batching={self.batching!r} is not one of {', '.join(BATCHING)}")
+        if self.batching == PACK and self.batch_tokens is not None:
+            raise TrainError(
+                f"batch_tokens={self.batch_tokens} is for rows of like length, batching='pack' for rows of max_length; "
+                "with 'pack' set batch_size, which counts packed rows"
+            )
         if self.weight_decay < 0 or (self.checkpoint_steps or 1) < 1:
             raise TrainError("weight_decay must not be negative, and checkpoint_steps be at least 1")
 

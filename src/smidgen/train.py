@@ -15,7 +15,8 @@ from smidgen.loop import Loop
 from smidgen.objective import Objective, TaskLoss
 from smidgen.recipe import Recipe, Term, as_recipe
 from smidgen.selection.chosen import Selection
-from smidgen.settings import Settings
+from smidgen.settings import PACK, Settings
+from smidgen.speed.apart import check_kind
 
 
 def fit(
@@ -45,15 +46,23 @@ def fit(
 
     Raises:
         TrainError: the loss or a gradient is not finite, a trained tensor is not reached or does not move, `out`
-            holds another run, or a batch does not fit into memory.
+            holds another run, a batch does not fit into memory, a row not into `batch_tokens`, or rows cannot be
+            packed.
     """
-    try:
-        wanted = Settings(**settings)
-    except TypeError as error:
-        known = ", ".join(Settings.__dataclass_fields__)
-        raise TrainError(f"{str(error).partition(') ')[2] or error}; settings: {known}") from None
+    wanted = _settings(settings, task)
     loss = objective or TaskLoss()
     recipe = as_recipe(recipe)
     if selection is not None and recipe.whole == selection.recipe.whole:
         recipe = selection.recipe
     return Loop(model, recipe, task, wanted, loss, out, tokenizer, progress, selection).fit()
+
+
+def _settings(given: dict[str, Any], task: Task) -> Settings:
+    try:
+        wanted = Settings(**given)
+    except TypeError as error:
+        known = ", ".join(Settings.__dataclass_fields__)
+        raise TrainError(f"{str(error).partition(') ')[2] or error}; settings: {known}") from None
+    if wanted.batching == PACK:
+        check_kind(task.kind)
+    return wanted

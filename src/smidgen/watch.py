@@ -67,13 +67,14 @@ def resting(model: nn.Module) -> Iterator[str]:
 
 
 @contextmanager
-def memory_guard(batch_size: int) -> Iterator[None]:
-    """Turn an out-of-memory error into one line that suggests a smaller batch."""
+def memory_guard(batch_size: int, batch_tokens: int | None = None) -> Iterator[None]:
+    """Turn an out-of-memory error into one line that suggests a smaller batch, in rows or in tokens."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         text = str(error).lower()
         if not isinstance(error, MemoryError) and "out of memory" not in text and "can't allocate memory" not in text:
             raise
-        smaller = max(1, batch_size // 2)
-        raise TrainError(f"a batch of {batch_size} does not fit into memory; try batch_size={smaller}") from error
+        name, size = ("batch_size", batch_size) if batch_tokens is None else ("batch_tokens", batch_tokens)
+        unit = "" if batch_tokens is None else " tokens"
+        raise TrainError(f"a batch of {size}{unit} does not fit into memory; try {name}={max(1, size // 2)}") from error

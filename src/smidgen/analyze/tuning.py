@@ -93,7 +93,7 @@ def lr_steps(delta: Delta) -> float | None:
     if len(rates) != 1 or None in rates or not steps or not best:
         return None
     settings = Settings(**known)
-    done = steps * best // settings.epochs
+    done = delta.info.get("best_step", steps * best // settings.epochs)  # older files: epochs were equally long
     return float(rates.pop()) * sum(settings.rate(step, steps) for step in range(done))
 
 

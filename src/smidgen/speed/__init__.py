@@ -1,1 +1,1 @@
-"""Going faster without another result: what lies below the lowest edit, computed once per example and kept."""
+"""Going faster: what lies below the lowest edit, computed once per example and kept; examples packed into rows."""

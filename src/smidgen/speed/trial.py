@@ -59,9 +59,8 @@ class Trial:
         lengths = known or [seen.states.shape[1]] * len(rows)
         kept = kept_of(cut, batch, tuple(seen.states.shape), [lengths[i] for i in places])
         seam, left = Seam.of(cut, seen), pads_left(cut, kept)
-        found = cls(
-            lengths, places, batch, kept, left, replace(seen, calls=[]), seam, allowed_for(seen.states, seen.precision)
-        )
+        limit = allowed(seen.precision, seen.states.device.type)
+        found = cls(lengths, places, batch, kept, left, replace(seen, calls=[]), seam, limit)
         found._check_again(cut)
         found._check_alone(cut, rows, collate)
         return found
@@ -148,7 +147,7 @@ def _read_twice(cut: Cut, rows: Rows, collate: Collate, places: list[int]) -> No
             raise cut.refusal(f"{name} of an example is not the same twice (are examples made anew at each reading?)")
 
 
-def allowed_for(result: Tensor, precision: torch.dtype | None = None) -> float:
-    """Difference that is rounding, relative to scale, of what was computed in `precision` (its own by default)."""
-    coarse = result.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-    return max(ALLOWED[precision or result.dtype], 1e-2 if coarse else 0)
+def allowed(precision: torch.dtype, device: str) -> float:
+    """Difference that is rounding, relative to scale, on a kind of device."""
+    coarse = device == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    return max(ALLOWED[precision], 1e-2 if coarse else 0)
