@@ -17,7 +17,7 @@ from smidgen.attach import attach, detach, disabled
 from smidgen.attachment import attachment, trained_parameters
 from smidgen.data import Task
 from smidgen.delta import Delta
-from smidgen.errors import TrainError
+from smidgen.errors import DivergedError, TrainError
 from smidgen.evaluate import Scores, run, scores, tokenizer_of
 from smidgen.feed import Feed, around, kept_prefix
 from smidgen.fingerprint import Fingerprint
@@ -31,6 +31,7 @@ from smidgen.runs import Interrupts, RunFolder, State
 from smidgen.select import select
 from smidgen.selection.chosen import Selection
 from smidgen.settings import Settings
+from smidgen.speed.kept import Kept
 from smidgen.state import borrowed, pack, unpack
 from smidgen.watch import check_gradients, check_moved, memory_guard, snapshot
 
@@ -43,15 +44,15 @@ class Loop:
     def __init__(
         self, model: nn.Module, recipe: Recipe, task: Task, settings: Settings, objective: Objective,
         out: str | os.PathLike[str] | None, tokenizer: PreTrainedTokenizerBase | None, progress: bool | None,
-        selection: Selection | None = None,
+        selection: Selection | None = None, shared: Kept | None = None,
     ) -> None:  # fmt: skip
         self.accelerator = Accelerator()
         if self.accelerator.distributed_type in UNTESTED:
             kind = self.accelerator.distributed_type.value
             raise TrainError(f"{kind} is not supported yet; use one process or DDP (accelerate launch --multi_gpu)")
         self.model, self.recipe, self.task, self.settings = model, recipe, task, settings
-        self.selection = selection
-        self.objective, self.tokenizer = objective, tokenizer or tokenizer_of(model)
+        self.selection, self.shared, self.objective = selection, shared, objective
+        self.tokenizer = tokenizer or tokenizer_of(model)
         self.main, self.world = self.accelerator.is_main_process, self.accelerator.num_processes
         self.folder = RunFolder(out, writer=self.main)
         self.show = progress if self.main else False
@@ -78,7 +79,7 @@ class Loop:
             attach(self.model, self.recipe, **options)
             before = record["chosen"].get("cache") if record else None
             splits = (self.model.to(device), (self.rows, self.mine), self.collate)
-            caches, why = kept_prefix(*splits, self.settings, before, self.folder.path)
+            caches, why = kept_prefix(*splits, self.settings, before, self.folder.path, self.shared)
             self.around, self.around_held = map(around, caches)
             self.chosen = self.folder.agreed(asked, {**self._chosen(), "cache": why}, record)
             self.folder.keep(self.selection)
@@ -161,7 +162,7 @@ class Loop:
             loss = self._loss(self.prepared, batch)
             value = float(loss.detach())
             if not torch.isfinite(loss):
-                raise TrainError(
+                raise DivergedError(
                     f"the loss is {value} at step {numbers['step']}, lr {self.rates[0] * factor:.2g}; "
                     "try a lower lr, or look at the data of this step"
                 )
@@ -246,5 +247,4 @@ class Loop:
         return delta
 
     def _described(self) -> dict[str, Any]:
-        task = self.task
-        return {"name": task.name, "kind": task.kind, "metric": task.metric, "text": list(task.text)}
+        return {"text": list(self.task.text)} | {k: getattr(self.task, k) for k in ("name", "kind", "metric")}

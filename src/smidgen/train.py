@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 
 from smidgen.data import Task
 from smidgen.delta import Delta
-from smidgen.errors import TrainError
 from smidgen.loop import Loop
 from smidgen.objective import Objective, TaskLoss
 from smidgen.recipe import Recipe, Term, as_recipe
@@ -47,12 +46,7 @@ def fit(
         TrainError: the loss or a gradient is not finite, a trained tensor is not reached or does not move, `out`
             holds another run, or a batch does not fit into memory.
     """
-    try:
-        wanted = Settings(**settings)
-    except TypeError as error:
-        known = ", ".join(Settings.__dataclass_fields__)
-        raise TrainError(f"{str(error).partition(') ')[2] or error}; settings: {known}") from None
-    loss = objective or TaskLoss()
+    loss, wanted = objective or TaskLoss(), Settings.of(settings)
     recipe = as_recipe(recipe)
     if selection is not None and recipe.whole == selection.recipe.whole:
         recipe = selection.recipe
