@@ -400,7 +400,7 @@ def test_mapped_equals_in_memory_and_is_taken_up_again(dtype, tmp_path):
     for found in (first, again):
         assert torch.equal(found.batch(range(10)), cache.batch(range(10)))
         assert found.nbytes == cache.nbytes
-    assert kept(tmp_path) == [f"prefix-{key(model, attachment(model).plan, cache._cut, examples())}.states"]
+    assert kept(tmp_path) == [f"prefix-{key(model, attachment(model).plan, examples(), cache._cut)}.states"]
     filled(build(dtype=dtype), limit_bytes=10**6, folder=tmp_path / "unused")
     assert not (tmp_path / "unused").exists()
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from smidgen.predict import Prediction, predict
     from smidgen.recipe import Recipe, parse
     from smidgen.scores.fisher import fisher, mean_gradients
+    from smidgen.search import SearchWarning, search
     from smidgen.select import score, select, selection_of
     from smidgen.selection.budget import SelectionWarning
     from smidgen.selection.chosen import Selection
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from smidgen.sites import Site, find_sites
     from smidgen.train import fit
     from smidgen.trainer import TrainerCallback
+    from smidgen.trials import Search, Trial
 
 _HOMES = {
     "attach": ("attach", "attached", "detach", "disabled", "print_trainable_parameters"),
@@ -57,6 +59,7 @@ _HOMES = {
     "predict": ("Prediction", "predict"),
     "recipe": ("Recipe", "parse"),
     "scores.fisher": ("fisher", "mean_gradients"),
+    "search": ("SearchWarning", "search"),
     "select": ("score", "select", "selection_of"),
     "selection.budget": ("SelectionWarning",),
     "selection.chosen": ("Selection",),
@@ -65,6 +68,7 @@ _HOMES = {
     "sites": ("Site", "find_sites"),
     "train": ("fit",),
     "trainer": ("TrainerCallback",),
+    "trials": ("Search", "Trial"),
 }
 
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -15,6 +15,7 @@ from smidgen.feed import ON, Collate, kept_prefix
 from smidgen.settings import Settings
 from smidgen.speed.cache import PrefixCache
 from smidgen.speed.draws import FastDropout
+from smidgen.speed.kept import Kept
 from smidgen.speed.listen import resting, result_of
 from smidgen.speed.single import FirstRow
 from smidgen.speed.trial import allowed, batch_of, few, few_places, gap
@@ -57,17 +58,19 @@ def shortcuts(
     settings: Settings,
     before: Mapping[str, str],
     folder: str | os.PathLike[str] | None,
+    shared: Kept | None = None,
 ) -> tuple[list[Shortcut], dict[str, str]]:
     """A shortcut for each split, and for "cache" and "rows" whether they are on, or why not.
 
     Args:
         before: what came of it at the first start of a run that is resumed: it is done, or not done, again.
         folder: for hidden states that are too large for memory, if a cache is insisted on.
+        shared: caches that earlier runs filled.
 
     Raises:
         TrainError: something is insisted on and cannot be had; says why.
     """
-    caches, cached = kept_prefix(model, splits, collate, settings, before.get("cache"), folder)
+    caches, cached = kept_prefix(model, splits, collate, settings, before.get("cache"), folder, shared)
     row, read = _first_row(model, splits[0], collate, settings, before.get("rows"))
     if row is not None and caches[0] is not None:
         try:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import smidgen as sm
-from smidgen import cli_analyze, views
+from smidgen import cli_analyze, cli_search, views
 from smidgen.errors import DeltaError, SmidgenError
 from smidgen.options import (
     AnyData,
@@ -127,6 +127,9 @@ def tune(
         raise typer.Exit(130) from None
     report = {**_summary(delta), "out": str(out), "already_finished": already, "files": views.sizes(out)}
     views.show(report, views.tuned(delta, out, data, already), as_json)
+
+
+app.command()(cli_search.search)
 
 
 @app.command()

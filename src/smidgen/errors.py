@@ -38,6 +38,10 @@ class TrainError(SmidgenError):
     """Training that went wrong, or that would have been without effect."""
 
 
+class DivergedError(TrainError):
+    """The loss is not finite any more."""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """`; did you mean 'x'?`, or an empty string if nothing is near."""
     known = {str(choice).lower(): str(choice) for choice in choices}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from smidgen.settings import PACK, Settings
 from smidgen.speed.apart import packer_for
 from smidgen.speed.cache import PrefixCache
 from smidgen.speed.cut import why_not
+from smidgen.speed.kept import Kept
 from smidgen.speed.pack import Packer
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
@@ -96,12 +97,14 @@ def kept_prefix(
     settings: Settings,
     before: str | None,
     folder: str | os.PathLike[str] | None,
+    shared: Kept | None = None,
 ) -> tuple[list[PrefixCache | None], str]:
     """A cache for each split, and "on"; or no cache, and why.
 
     Args:
         before: what came of it at the first start of a run that is resumed: it is done, or not done, again.
         folder: for what is too large for memory, if a cache is insisted on.
+        shared: caches that earlier runs filled, and the epochs of all runs.
 
     Raises:
         TrainError: a cache is insisted on and cannot be had; says why.
@@ -110,13 +113,15 @@ def kept_prefix(
     insist = before == ON or bool(settings.cache)
     if before not in (None, ON):
         return none, before
-    if settings.cache is False or (settings.epochs < 2 and not insist):
+    epochs, folder = (settings.epochs, folder) if shared is None else (shared.epochs, shared.folder)
+    if settings.cache is False or (epochs < 2 and not insist):
         return none, "off" if settings.cache is False else "one epoch has nothing to gain"
     packed = "packed rows hold several examples, and states are kept of each example alone"
     reason = packed if settings.batching == PACK else why_not(model, attachment(model).plan)
     if reason is None:
         try:
-            return [_filled(model, rows, collate, settings, folder if insist else None) for rows in splits], ON
+            fill = partial(_filled, model, collate, settings, folder if insist else None)
+            return list(map(fill, splits) if shared is None else shared.caches(model, splits, fill)), ON
         except TrainError as error:
             reason = str(error)
     if insist:
@@ -126,10 +131,10 @@ def kept_prefix(
 
 def _filled(
     model: nn.Module,
-    rows: Sequence[dict[str, Any]],
     collate: Collate,
     settings: Settings,
     folder: str | os.PathLike[str] | None,
+    rows: Sequence[dict[str, Any]],
 ) -> PrefixCache:
     cache = PrefixCache(model, attachment(model).plan)
     cache.fill(rows, collate, batch_size=2 * settings.batch_size, limit_bytes=settings.cache_bytes, folder=folder)

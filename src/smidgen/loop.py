@@ -19,7 +19,7 @@ from smidgen.attach import attach, detach, disabled
 from smidgen.attachment import attachment, trained_parameters
 from smidgen.data import Task
 from smidgen.delta import Delta
-from smidgen.errors import TrainError
+from smidgen.errors import DivergedError, TrainError
 from smidgen.evaluate import Scores, run, scores, tokenizer_of
 from smidgen.feed import Feed
 from smidgen.objective import Objective
@@ -29,8 +29,10 @@ from smidgen.recipe import Recipe
 from smidgen.runs import Interrupts, RunFolder, State
 from smidgen.select import select
 from smidgen.selection.chosen import Selection
-from smidgen.settings import Settings
+from smidgen.settings import PACK, Settings
+from smidgen.speed.apart import check_kind
 from smidgen.speed.inner import resting_modules
+from smidgen.speed.kept import Kept
 from smidgen.state import borrowed, pack, unpack
 from smidgen.watch import check_gradients, check_moved, memory_guard, snapshot
 
@@ -43,15 +45,17 @@ class Loop:
     def __init__(
         self, model: nn.Module, recipe: Recipe, task: Task, settings: Settings, objective: Objective,
         out: str | os.PathLike[str] | None, tokenizer: PreTrainedTokenizerBase | None, progress: bool | None,
-        selection: Selection | None = None,
+        selection: Selection | None = None, shared: Kept | None = None,
     ) -> None:  # fmt: skip
         self.accelerator = Accelerator()
         if self.accelerator.distributed_type in UNTESTED:
             kind = self.accelerator.distributed_type.value
             raise TrainError(f"{kind} is not supported yet; use one process or DDP (accelerate launch --multi_gpu)")
+        if settings.batching == PACK:
+            check_kind(task.kind)
         self.model, self.recipe, self.task, self.settings = model, recipe, task, settings
-        self.selection = selection
-        self.objective, self.tokenizer = objective, tokenizer or tokenizer_of(model)
+        self.selection, self.shared, self.objective = selection, shared, objective
+        self.tokenizer = tokenizer or tokenizer_of(model)
         self.main, self.world = self.accelerator.is_main_process, self.accelerator.num_processes
         self.folder = RunFolder(out, writer=self.main)
         self.show = progress if self.main else False
@@ -79,7 +83,9 @@ class Loop:
             attach(self.model, self.recipe, **options)
             self.feed = self.feed.ready(self.model.to(device))
             splits = (self.model, (self.rows, self.mine), self.collate)
-            (self.around, self.around_held), why = shortcuts(*splits, self.settings, earlier, self.folder.path)
+            (self.around, self.around_held), why = shortcuts(
+                *splits, self.settings, earlier, self.folder.path, self.shared
+            )
             decided = chosen(self.model, self.settings, self.rows, self.total, self.world)
             self.chosen = self.folder.agreed(wanted, {**decided, **why}, record)
             self.folder.keep(self.selection)
@@ -136,7 +142,7 @@ class Loop:
             loss = self._loss(self.prepared, batch)
             value = float(loss.detach())
             if not torch.isfinite(loss):
-                raise TrainError(
+                raise DivergedError(
                     f"the loss is {value} at step {numbers['step']}, lr {self.rates[0] * factor:.2g}; "
                     "try a lower lr, or look at the data of this step"
                 )

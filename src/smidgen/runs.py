@@ -83,13 +83,7 @@ class RunFolder:
                 raise TrainError(f"{self.path} is not empty and holds no run of smidgen; choose another --out")
             return None
         record = read_json(self.path / RUN)
-        differing = sorted(k for k in asked if _spelled(record["asked"].get(k)) != _spelled(asked[k]))
-        if differing:
-            key = differing[0]
-            raise TrainError(
-                f"{self.path} holds another run: {key} was {record['asked'].get(key)!r}, now {asked[key]!r}; "
-                "choose another --out, or remove the folder"
-            )
+        check_same(self.path, record["asked"], asked)
         return record
 
     def start(self, asked: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
@@ -140,6 +134,11 @@ class RunFolder:
             with open(self.path / METRICS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
 
+    def history(self) -> list[dict[str, Any]]:
+        """The validations that metrics.jsonl tells of, in order."""
+        lines = [] if self.path is None else (self.path / METRICS).read_text(encoding="utf-8").splitlines()
+        return [entry for entry in map(json.loads, lines) if "validation" in entry]
+
     def checkpoint(self, state: State) -> None:
         """Replace the checkpoint."""
         if self.writer and self.path:
@@ -179,6 +178,16 @@ class RunFolder:
         if self.writer and self.path:
             for path in (self.path / CHECKPOINT, self.path / SELECTION, *self.path.glob("prefix-*.states")):
                 path.unlink(missing_ok=True)  # the delta has the indices too; hidden states are of no more use
+
+
+def check_same(path: Path, before: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raises TrainError, naming the first difference, if what is asked now is not what a folder was begun with."""
+    for key in sorted(asked):
+        if _spelled(before.get(key)) != _spelled(asked[key]):
+            raise TrainError(
+                f"{path} holds another run: {key} was {before.get(key)!r}, now {asked[key]!r}; "
+                "choose another --out, or remove the folder"
+            )
 
 
 def _spelled(value: Any) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 from smidgen.errors import TrainError
 
@@ -63,6 +65,15 @@ class Settings:
             )
         if self.weight_decay < 0 or (self.checkpoint_steps or 1) < 1:
             raise TrainError("weight_decay must not be negative, and checkpoint_steps be at least 1")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """From keywords. Raises TrainError if one is unknown or out of range."""
+        try:
+            return cls(**given)
+        except TypeError as error:
+            known = ", ".join(cls.__dataclass_fields__)
+            raise TrainError(f"{str(error).partition(') ')[2] or error}; settings: {known}") from None
 
     def rate(self, step: int, total: int) -> float:
         """Share of the full learning rate at a step: linear warm-up, then linear decay; never 0."""

@@ -10,13 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from smidgen.data import Task
 from smidgen.delta import Delta
-from smidgen.errors import TrainError
 from smidgen.loop import Loop
 from smidgen.objective import Objective, TaskLoss
 from smidgen.recipe import Recipe, Term, as_recipe
 from smidgen.selection.chosen import Selection
-from smidgen.settings import PACK, Settings
-from smidgen.speed.apart import check_kind
+from smidgen.settings import Settings
 
 
 def fit(
@@ -49,20 +47,8 @@ def fit(
             holds another run, a batch does not fit into memory, a row not into `batch_tokens`, or rows cannot be
             packed.
     """
-    wanted = _settings(settings, task)
-    loss = objective or TaskLoss()
+    loss, wanted = objective or TaskLoss(), Settings.of(settings)
     recipe = as_recipe(recipe)
     if selection is not None and recipe.whole == selection.recipe.whole:
         recipe = selection.recipe
     return Loop(model, recipe, task, wanted, loss, out, tokenizer, progress, selection).fit()
-
-
-def _settings(given: dict[str, Any], task: Task) -> Settings:
-    try:
-        wanted = Settings(**given)
-    except TypeError as error:
-        known = ", ".join(Settings.__dataclass_fields__)
-        raise TrainError(f"{str(error).partition(') ')[2] or error}; settings: {known}") from None
-    if wanted.batching == PACK:
-        check_kind(task.kind)
-    return wanted

@@ -177,7 +177,7 @@ class PrefixCache:
             return None
         if folder is None:
             raise TrainError(f"hidden states of {size:,} bytes are over the limit of {limit:,}; name a folder for them")
-        return Path(folder) / f"prefix-{key(self._model, self._plan, self._cut, rows)}.states"
+        return Path(folder) / f"prefix-{key(self._model, self._plan, rows, self._cut)}.states"
 
     def _taken_up(self, trial: Trial, path: Path) -> bool:
         """Whether a file has the states; one that does not stand the check is not used."""

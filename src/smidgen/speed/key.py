@@ -22,16 +22,18 @@ _IDLE = ("_name_or_path", "architectures", "id2label", "label2id", "problem_type
 _LABELS = ("labels", "label", "label_ids")
 
 
-def key(model: nn.Module, plan: Plan, cut: Cut, rows: Rows) -> str:
+def key(model: nn.Module, plan: Plan, rows: Rows, cut: Cut | None = None) -> str:
     """A digest of the tensors below the cut, the configuration, the place of the cut and all inputs.
 
-    What is trained, the head and the labels are left out: they may change.
+    What is trained, the head and the labels are left out: they may change. Without a cut, as it is not known before
+    its first filling, the digest is of the whole base and of everything that is edited.
     """
     digest = hashlib.sha256()
-    base = Fingerprint.of(model, {*head_names(model), *_above(cut)})
+    base = Fingerprint.of(model, {*head_names(model), *(_above(cut) if cut else ())})
     config: Any = getattr(model, "config", None)
     settings = {k: v for k, v in config.to_dict().items() if k not in _IDLE} if hasattr(config, "to_dict") else {}
-    said = [base.architecture, base.structure, base.content, base.dtype, cut.place, settings]
+    place = cut.place if cut else sorted(row.site.path for row in plan.rows)
+    said = [base.architecture, base.structure, base.content, base.dtype, place, settings]
     digest.update(json.dumps(said, sort_keys=True, default=str).encode())
     for module in frozen_prefix(model, plan):
         for name, buffer in module.named_buffers():
