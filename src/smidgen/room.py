@@ -54,9 +54,8 @@ def _need(
     shape = {"batch_size": size, "length": length}
     costs = plan(model, recipe, pooling=pooling, recompute=recompute, **shape).costs or {}
     if "unknown" in costs:
-        raise TrainError(
-            f"the memory of {type(model).__name__} cannot be estimated ({costs['unknown']}); set batch_size"
-        )
+        why = costs["unknown"]
+        raise TrainError(f"the memory of {type(model).__name__} cannot be estimated ({why}); set batch_size yourself")
     return int(costs["peak_bytes"])
 
 
