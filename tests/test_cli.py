@@ -207,7 +207,7 @@ def test_plan(world: World) -> None:
         "weight 16",
         "lowest edit",
         "counted apart",
-        "total memory",
+        "peak memory",
     ):
         assert part in said.out
     every = call("plan", "--model", world.base, "--all")

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from smidgen.plan import Plan
     from smidgen.predict import Prediction, predict
     from smidgen.recipe import Recipe, parse
+    from smidgen.room import largest_batch, parse_bytes
     from smidgen.scores.fisher import fisher, mean_gradients
     from smidgen.search import SearchWarning, search
     from smidgen.select import score, select, selection_of
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from smidgen.selection.combine import combine
     from smidgen.selection.term import Select
     from smidgen.sites import Site, find_sites
+    from smidgen.speed.recompute import recomputing
     from smidgen.train import fit
     from smidgen.trainer import TrainerCallback
     from smidgen.trials import Search, Trial
@@ -58,6 +60,7 @@ _HOMES = {
     "plan": ("Plan",),
     "predict": ("Prediction", "predict"),
     "recipe": ("Recipe", "parse"),
+    "room": ("largest_batch", "parse_bytes"),
     "scores.fisher": ("fisher", "mean_gradients"),
     "search": ("SearchWarning", "search"),
     "select": ("score", "select", "selection_of"),
@@ -66,6 +69,7 @@ _HOMES = {
     "selection.combine": ("combine",),
     "selection.term": ("Select",),
     "sites": ("Site", "find_sites"),
+    "speed.recompute": ("recomputing",),
     "train": ("fit",),
     "trainer": ("TrainerCallback",),
     "trials": ("Search", "Trial"),

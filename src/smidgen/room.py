@@ -1,0 +1,75 @@
+"""largest_batch: how many examples of a batch fit into a given memory at once."""
+
+from __future__ import annotations
+
+from accelerate.utils import convert_file_size_to_int
+from torch import nn
+
+from smidgen.errors import TrainError
+from smidgen.estimate import plan
+from smidgen.recipe import Recipe, Term
+
+
+def largest_batch(
+    model: nn.Module,
+    recipe: str | Term | Recipe,
+    max_memory_bytes: int,
+    *,
+    batch_size: int,
+    length: int,
+    pooling: str | None = None,
+    recompute: bool = False,
+) -> int:
+    """The largest of batch_size, batch_size // 2, batch_size // 4, ..., 1 whose training step fits by estimate.
+
+    Nothing is run but `plan`, on tensors without content; what fits is its `peak_bytes`.
+
+    Args:
+        max_memory_bytes: for weights, training state and activations together.
+        batch_size, length: shape of the batch that is wanted, in examples and tokens.
+        recompute: with activations computed again, see `recomputing`.
+
+    Raises:
+        TrainError: not even one example fits, or the model's memory cannot be estimated.
+        PlanError: the recipe does not fit the model.
+    """
+    if batch_size < 1:
+        raise TrainError(f"batch_size={batch_size} must be at least 1")
+    size, need = 2 * batch_size, 0
+    while size > 1:
+        size //= 2
+        need = _need(model, recipe, pooling, size, length, recompute)
+        if need <= max_memory_bytes:
+            return size
+    ways = ["a shorter max_length", "fewer layers (layers='top:2')", "a base in bfloat16"]
+    raise TrainError(
+        f"one example of {length} tokens needs {need:,} bytes to train {recipe} on {type(model).__name__}, but only "
+        f"{max_memory_bytes:,} are allowed; what helps: {', '.join(ways if recompute else ['recompute=True', *ways])}"
+    )
+
+
+def _need(
+    model: nn.Module, recipe: str | Term | Recipe, pooling: str | None, size: int, length: int, recompute: bool
+) -> int:
+    shape = {"batch_size": size, "length": length}
+    costs = plan(model, recipe, pooling=pooling, recompute=recompute, **shape).costs or {}
+    if "unknown" in costs:
+        why = costs["unknown"]
+        raise TrainError(f"the memory of {type(model).__name__} cannot be estimated ({why}); set batch_size yourself")
+    return int(costs["peak_bytes"])
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes of a size: `"4GB"` is 4 * 10**9, `"512MiB"` is 512 * 2**20; a whole number is bytes.
+
+    Raises:
+        TrainError: it is no size, or not above 0.
+    """
+    try:
+        plain = isinstance(text, int) or text.strip().isdecimal()
+        found: int = int(text) if plain else convert_file_size_to_int(str(text).strip().upper())
+    except (ValueError, OverflowError):
+        found = 0
+    if found < 1:
+        raise TrainError(f"{text!r} is no size of memory; write it like 4GB or 512MiB (KB, MB, GB, KiB, MiB, GiB)")
+    return found
