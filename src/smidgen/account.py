@@ -28,6 +28,7 @@ def asked(
     return {
         "model": base.name,
         "base": base.content,
+        "dtype": base.dtype,
         "recipe": recipe.to_json(),
         "task": task.name,
         "data": task.fingerprint,

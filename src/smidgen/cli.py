@@ -32,12 +32,16 @@ from smidgen.options import (
     Metric,
     Model,
     Most,
+    OnlyRead,
     Option,
     Out,
     OwnDtype,
     Pooling,
+    Precision,
     RecipeText,
     Text,
+    TuneDtype,
+    dtype_of,
     open_delta,
     open_selection,
     open_task,
@@ -99,7 +103,7 @@ def tune(
     lr: Annotated[float | None, Option(help="default: the method's own")] = None,
     head_lr: Annotated[float | None, Option(help="learning rate of the head")] = None,
     batch_size: BatchSize = 32, batch_tokens: BatchTokens = None, max_length: Length = None,
-    dtype: Annotated[Dtype, Option("--dtype", help="of the base; not of what is trained")] = Dtype.float32,
+    dtype: Precision = TuneDtype.float32, only_read: OnlyRead = None,
     pooling: Pooling = None, limit: Limit = None, text: Text = None, label: Label = None, kind: Kind = None,
     metric: Metric = None,
     batching: Annotated[Batching, Option(help="less padding: rows of like length, or packed")] = Batching.shuffle,
@@ -112,7 +116,7 @@ def tune(
 
     wanted = sm.parse(recipe)
     task = open_task(data, text, label, kind, metric, limit)
-    network, tokenizer = sm.load(model, task=task, dtype=dtype.value, seed=seed)
+    network, tokenizer = sm.load(model, task=task, dtype=dtype_of(dtype, out), seed=seed)
     settings: dict[str, Any] = {"seed": seed, "epochs": epochs, "lr": lr, "head_lr": head_lr}
     settings |= {"batch_size": batch_size, "max_length": max_length, "pooling": pooling, "batching": batching.value}
     settings |= {"cache": cache, "batch_tokens": batch_tokens}

@@ -13,7 +13,6 @@ from smidgen.options import (
     Batching,
     BatchSize,
     Data,
-    Dtype,
     Json,
     Kind,
     Label,
@@ -21,11 +20,15 @@ from smidgen.options import (
     Limit,
     Metric,
     Model,
+    OnlyRead,
     Option,
     Out,
     Pooling,
+    Precision,
     RecipeText,
     Text,
+    TuneDtype,
+    dtype_of,
     open_task,
 )  # fmt: skip
 
@@ -38,7 +41,7 @@ def search(
     epochs: Annotated[int, Option(min=1)] = 3,
     head_lr: Annotated[float | None, Option(help="learning rate of the head")] = None,
     batch_size: BatchSize = 32, max_length: Length = None,
-    dtype: Annotated[Dtype, Option("--dtype", help="of the base; not of what is trained")] = Dtype.float32,
+    dtype: Precision = TuneDtype.float32, only_read: OnlyRead = None,
     pooling: Pooling = None, limit: Limit = None, text: Text = None, label: Label = None, kind: Kind = None,
     metric: Metric = None,
     batching: Annotated[Batching, Option(help="length: rows of like length meet, less padding")] = Batching.shuffle,
@@ -48,8 +51,14 @@ def search(
     """Train a recipe at several learning rates; keep the best. Stopped, the same command goes on from there."""
     wanted, seeds = sm.parse(recipe), seed or [0]
     task = open_task(data, text, label, kind, metric, limit)
-    network, tokenizer = sm.load(model, task=task, dtype=dtype.value, seed=seeds[0])
-    settings: dict[str, Any] = {"epochs": epochs, "head_lr": head_lr, "batch_size": batch_size, "cache": cache}
+    network, tokenizer = sm.load(model, task=task, dtype=dtype_of(dtype, out), seed=seeds[0])
+    settings: dict[str, Any] = {
+        "epochs": epochs,
+        "head_lr": head_lr,
+        "batch_size": batch_size,
+        "cache": cache,
+        "only_read": only_read,
+    }
     settings |= {"max_length": max_length, "pooling": pooling, "batching": batching.value}
     settings |= {"lr": lr or None, "seeds": seeds, "trials": trials, "say": views.note}
     settings["progress"] = None if sys.stderr.isatty() else False  # a line per trial is enough for a file

@@ -15,6 +15,7 @@ from smidgen.errors import DeltaError
 Option = typer.Option
 
 Dtype = StrEnum("Dtype", "float32 bfloat16 float16 float64")
+TuneDtype = StrEnum("TuneDtype", "auto float32 bfloat16 float16 float64")
 Format = StrEnum("Format", "peft smidgen")
 Batching = StrEnum("Batching", "shuffle length pack")
 Model = Annotated[str, Option("--model", help="built-in name (minilm, smollm2), folder, or hub id")]
@@ -35,6 +36,10 @@ BatchTokens = Annotated[int | None, Option("--batch-tokens", min=1, help="fill b
 Length = Annotated[int | None, Option("--max-length", min=1, help="tokens per text")]
 Pooling = Annotated[str | None, Option("--pooling", help="first, mean or last; default is the model's own")]
 OwnDtype = Annotated[Dtype | None, Option("--dtype", help="of the base; default as in training")]
+Precision = Annotated[TuneDtype, Option("--dtype", help="of the base, not of what is trained; auto: the faster")]
+OnlyRead = Annotated[
+    bool | None, Option("--only-read/--all-rows", help="last block for the token read; default: if exact")
+]
 Json = Annotated[bool, Option("--json", help="one JSON object on stdout")]
 
 
@@ -46,6 +51,24 @@ def open_task(
     task = sm.Task.load(data, text=text or None, label=label, kind=kind, metric=metric, limit=limit)
     views.note(views.described(task))
     return task
+
+
+def dtype_of(choice: str, out: Path) -> str:
+    """What "auto" means: as recorded in `out` if it holds an earlier start, else as measured; said on stderr."""
+    import torch
+
+    from smidgen.files import read_json
+    from smidgen.precision import fastest
+
+    if choice != "auto":
+        return choice
+    for name in ("run.json", "search.json"):
+        if (out / name).is_file():
+            recorded: str = read_json(out / name)["asked"]["dtype"]
+            return recorded
+    found = fastest("cuda" if torch.cuda.is_available() else "cpu")
+    views.note(str(found))
+    return str(found.dtype)[6:]
 
 
 def open_selection(source: str, network: Any) -> sm.Selection:

@@ -15,11 +15,10 @@ from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from smidgen.account import asked
 from smidgen.data import Task
 from smidgen.delta import Delta
 from smidgen.errors import DivergedError, TrainError
-from smidgen.fingerprint import Fingerprint
-from smidgen.heads import head_names
 from smidgen.ledger import Ledger
 from smidgen.loop import Loop
 from smidgen.method import Method
@@ -109,16 +108,8 @@ class Trials:
 
     def asked(self) -> dict[str, Any]:
         """What has to be the same for a search to go on."""
-        base = Fingerprint.of(self.model, head_names(self.model))
-        return {
-            "model": base.name,
-            "base": base.content,
-            "recipe": self.recipe.to_json(),
-            "task": self.task.name,
-            "data": self.task.fingerprint,
-            "objective": repr(self.objective),
-            "settings": [asdict(each) for each in self.settings],
-        }
+        same = asked(self.model, self.recipe, self.task, self.settings[0], self.objective, None)
+        return {**same, "settings": [asdict(each) for each in self.settings]}
 
     def found(self, trials: Sequence[Trial]) -> Search:
         """The result. Raises TrainError if every trial diverged."""
