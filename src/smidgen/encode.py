@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from smidgen.errors import DataError
@@ -194,6 +194,8 @@ class Collator:
         return batch
 
     def _pad(self, values: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
-        padded = pad_sequence([torch.tensor(v, dtype=torch.long) for v in values], True, pad)
-        more = -padded.shape[1] % self.multiple
-        return torch.nn.functional.pad(padded, (0, more), value=pad) if more else padded
+        longest = max(map(len, values))
+        padded = np.full((len(values), longest + -longest % self.multiple), pad, dtype=np.int64)
+        for row, value in zip(padded, values, strict=True):
+            row[: len(value)] = value
+        return torch.from_numpy(padded)

@@ -160,11 +160,11 @@ class PrefixCache:
         length = max(lengths) if length is None else length
         if max(lengths) > length:
             raise TrainError(f"{max(lengths)} tokens of an example are kept, but the batch has room for {length}")
-        hidden = torch.zeros(len(places), length, self._states.shape[1], dtype=self._states.dtype)
-        for row, place, count in zip(hidden, places, lengths, strict=True):
-            start = self._layout.starts[place]
-            first = length - count if self._left else 0
-            row[first : first + count] = self._states[start : start + count]
+        counts = torch.tensor(lengths)[:, None]
+        starts = torch.tensor([self._layout.starts[place] for place in places])[:, None]
+        token = torch.arange(length)[None] - (length - counts if self._left else 0)  # (B, T), of its example
+        kept = (token >= 0) & (token < counts)
+        hidden = self._states[(starts + token).where(kept, 0)].masked_fill_(~kept[..., None], 0)
         return hidden.to(next(self._model.parameters()).device)
 
     def _shape(self, trial: Trial) -> tuple[int, int]:

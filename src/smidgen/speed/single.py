@@ -97,7 +97,7 @@ class _Call:
 
     def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.rows, self.inputs = entering(args, kwargs), None
-        first = self.rows[:, :1]
+        first = self.rows[:, :1].contiguous()
         return ((first, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": first})
 
     def leave(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:

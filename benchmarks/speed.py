@@ -1,0 +1,297 @@
+"""Training speed of LN tuning and LoRA: smidgen against HF PEFT under Trainer, and plain full fine-tuning.
+
+python benchmarks/speed.py --data ../shared/data/glue/sst2 --out benchmarks/results/speed.json
+python benchmarks/speed.py --data ../shared/data/glue/rte --limit 320 --arms LN --seeds 0 --out benchmarks/results/speed-rte.json
+
+Arms take turns in one process, medians over repeats; examples per second in the steady state (without loading, filling
+of the cache, and validation) and of a whole run of ten epochs. Then the final accuracy over seeds, and the share of the
+machine's own matrix rate on the products that are needed at all.
+"""
+
+import argparse
+import contextlib
+import gc
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import peft
+import torch
+from environment import describe, write
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
+
+import smidgen as sm
+from smidgen.loop import Loop
+
+BATCH, WARMUP = 32, 0.06
+ARMS = {
+    "peft LN": ("peft", "LN", {}),
+    "peft LN grouped": ("peft", "LN", {"grouped": True}),
+    "peft LN grouped bf16": ("peft", "LN", {"grouped": True, "bf16": True}),
+    "peft LoRA": ("peft", "LoRA", {}),
+    "peft LoRA grouped": ("peft", "LoRA", {"grouped": True}),
+    "peft LoRA grouped bf16": ("peft", "LoRA", {"grouped": True, "bf16": True}),
+    "torch full": ("torch", "Full", {}),
+    "smidgen LN()": ("smidgen", "LN()", {}),
+    "smidgen LN() fp32": ("smidgen", "LN()", {"dtype": "float32"}),
+    "smidgen LN() | Select": ("smidgen", "LN() | Select('fisher', keep=0.1)", {"lr": 1e-2}),
+    "smidgen LN(layers='top:2')": ("smidgen", "LN(layers='top:2')", {}),
+    "smidgen LN(layers='top:2') fp32": ("smidgen", "LN(layers='top:2')", {"dtype": "float32"}),
+    "smidgen LoRA()": ("smidgen", "LoRA()", {}),
+}
+LR = {"LN": 3e-3, "LoRA": 1e-3, "Full": 5e-5}
+PIECES = {  # the same run without one of them
+    "no padding that can be avoided": ("LN()", {"batching": "shuffle"}),
+    "only the rows that are read": ("LN()", {"only_read": False}),
+    "fast dropout": ("LN()", {"fast_dropout": False}),
+    "bfloat16": ("LN()", {"dtype": "float32"}),
+    "frozen-prefix cache": ("LN(layers='top:2')", {"cache": False}),
+    "only the rows that are read, top:2": ("LN(layers='top:2')", {"only_read": False}),
+    "bfloat16, top:2": ("LN(layers='top:2')", {"dtype": "float32"}),
+}
+
+
+class Marks(TrainerCallback):
+    """The time of each step's end."""
+
+    def __init__(self):
+        self.times = []
+
+    def on_step_end(self, *args, **kwargs):
+        self.times.append(time.perf_counter())
+
+
+def prepared(kind, model):
+    if kind == "Full":
+        return model
+    common = {"task_type": peft.TaskType.SEQ_CLS}
+    if kind == "LN":
+        config = peft.LNTuningConfig(target_modules=["LayerNorm"], **common)
+    else:
+        config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["query", "value"], **common)
+    return peft.get_peft_model(model, config)
+
+
+def with_trainer(task, kind, options, epochs, seed, folder):
+    """HF PEFT under Trainer: (model, seconds, seconds per epoch in the steady state)."""
+    model, tokenizer = sm.load("minilm", task=task, seed=seed)
+    rows = list(task.encode(tokenizer, "train"))
+    strategy = "group_by_length" if options.get("grouped") else "random"
+    arguments = TrainingArguments(
+        folder, per_device_train_batch_size=BATCH, num_train_epochs=epochs, learning_rate=LR[kind], warmup_steps=WARMUP,
+        lr_scheduler_type="linear", bf16=bool(options.get("bf16")), train_sampling_strategy=strategy, use_cpu=True,
+        report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, seed=seed, max_grad_norm=1.0,
+        weight_decay=0.0,
+    )  # fmt: skip
+    marks = Marks()
+    tuned = prepared(kind, model)
+    trainer = Trainer(tuned, arguments, train_dataset=rows, data_collator=task.collator(tokenizer), callbacks=[marks])
+    start = time.perf_counter()
+    trainer.train()
+    return tuned, tokenizer, time.perf_counter() - start, steady(marks.times, len(rows))
+
+
+def with_torch(task, kind, options, epochs, seed, folder):
+    """A plain loop over all parameters."""
+    model, tokenizer = sm.load("minilm", task=task, seed=seed)
+    rows, collate = task.encode(tokenizer, "train"), task.collator(tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR[kind], weight_decay=0.0)
+    steps = epochs * -(-len(rows) // BATCH)
+    rise = max(1, round(WARMUP * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise + 1))
+    )
+    generator, times = torch.Generator().manual_seed(seed), []
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    model.train()
+    for _ in range(epochs):
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        for first in range(0, len(order), BATCH):
+            model(**collate([rows[i] for i in order[first : first + BATCH]])).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            times.append(time.perf_counter())
+    return model, tokenizer, time.perf_counter() - start, steady(times, len(rows))
+
+
+def with_smidgen(task, recipe, options, epochs, seed, folder):
+    """sm.fit: (delta, ...). Validation is left out of the steady state, not of the seconds."""
+    options = {"batching": "length", "dtype": "auto", **options}
+    model, tokenizer = sm.load("minilm", task=task, seed=seed, dtype=options.pop("dtype"))
+    times, plain = [], Loop._step
+
+    def step(self, *args):
+        begin = time.perf_counter()
+        plain(self, *args)
+        times.append((begin, time.perf_counter()))
+
+    Loop._step = step
+    try:
+        start = time.perf_counter()
+        delta = sm.fit(
+            model, recipe, task, tokenizer=tokenizer, epochs=epochs, seed=seed, progress=False, warmup=WARMUP,
+            batch_size=BATCH, **options,
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+    finally:
+        Loop._step = plain
+    return (model, delta), tokenizer, seconds, steady_between(times, len(task.splits["train"]))
+
+
+def steady(times, examples):
+    """Seconds per epoch from the ends of its steps, the first five left out."""
+    spans = [b - a for a, b in zip(times[4:], times[5:], strict=False)]
+    return statistics.mean(spans) * -(-examples // BATCH)
+
+
+def steady_between(times, examples):
+    """The same, of (start, end); what lies between two steps counts, but not the validation between epochs."""
+    each = -(-examples // BATCH)
+    spans = [times[i][1] - times[i - 1][1] for i in range(5, len(times)) if i % each]
+    return statistics.mean(spans) * each
+
+
+HOW = {"peft": with_trainer, "torch": with_torch, "smidgen": with_smidgen}
+
+
+def one(task, arm, epochs, seed=0):
+    how, what, options = ARMS[arm] if isinstance(arm, str) else arm
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        return HOW[how](task, what, options, epochs, seed, folder)
+
+
+def speed(task, arms, repeats, epochs):
+    """Arm -> examples per second, steady and whole, medians over repeats that take turns."""
+    examples = len(task.splits["train"])
+    found = {arm: {"steady": [], "whole": []} for arm in arms}
+    for repeat in range(repeats):
+        for arm in arms:
+            *_, seconds, epoch = one(task, arm, epochs[arm])
+            found[arm]["steady"].append(examples / epoch)
+            found[arm]["whole"].append(epochs[arm] * examples / seconds)
+            print(f"  {repeat + 1} {arm}: {examples / epoch:.0f} examples/s", flush=True)
+            gc.collect()
+    return {arm: {k: statistics.median(v) for k, v in kinds.items()} | {"runs": kinds} for arm, kinds in found.items()}
+
+
+def accuracy(task, arms, seeds, epochs):
+    """Arm -> accuracy on the validation split of each seed, last epoch (smidgen: best epoch on validation)."""
+    scores = {}
+    for arm in arms:
+        scores[arm] = []
+        for seed in range(seeds):
+            made, tokenizer, *_ = one(task, arm, epochs, seed)
+            model, delta = made if isinstance(made, tuple) else (made, None)
+            result = sm.evaluate(model, task, delta=delta, split="validation", tokenizer=tokenizer)
+            scores[arm].append(result.value)
+        print(f"  {arm}: {statistics.mean(scores[arm]):.4f} over {seeds} seeds", flush=True)
+    return scores
+
+
+def search(task, trials, epochs):
+    """Seconds of the ten-trial search of LN(layers='top:2'), as `smidgen search` runs it."""
+    model, tokenizer = sm.load("minilm", task=task, dtype="auto")
+    start = time.perf_counter()
+    found = sm.search(
+        model, "LN(layers='top:2')", task, tokenizer=tokenizer, trials=trials, epochs=epochs, batching="length",
+        progress=False,
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    return {
+        "seconds": seconds,
+        "per_second": trials * epochs * len(task.splits["train"]) / seconds,
+        "table": str(found),
+    }
+
+
+def matrix_rate(rows, dtype, seconds=1.0):
+    """FLOP/s of the products of a block of MiniLM, in the proportions of one."""
+    shapes = [(384, 384)] * 4 + [(384, 1536), (1536, 384)]
+    pairs = [(torch.randn(rows, a, dtype=dtype), torch.randn(b, a, dtype=dtype)) for a, b in shapes]
+    work, done, start = sum(2 * rows * a * b for a, b in shapes), 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        for x, weight in pairs:
+            torch.nn.functional.linear(x, weight)
+        done += work
+    return done / (time.perf_counter() - start)
+
+
+def roofline(task, epoch_seconds):
+    """Share of the measured matrix rate that LN()'s needed products reach, padding left out."""
+    model, tokenizer = sm.load("minilm", task=task, dtype="auto")
+    lengths = task.encode(tokenizer, "train").lengths
+    mean = round(statistics.mean(lengths))
+    per_token = sm.plan(model, "LN()", batch_size=BATCH, length=mean).costs["training_flops_per_token"]
+    rate = statistics.median(matrix_rate(BATCH * mean, model.dtype) for _ in range(5))
+    needed = per_token * sum(lengths)
+    return {
+        "needed_flops_per_epoch": needed, "matrix_rate": rate, "dtype": str(model.dtype)[6:],
+        "share": needed / epoch_seconds / rate,
+    }  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--limit", type=int, default=1600)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=3, help="of the accuracy runs")
+    parser.add_argument("--trials", type=int, default=10)
+    parser.add_argument("--arms", default="", help="only arms whose name contains this")
+    parser.add_argument("--pieces", action="store_true", help="each piece on and off, nothing else")
+    parser.add_argument("--out", default=None)
+    options = parser.parse_args()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    small = sm.Task.load(options.data, limit={"train": options.limit, "validation": 64})
+    results = {"options": vars(options)}
+    if options.pieces:
+        pairs = {}
+        for name, (recipe, off) in PIECES.items():
+            pairs |= {f"{name}: on": ("smidgen", recipe, {}), f"{name}: off": ("smidgen", recipe, off)}
+        ARMS.update(pairs)
+        results["pieces"] = speed(
+            small, list(pairs), options.repeats, {k: 10 if "top:2" in v[1] else 1 for k, v in pairs.items()}
+        )
+    else:
+        arms = [arm for arm in ARMS if options.arms in arm]
+        epochs = {arm: 10 if "top:2" in arm else 1 for arm in arms}
+        results["speed"] = speed(small, arms, options.repeats, epochs)
+        if "smidgen LN()" in arms:
+            seconds = options.limit / results["speed"]["smidgen LN()"]["steady"]
+            results["roofline"] = roofline(small, seconds)
+            print(
+                f"  roofline {results['roofline']['share']:.2f} of {results['roofline']['matrix_rate'] / 1e9:.0f} GFLOP/s"
+            )
+        if options.trials:
+            results["search"] = search(small, options.trials, 10)
+            print(results["search"]["table"], f"{results['search']['per_second']:.0f} examples/s")
+        if options.seeds:
+            full = sm.Task.load(options.data, limit=options.limit)
+            results["accuracy"] = accuracy(full, arms, options.seeds, options.epochs)
+        table(results)
+    if options.out:
+        write(Path(options.out), {**results, **describe()})
+
+
+def table(results):
+    base, best = (results["speed"].get(arm) for arm in ("peft LN", "peft LN grouped bf16"))
+    for arm, found in results["speed"].items():
+        ratios = [found["steady"] / other["steady"] if other else float("nan") for other in (base, best)]
+        whole = [found["whole"] / other["whole"] if other else float("nan") for other in (base, best)]
+        scores = results.get("accuracy", {}).get(arm)
+        said = f"{statistics.mean(scores):.4f}" if scores else ""
+        print(
+            f"{arm:34} {found['steady']:7.0f}/s  steady x{ratios[0]:5.1f} x{ratios[1]:5.1f}  whole x{whole[0]:5.1f} x{whole[1]:5.1f}  {said}"
+        )
+
+
+if __name__ == "__main__":
+    main()
