@@ -227,9 +227,9 @@ def fed(monkeypatch):
     """What every step is fed, as lists."""
     seen, original = [], Loop._step
 
-    def step(self, batch, *args):
+    def step(self, places, batch):
         seen.append(batch["input_ids"].tolist())
-        return original(self, batch, *args)
+        return original(self, places, batch)
 
     monkeypatch.setattr(Loop, "_step", step)
     return seen

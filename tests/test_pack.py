@@ -270,12 +270,12 @@ def fed(monkeypatch, stop=0):
     """What every step is fed; before step `stop`, an error."""
     seen, original = [], Loop._step
 
-    def step(self, batch, examples):
+    def step(self, places, batch):
         if len(seen) + 1 == stop:
             raise InterruptedError
         seen.append({k: v.tolist() for k, v in batch.items() if isinstance(v, torch.Tensor)})
-        seen[-1]["examples"] = examples
-        return original(self, batch, examples)
+        seen[-1]["examples"] = len(places)
+        return original(self, places, batch)
 
     monkeypatch.setattr(Loop, "_step", step)
     return seen

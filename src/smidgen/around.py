@@ -77,7 +77,8 @@ def shortcuts(
             _check(model, splits[0], collate, Shortcut(caches[0], row))
         except TrainError as error:
             row, read = None, _declined(str(error), settings)
-    made = [Shortcut(cache, row, settings.fast_dropout) for cache in caches]
+    fast = settings.fast_dropout and not settings.recompute  # what is computed again runs outside of any mode
+    made = [Shortcut(cache, row, fast) for cache in caches]
     return made, {"cache": cached, "rows": read}
 
 

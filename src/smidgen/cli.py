@@ -104,12 +104,13 @@ def tune(
     head_lr: Annotated[float | None, Option(help="learning rate of the head")] = None,
     batch_size: BatchSize = 32, batch_tokens: BatchTokens = None, max_length: Length = None,
     dtype: Precision = TuneDtype.float32, only_read: OnlyRead = None,
+    max_memory: Annotated[str | None, Option(help="such as 4GB: larger batches are computed in pieces")] = None,
+    recompute: Annotated[bool, Option("--recompute", help="activations computed twice, not kept: less memory")] = False,
     pooling: Pooling = None, limit: Limit = None, text: Text = None, label: Label = None, kind: Kind = None,
-    metric: Metric = None,
+    metric: Metric = None, as_json: Json = False,
     batching: Annotated[Batching, Option(help="less padding: rows of like length, or packed")] = Batching.shuffle,
     cache: Annotated[bool | None, Option("--cache/--no-cache", help="of what lies below; default: if it pays")] = None,
     selection: Annotated[str | None, Option(help="keep what this selection, or this delta, keeps")] = None,
-    as_json: Json = False,
 ) -> None:  # fmt: skip
     """Train a recipe on a task. Stopped at any moment, the same command goes on from there."""
     from smidgen.runs import RunFolder
@@ -119,8 +120,8 @@ def tune(
     network, tokenizer = sm.load(model, task=task, dtype=dtype_of(dtype, out), seed=seed)
     settings: dict[str, Any] = {"seed": seed, "epochs": epochs, "lr": lr, "head_lr": head_lr}
     settings |= {"batch_size": batch_size, "max_length": max_length, "pooling": pooling, "batching": batching.value}
-    settings |= {"cache": cache, "batch_tokens": batch_tokens}
-    settings["selection"] = None if selection is None else open_selection(selection, network)
+    settings |= {"cache": cache, "batch_tokens": batch_tokens, "only_read": only_read, "max_memory": max_memory}
+    settings |= {"recompute": recompute, "selection": open_selection(selection, network) if selection else None}
     already = RunFolder(out).finished
     try:
         delta = sm.fit(network, wanted, task, out=out, tokenizer=tokenizer, **settings)

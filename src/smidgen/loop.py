@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -24,8 +26,10 @@ from smidgen.evaluate import Scores, run, scores, tokenizer_of
 from smidgen.feed import Feed
 from smidgen.objective import Objective
 from smidgen.optim import optimizer
+from smidgen.pieces import give_back_memory, pieces
 from smidgen.progress import Bar
 from smidgen.recipe import Recipe
+from smidgen.room import batch_and_bytes, parse_bytes
 from smidgen.runs import Interrupts, RunFolder, State
 from smidgen.select import select
 from smidgen.selection.chosen import Selection
@@ -33,6 +37,7 @@ from smidgen.settings import PACK, Settings
 from smidgen.speed.apart import check_kind
 from smidgen.speed.inner import resting_modules
 from smidgen.speed.kept import Kept
+from smidgen.speed.recompute import recomputing
 from smidgen.state import borrowed, pack, unpack
 from smidgen.watch import check_gradients, check_moved, memory_guard, snapshot
 
@@ -80,16 +85,31 @@ class Loop:
         with borrowed(self.model):
             self.selection = self._selected()
             options: Any = {"pooling": self.settings.pooling, "seed": self.settings.seed, "selection": self.selection}
+            room, size = self._room(earlier)
             attach(self.model, self.recipe, **options)
             self.feed = self.feed.ready(self.model.to(device))
-            splits = (self.model, (self.rows, self.mine), self.collate)
-            (self.around, self.around_held), why = shortcuts(
-                *splits, self.settings, earlier, self.folder.path, self.shared
-            )
-            decided = chosen(self.model, self.settings, self.rows, self.total, self.world)
-            self.chosen = self.folder.agreed(wanted, {**decided, **why}, record)
-            self.folder.keep(self.selection)
-            return self._train()
+            with recomputing(self.model) if self.settings.recompute else nullcontext():
+                splits = (self.model, (self.rows, self.mine), self.collate)
+                shared = (earlier, self.folder.path, self.shared)
+                (self.around, self.around_held), why = shortcuts(*splits, room, *shared)
+                decided = chosen(self.model, self.settings, self.rows, self.total, self.world)
+                self.chosen = self.folder.agreed(wanted, {**decided, **why, "rows_at_once": size}, record)
+                self.folder.keep(self.selection)
+                return self._train()
+
+    def _room(self, earlier: Mapping[str, Any]) -> tuple[Settings, int]:
+        """Settings whose cache fits beside a step, and how many rows of a batch are computed at once."""
+        s = self.settings
+        if s.max_memory is None:
+            return s, s.batch_size
+        if self.accelerator.device.type == "cpu":
+            give_back_memory()
+        length = self.rows.max_length if s.batching == PACK else max(self.rows.lengths)
+        most = int(earlier.get("rows_at_once", s.batch_size))
+        shape: Any = {"batch_size": most, "length": length, "pooling": s.pooling, "recompute": s.recompute}
+        limit = parse_bytes(s.max_memory)
+        size, need = batch_and_bytes(self.model, self.recipe, limit, **shape)
+        return replace(s, cache_bytes=min(s.cache_bytes, (limit - need) // 2)), size
 
     def _selected(self) -> Selection | None:
         """What to keep, for a recipe with Select: given, of an earlier start, or chosen now."""
@@ -120,8 +140,7 @@ class Loop:
         numbers = self.state.numbers
         self._train_mode()
         for places, batch in self.feed.epoch(epoch, skip=numbers["step"] - self.feed.before(epoch)):
-            with self.around(places, batch):
-                self._step(batch, len(places))
+            self._step(places, batch)
             due = numbers["step"] % self.chosen["checkpoint_steps"] == 0 or self.interrupts.seen
             if due and numbers["step"] < self.feed.before(epoch + 1):
                 self._checkpoint()
@@ -133,25 +152,27 @@ class Loop:
         for module in self.resting:
             module.eval()
 
-    def _step(self, batch: dict[str, Any], examples: int) -> None:
-        numbers = self.state.numbers
+    def _step(self, places: Sequence[int], batch: dict[str, Any]) -> None:
+        numbers, value = self.state.numbers, 0.0
         factor = self.settings.rate(numbers["step"], self.total)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         with memory_guard(self.settings.batch_size, self.settings.batch_tokens):
-            loss = self._loss(self.prepared, batch)
-            value = float(loss.detach())
-            if not torch.isfinite(loss):
-                raise DivergedError(
-                    f"the loss is {value} at step {numbers['step']}, lr {self.rates[0] * factor:.2g}; "
-                    "try a lower lr, or look at the data of this step"
-                )
-            self.accelerator.backward(loss)
+            for some, part, weight in pieces(places, batch, self.chosen["rows_at_once"], self.task.kind):
+                with self.around(some, part):
+                    loss = self._loss(self.prepared, part) * weight
+                    value += float(loss.detach())
+                    if not math.isfinite(value):
+                        raise DivergedError(
+                            f"the loss is {value} at step {numbers['step']}, lr {self.rates[0] * factor:.2g}; "
+                            "try a lower lr, or look at the data of this step"
+                        )
+                    self.accelerator.backward(loss)
         nn.utils.clip_grad_norm_(list(trained_parameters(self.model).values()), self.settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         numbers["step"] += 1
-        self.bar.step(value, examples * self.world)
+        self.bar.step(value, len(places) * self.world)
         if numbers["step"] % 10 == 0 or numbers["step"] == self.total:
             rate = round(self.bar.rate, 1)
             self.folder.log({"step": numbers["step"], "loss": value, "lr": factor * self.rates[0], "rate": rate})
@@ -189,9 +210,10 @@ class Loop:
             self.best = snapshot(self.model)
 
     def _held_out(self) -> Scores:
-        rank, size = self.accelerator.process_index, self.settings.batch_size
-        with memory_guard(size):
-            outputs = run(self.model, self.mine, self.task, self.tokenizer, 2 * size, self.around_held)
+        rank, size = self.accelerator.process_index, 2 * self.settings.batch_size
+        size = size if self.settings.max_memory is None else self.chosen["rows_at_once"]
+        with memory_guard(self.settings.batch_size):
+            outputs = run(self.model, self.mine, self.task, self.tokenizer, size, self.around_held)
         numbered = gather_object([(rank + k * self.world, pair) for k, pair in enumerate(outputs)])
         return scores(self.task, [pair for _, pair in sorted(numbered, key=lambda item: item[0])])
 

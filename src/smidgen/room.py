@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from accelerate.utils import convert_file_size_to_int
 from torch import nn
 
@@ -33,6 +35,21 @@ def largest_batch(
         TrainError: not even one example fits, or the model's memory cannot be estimated.
         PlanError: the recipe does not fit the model.
     """
+    wanted: Any = {"batch_size": batch_size, "length": length, "pooling": pooling, "recompute": recompute}
+    return batch_and_bytes(model, recipe, max_memory_bytes, **wanted)[0]
+
+
+def batch_and_bytes(
+    model: nn.Module,
+    recipe: str | Term | Recipe,
+    max_memory_bytes: int,
+    *,
+    batch_size: int,
+    length: int,
+    pooling: str | None = None,
+    recompute: bool = False,
+) -> tuple[int, int]:
+    """`largest_batch`, and the bytes that its step needs by estimate."""
     if batch_size < 1:
         raise TrainError(f"batch_size={batch_size} must be at least 1")
     size, need = 2 * batch_size, 0
@@ -40,7 +57,7 @@ def largest_batch(
         size //= 2
         need = _need(model, recipe, pooling, size, length, recompute)
         if need <= max_memory_bytes:
-            return size
+            return size, need
     ways = ["a shorter max_length", "fewer layers (layers='top:2')", "a base in bfloat16"]
     raise TrainError(
         f"one example of {length} tokens needs {need:,} bytes to train {recipe} on {type(model).__name__}, but only "

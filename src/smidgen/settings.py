@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from smidgen.errors import TrainError
+from smidgen.room import parse_bytes
 
 PACK = "pack"
 BATCHING = ("shuffle", "length", PACK)
@@ -24,7 +25,9 @@ class Settings:
     keeps what lies below the lowest edit, computed once per example: None where that is exact, pays (two epochs or
     more) and needs at most `cache_bytes` for each split; True insists, with a file in `out` beyond that; False never.
     `only_read` computes the last block for the one token that the head reads: None where that is exact.
-    `fast_dropout` draws the same distribution as torch in less time on a CPU.
+    `fast_dropout` draws the same distribution as torch in less time on a CPU. `max_memory` (bytes, or "4GB") cuts
+    batches into pieces whose training step fits by estimate; their gradients add up to the batch's. `recompute` keeps
+    only the inputs of blocks and computes them again in the backward pass (see `recomputing`).
     """
 
     seed: int = 0
@@ -44,8 +47,12 @@ class Settings:
     cache_bytes: int = 2**30
     only_read: bool | None = None
     fast_dropout: bool = True
+    recompute: bool = False
+    max_memory: int | str | None = None
 
     def __post_init__(self) -> None:
+        if self.max_memory is not None:
+            object.__setattr__(self, "max_memory", parse_bytes(self.max_memory))
         for name in ("epochs", "batch_size", "batch_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
