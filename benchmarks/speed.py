@@ -1,7 +1,7 @@
 """Training speed of LN tuning and LoRA: smidgen against HF PEFT under Trainer, and plain full fine-tuning.
 
 python benchmarks/speed.py --data ../shared/data/glue/sst2 --out benchmarks/results/speed.json
-python benchmarks/speed.py --data ../shared/data/glue/rte --limit 320 --arms LN --seeds 0 --out benchmarks/results/speed-rte.json
+python benchmarks/speed.py --data ../shared/data/glue/rte --limit 320 --parts speed --out speed-rte.json
 
 Arms take turns in one process, medians over repeats; examples per second in the steady state (without loading, filling
 of the cache, and validation) and of a whole run of ten epochs. Then the final accuracy over seeds, and the share of the
@@ -11,6 +11,8 @@ machine's own matrix rate on the products that are needed at all.
 import argparse
 import contextlib
 import gc
+import itertools
+import json
 import os
 import statistics
 import tempfile
@@ -43,6 +45,10 @@ ARMS = {
     "smidgen LoRA()": ("smidgen", "LoRA()", {}),
 }
 LR = {"LN": 3e-3, "LoRA": 1e-3, "Full": 5e-5}
+COMPARED = [
+    "peft LN", "peft LN grouped bf16", "peft LoRA grouped bf16", "smidgen LN()", "smidgen LN() fp32",
+    "smidgen LN() | Select", "smidgen LN(layers='top:2')", "smidgen LoRA()",
+]  # fmt: skip
 PIECES = {  # the same run without one of them
     "no padding that can be avoided": ("LN()", {"batching": "shuffle"}),
     "only the rows that are read": ("LN()", {"only_read": False}),
@@ -146,7 +152,7 @@ def with_smidgen(task, recipe, options, epochs, seed, folder):
 
 def steady(times, examples):
     """Seconds per epoch from the ends of its steps, the first five left out."""
-    spans = [b - a for a, b in zip(times[4:], times[5:], strict=False)]
+    spans = [b - a for a, b in itertools.pairwise(times[4:])]
     return statistics.mean(spans) * -(-examples // BATCH)
 
 
@@ -184,13 +190,14 @@ def accuracy(task, arms, seeds, epochs):
     """Arm -> accuracy on the validation split of each seed, last epoch (smidgen: best epoch on validation)."""
     scores = {}
     for arm in arms:
-        scores[arm] = []
+        name = arm if isinstance(arm, str) else f"smidgen {arm[1]} lr {arm[2]['lr']:.2g}"
+        scores[name] = []
         for seed in range(seeds):
             made, tokenizer, *_ = one(task, arm, epochs, seed)
             model, delta = made if isinstance(made, tuple) else (made, None)
             result = sm.evaluate(model, task, delta=delta, split="validation", tokenizer=tokenizer)
-            scores[arm].append(result.value)
-        print(f"  {arm}: {statistics.mean(scores[arm]):.4f} over {seeds} seeds", flush=True)
+            scores[name].append(result.value)
+        print(f"  {name}: {statistics.mean(scores[name]):.4f} over {seeds} seeds", flush=True)
     return scores
 
 
@@ -206,6 +213,7 @@ def search(task, trials, epochs):
     return {
         "seconds": seconds,
         "per_second": trials * epochs * len(task.splits["train"]) / seconds,
+        "best_lr": found.best.lr,
         "table": str(found),
     }
 
@@ -245,52 +253,82 @@ def main():
     parser.add_argument("--epochs", type=int, default=3, help="of the accuracy runs")
     parser.add_argument("--trials", type=int, default=10)
     parser.add_argument("--arms", default="", help="only arms whose name contains this")
-    parser.add_argument("--pieces", action="store_true", help="each piece on and off, nothing else")
-    parser.add_argument("--out", default=None)
+    parser.add_argument("--parts", default="speed,roofline,search,accuracy,pieces", help="which parts to run, in order")
+    parser.add_argument("--out", default=None, help="parts that stand there already and are not run again are kept")
     options = parser.parse_args()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    small = sm.Task.load(options.data, limit={"train": options.limit, "validation": 64})
-    results = {"options": vars(options)}
-    if options.pieces:
-        pairs = {}
-        for name, (recipe, off) in PIECES.items():
-            pairs |= {f"{name}: on": ("smidgen", recipe, {}), f"{name}: off": ("smidgen", recipe, off)}
-        ARMS.update(pairs)
-        results["pieces"] = speed(
-            small, list(pairs), options.repeats, {k: 10 if "top:2" in v[1] else 1 for k, v in pairs.items()}
-        )
-    else:
-        arms = [arm for arm in ARMS if options.arms in arm]
-        epochs = {arm: 10 if "top:2" in arm else 1 for arm in arms}
-        results["speed"] = speed(small, arms, options.repeats, epochs)
-        if "smidgen LN()" in arms:
-            seconds = options.limit / results["speed"]["smidgen LN()"]["steady"]
-            results["roofline"] = roofline(small, seconds)
-            print(
-                f"  roofline {results['roofline']['share']:.2f} of {results['roofline']['matrix_rate'] / 1e9:.0f} GFLOP/s"
-            )
-        if options.trials:
-            results["search"] = search(small, options.trials, 10)
-            print(results["search"]["table"], f"{results['search']['per_second']:.0f} examples/s")
-        if options.seeds:
-            full = sm.Task.load(options.data, limit=options.limit)
-            results["accuracy"] = accuracy(full, arms, options.seeds, options.epochs)
-        table(results)
-    if options.out:
-        write(Path(options.out), {**results, **describe()})
+    task = sm.Task.load(options.data, limit={"train": options.limit, "validation": 64})
+    results = json.loads(Path(options.out).read_text()) if options.out and Path(options.out).exists() else {}
+    for name in options.parts.split(","):
+        about = {"options": {k: v for k, v in vars(options).items() if k not in ("out", "parts")}, **describe()}
+        results[name] = PARTS[name](task, options, results) | about
+        if options.out:
+            write(Path(options.out), results)
+    table(results)
+
+
+def speed_part(task, options, results):
+    arms = [arm for arm in ARMS if options.arms in arm]
+    return {"arms": speed(task, arms, options.repeats, {arm: 10 if "top:2" in arm else 1 for arm in arms})}
+
+
+def roofline_part(task, options, results):
+    seconds = options.limit / results["speed"]["arms"]["smidgen LN()"]["steady"]
+    found = roofline(task, seconds)
+    print(f"  LN(): {found['share']:.2f} of {found['matrix_rate'] / 1e9:.0f} GFLOP/s in {found['dtype']}", flush=True)
+    return found
+
+
+def search_part(task, options, results):
+    runs = [search(task, options.trials, 10) for _ in range(min(3, options.repeats))]
+    runs.sort(key=lambda run: run["seconds"])
+    print(runs[len(runs) // 2]["table"], f"{runs[len(runs) // 2]['per_second']:.0f} examples/s", flush=True)
+    return runs[len(runs) // 2] | {"all_seconds": [run["seconds"] for run in runs]}
+
+
+def accuracy_part(task, options, results):
+    full = sm.Task.load(options.data, limit=options.limit)
+    arms = [arm for arm in COMPARED if options.arms in arm]
+    if "search" in results:
+        best = {"lr": results["search"]["best_lr"]}
+        arms.append(("smidgen", "LN(layers='top:2')", best))
+    scores = accuracy(full, arms, options.seeds, options.epochs)
+    return {"metric": full.metric, "scores": scores}
+
+
+def pieces_part(task, options, results):
+    pairs = {}
+    for name, (recipe, off) in PIECES.items():
+        pairs |= {f"{name}: on": ("smidgen", recipe, {}), f"{name}: off": ("smidgen", recipe, off)}
+    ARMS.update(pairs)
+    found = speed(task, list(pairs), options.repeats, {k: 10 if "top:2" in v[1] else 1 for k, v in pairs.items()})
+    for name in PIECES:
+        on, off = (found[f"{name}: {state}"]["whole"] for state in ("on", "off"))
+        print(f"  {name}: {on:.0f} against {off:.0f} examples/s, x {on / off:.2f}", flush=True)
+    return {"arms": found}
+
+
+PARTS = {
+    "speed": speed_part, "roofline": roofline_part, "search": search_part, "accuracy": accuracy_part,
+    "pieces": pieces_part,
+}  # fmt: skip
 
 
 def table(results):
-    base, best = (results["speed"].get(arm) for arm in ("peft LN", "peft LN grouped bf16"))
-    for arm, found in results["speed"].items():
-        ratios = [found["steady"] / other["steady"] if other else float("nan") for other in (base, best)]
-        whole = [found["whole"] / other["whole"] if other else float("nan") for other in (base, best)]
-        scores = results.get("accuracy", {}).get(arm)
+    arms = results.get("speed", {}).get("arms", {})
+    base, best = (arms.get(arm) for arm in ("peft LN", "peft LN grouped bf16"))
+    for arm, found in arms.items():
+        ratios = [
+            found[kind] / other[kind] if other else float("nan")
+            for kind in ("steady", "whole")
+            for other in (base, best)
+        ]
+        scores = results.get("accuracy", {}).get("scores", {}).get(arm)
         said = f"{statistics.mean(scores):.4f}" if scores else ""
-        print(
-            f"{arm:34} {found['steady']:7.0f}/s  steady x{ratios[0]:5.1f} x{ratios[1]:5.1f}  whole x{whole[0]:5.1f} x{whole[1]:5.1f}  {said}"
-        )
+        steady = " ".join(f"x{ratio:5.2f}" for ratio in ratios[:2])
+        whole = " ".join(f"x{ratio:5.2f}" for ratio in ratios[2:])
+        print(f"{arm:32} {found['steady']:6.0f}/s steady {steady}  whole {whole}  {said}")
 
 
 if __name__ == "__main__":
