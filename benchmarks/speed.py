@@ -15,10 +15,13 @@ import itertools
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+import memory
 import peft
 import torch
 from environment import describe, write
@@ -44,6 +47,7 @@ ARMS = {
     "smidgen LN(layers='top:2') fp32": ("smidgen", "LN(layers='top:2')", {"dtype": "float32"}),
     "smidgen LoRA()": ("smidgen", "LoRA()", {}),
 }
+TOP = ("smidgen LN(layers='top:2') fp32", "smidgen LN(layers='top:2')")
 LR = {"LN": 3e-3, "LoRA": 1e-3, "Full": 5e-5}
 COMPARED = [
     "peft LN", "peft LN grouped bf16", "peft LoRA grouped bf16", "smidgen LN()", "smidgen LN() fp32",
@@ -81,10 +85,10 @@ def prepared(kind, model):
     return peft.get_peft_model(model, config)
 
 
-def with_trainer(task, kind, options, epochs, seed, folder):
+def with_trainer(task, kind, options, epochs, seed, folder, max_length=None):
     """HF PEFT under Trainer: (model, seconds, seconds per epoch in the steady state)."""
     model, tokenizer = sm.load("minilm", task=task, seed=seed)
-    rows = list(task.encode(tokenizer, "train"))
+    rows = list(task.encode(tokenizer, "train", max_length=max_length))
     strategy = "group_by_length" if options.get("grouped") else "random"
     arguments = TrainingArguments(
         folder, per_device_train_batch_size=BATCH, num_train_epochs=epochs, learning_rate=LR[kind], warmup_steps=WARMUP,
@@ -253,15 +257,23 @@ def main():
     parser.add_argument("--epochs", type=int, default=3, help="of the accuracy runs")
     parser.add_argument("--trials", type=int, default=10)
     parser.add_argument("--arms", default="", help="only arms whose name contains this")
-    parser.add_argument("--parts", default="speed,roofline,search,accuracy,pieces", help="which parts to run, in order")
+    parser.add_argument(
+        "--parts", default="speed,roofline,search,memory,accuracy,pieces", help="which parts to run, in order"
+    )
     parser.add_argument("--out", default=None, help="parts that stand there already and are not run again are kept")
+    parser.add_argument("--step-memory", default=None, help="only print what this arm takes, in MB")
     options = parser.parse_args()
+    if options.step_memory:
+        return step_memory(options.step_memory, options.data)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     task = sm.Task.load(options.data, limit={"train": options.limit, "validation": 64})
     results = json.loads(Path(options.out).read_text()) if options.out and Path(options.out).exists() else {}
     for name in options.parts.split(","):
-        about = {"options": {k: v for k, v in vars(options).items() if k not in ("out", "parts")}, **describe()}
+        about = {
+            "options": {k: v for k, v in vars(options).items() if k not in ("out", "parts", "step_memory")},
+            **describe(),
+        }
         results[name] = PARTS[name](task, options, results) | about
         if options.out:
             write(Path(options.out), results)
@@ -309,9 +321,43 @@ def pieces_part(task, options, results):
     return {"arms": found}
 
 
+def memory_part(task, options, results):
+    """MB that a run on batches of 32 x 64 tokens takes above what its process held before."""
+    found = {}
+    for arm in ("peft LN", "peft LN grouped bf16", "smidgen LN() fp32", "smidgen LN()", *TOP):
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+        call = [sys.executable, "-W", "ignore", __file__, "--data", options.data, "--step-memory", arm]
+        said = [subprocess.run(call, env=environment, capture_output=True, text=True, check=True) for _ in range(3)]
+        found[arm] = statistics.median(float(one.stdout.split()[-1]) for one in said)
+        print(f"  {arm}: {found[arm]:.0f} MB, {found[arm] / found['peft LN']:.2f} of PEFT's", flush=True)
+    return {"megabytes": found}
+
+
+def step_memory(arm, data):
+    """Of this process; a short run first sets up libraries and kernels."""
+    task = sm.Task.load(data, limit={"train": 2000, "validation": 32})
+    texts = task.splits["train"][task.text[0]][:]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, count in (("train", 256), ("validation", 32)):
+            rows = [{"text": " ".join(texts[i : i + 12]), "label": str(i % 2)} for i in range(count)]
+            Path(folder, f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        long = sm.Task.load(folder)
+    short = sm.Task.load(data, limit={"train": 64, "validation": 32})
+    how, what, given = ARMS[arm]
+    one(short, arm, 2)
+    begin = memory.start("cpu")
+    if how == "peft":
+        with tempfile.TemporaryDirectory() as folder:
+            with_trainer(long, what, given, 2, 0, folder, max_length=64)
+    else:
+        with_smidgen(long, what, {**given, "max_length": 64}, 2, 0, None)
+    print((memory.peak("cpu") - begin) / 1e6)
+
+
 PARTS = {
     "speed": speed_part, "roofline": roofline_part, "search": search_part, "accuracy": accuracy_part,
     "pieces": pieces_part,
+    "memory": memory_part,
 }  # fmt: skip
 
 
