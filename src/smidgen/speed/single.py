@@ -80,27 +80,36 @@ class FirstRow:
             *(p.register_forward_pre_hook(call.widen, prepend=True) for p in self.projections),
         ]
         try:
-            with _Heads(call):
-                yield
+            yield
         finally:
+            call.leave()
             for handle in handles:
                 handle.remove()
 
 
 @dataclass(eq=False)
 class _Call:
-    """One call of the block: all rows of its input, and those that keys and values are made of."""
+    """One call of the block: all rows of its input, and those that keys and values are made of.
+
+    The mode is on for the length of the call alone, as each function of torch takes a way through it.
+    """
 
     norm: nn.Module | None
     rows: Tensor | None = None
     inputs: Tensor | None = field(default=None, init=False)
 
+    def __post_init__(self) -> None:
+        self.heads = _Heads(self)
+
     def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.rows, self.inputs = entering(args, kwargs), None
+        self.heads.__enter__()
         first = self.rows[:, :1].contiguous()
         return ((first, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": first})
 
-    def leave(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def leave(self, *args: Any) -> None:
+        if self.rows is not None:
+            self.heads.__exit__(None, None, None)
         self.rows = self.inputs = None
 
     def widen(self, projection: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
