@@ -24,6 +24,7 @@ from pathlib import Path
 import memory
 import peft
 import torch
+from accelerate.state import AcceleratorState
 from environment import describe, write
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
@@ -172,6 +173,7 @@ HOW = {"peft": with_trainer, "torch": with_torch, "smidgen": with_smidgen}
 
 def one(task, arm, epochs, seed=0):
     how, what, options = ARMS[arm] if isinstance(arm, str) else arm
+    AcceleratorState._reset_state(True)  # Trainer's bf16 would stay on for whoever asks Accelerate next
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         return HOW[how](task, what, options, epochs, seed, folder)
 
