@@ -113,8 +113,10 @@ def rate(cls: type[Method]) -> str:
 
 def merging(cls: type[Method]) -> str:
     """Whether and how the method folds away, in words."""
-    if not cls.mergeable:
-        return f"no: {cls.exceptions.get('merges', 'it is not a function of the weight alone')}"
+    plan = planned(cls(), "BERT-base")
+    rows = () if isinstance(plan, str) else plan.rows
+    if why := next((why for row in rows if row.added and (why := row.method.unmergeable(row.site))), None):
+        return f"no: {why}"
     if cls.overrides("merge"):
         return "yes, into the weight"
     return "yes, trained values replace the base's" if cls.overrides("trains") else "yes, nothing is added"

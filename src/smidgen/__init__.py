@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from smidgen.evaluate import evaluate
     from smidgen.merge import RoundingWarning, merge
     from smidgen.method import Method
+    from smidgen.methods.adapter import Adapter
     from smidgen.methods.bitfit import BitFit
     from smidgen.methods.full import Full
     from smidgen.methods.head import Head
@@ -70,7 +71,7 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "IA3", "LN", "BitFit", "Full", "Head", "LoRA", "__version__", *_HOME,
+    "IA3", "LN", "Adapter", "BitFit", "Full", "Head", "LoRA", "__version__", *_HOME,
 ]  # fmt: skip
 
 

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from smidgen.attachment import attachment, is_attached, trained_parameters
+from smidgen.casts import drop_casts
 from smidgen.delta import Delta
 from smidgen.errors import AttachError, DeltaError
 from smidgen.fingerprint import verify as verify_base
 from smidgen.place import place
 from smidgen.plan import Plan, resolve
-from smidgen.ports import drop_casts, drop_edits
+from smidgen.ports import drop_edits, drop_tap
 from smidgen.recipe import Recipe, Term
 from smidgen.rows import START
 from smidgen.selection.chosen import Selection, chosen_indices
@@ -76,6 +77,8 @@ def remove(model: nn.Module) -> None:
     record.unplug(model)
     for path in {path for path, _ in record.edits}:
         drop_edits(model.get_submodule(path))
+    for path in record.tapped:
+        drop_tap(model.get_submodule(path))
     for path, _, _ in record.low_modules():
         drop_casts(model.get_submodule(path))
     for path in record.subset_modules():

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smidgen.casts import LOW, master_dtype
 from smidgen.errors import AttachError
 from smidgen.plan import Plan
-from smidgen.ports import LOW, master_dtype
 from smidgen.rows import INDICES, START
 from smidgen.subsets import Part
 
@@ -39,6 +39,7 @@ class Attachment:
     added: dict[str, nn.Parameter] = field(default_factory=dict)
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # name of a tensor -> its owners
     handles: list[Any] = field(default_factory=list)
+    tapped: list[str] = field(default_factory=list)  # paths of modules that hold a tap
     active: bool = True
 
     def plug(self, model: nn.Module) -> None:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from smidgen import card
 from smidgen.attachment import attachment, check_masters
+from smidgen.casts import master_dtype
 from smidgen.errors import DeltaError
 from smidgen.files import read_json, write_files
 from smidgen.fingerprint import Fingerprint
 from smidgen.plan import resolve
-from smidgen.ports import master_dtype
 from smidgen.recipe import Recipe, Term
 from smidgen.rows import is_value, pack_indices, packed_shapes, unpack_indices
 from smidgen.version import __version__

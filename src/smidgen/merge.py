@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from smidgen.attach import attach, remove
 from smidgen.attachment import Attachment, attachment
+from smidgen.casts import master_dtype
 from smidgen.delta import Delta
 from smidgen.errors import AttachError
-from smidgen.ports import Edit, master_dtype
+from smidgen.ports import Edit
 from smidgen.subsets import current
 
 
@@ -75,9 +76,11 @@ def _refuse(model: nn.Module, record: Attachment) -> None:
             f"pooling={record.plan.pooling!r} cannot be merged: a plain {type(model).__name__} reads "
             f"{record.plan.reads or 'its own'} token; keep the delta attached, or train with the class's own pooling"
         )
-    for row in record.plan.rows:
-        if row.added and not row.method.mergeable:
-            raise AttachError(f"{row.method} at {row.site.name} cannot be folded into a weight; keep it attached")
+    added = [row for row in record.plan.rows if row.added]
+    reasons = {str(row.method): why for row in added if (why := row.method.unmergeable(row.site))}
+    if reasons:
+        listed = "; ".join(f"{method}: {why}" for method, why in reasons.items())
+        raise AttachError(f"not to be folded into the weights, keep the delta attached: {listed}")
 
 
 def _folded(model: nn.Module, record: Attachment) -> dict[str, Tensor]:

@@ -35,12 +35,10 @@ class Method(Term, abstract=True):
     Class attributes:
         lr: learning rate that `fit` uses when none is given.
         exceptions: conformance check -> reason why this method is excused from it.
-        mergeable: whether `merge` can fold the added tensors into the weight.
     """
 
     lr: ClassVar[float] = 1e-3
     exceptions: ClassVar[Mapping[str, str]] = {}
-    mergeable: ClassVar[bool] = True
 
     def trains(self, site: Site) -> tuple[str, ...]:
         """Names of the parameters owned by the site that are trained in place."""
@@ -80,6 +78,10 @@ class Method(Term, abstract=True):
     def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
         """The formula once more, folded. weight: (width_out, width_in), bias: (width_out,) or None."""
         return weight, bias
+
+    def unmergeable(self, site: Site) -> str | None:
+        """Why what is added here cannot be folded into the weight, in a few words; None if `merge` does it."""
+        return None if self.overrides("merge") else "it states no merged weight"
 
     @classmethod
     def overrides(cls, function: str) -> bool:

@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from smidgen.attachment import Attachment, Swap, check_masters
+from smidgen.casts import master_dtype, place_casts
 from smidgen.errors import AttachError
 from smidgen.fingerprint import base_dtype
 from smidgen.heads import place_pooling
 from smidgen.plan import Plan
-from smidgen.ports import Edit, add_edit, check_editable, master_dtype, place_casts
+from smidgen.ports import Edit, add_edit, add_tap, check_editable
 from smidgen.rows import Row
 from smidgen.start import initial
 from smidgen.subsets import Part, add_part, check_free
@@ -34,7 +35,7 @@ def place(model: nn.Module, plan: Plan, seed: int = 0) -> None:
     flags = {name: p.requires_grad for name, p in parameters.items()}
     added = [row for row in plan.rows if row.added]
     for row in added:
-        check_editable(model.get_submodule(row.site.path), row.site)
+        check_editable(model.get_submodule(row.site.path), row.site, row.method)
     tensors = [initial(row, seed) for row in added]
     partial = {row.name(t): s.indices for row in plan.rows if not row.added for t, s in row.subsets.items()}
     parts = {name: tuple(owners[id(parameters[name])]) for name in partial}
@@ -64,6 +65,9 @@ def _place_edit(model: nn.Module, row: Row, fresh: Mapping[str, Tensor], record:
     fresh = {k: v.to(device=device, dtype=master_dtype(record.dtype)) for k, v in fresh.items()}
     edit = Edit(row.method, row.site, fresh, {term: subset.indices for term, subset in row.subsets.items()})
     add_edit(module, row.key, edit)
+    if row.site.entry and (handle := add_tap(model.get_submodule(row.site.entry), module)):
+        record.handles.append(handle)
+        record.tapped += [row.site.entry, row.site.path]
     record.edits.append((row.site.path, row.key))
     record.added.update((name, edit.leaf(term)) for term, name, _ in row.trained())
 

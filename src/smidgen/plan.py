@@ -16,6 +16,7 @@ from smidgen.method import Method
 from smidgen.recipe import Recipe, Term, as_recipe
 from smidgen.rows import Row, Shape, safetensors_size
 from smidgen.sites import Site, find_sites, roles_found, shares_layers
+from smidgen.sublayers import find_sublayers
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def resolve(model: nn.Module, recipe: str | Term | Recipe, pooling: str | None =
     idle = set(unused_under(model, pooling))
     head = [name for name in head_names(model) if name not in idle]
     closed = {id(parameters[name]) for name in (*head, *idle)}
-    sites = find_sites(model)
+    sites = [*find_sites(model), *find_sublayers(model)]
     rows: list[Row] = []
     for index, method in enumerate(recipe):
         if not isinstance(method, Method):
@@ -166,6 +167,8 @@ def _no_match(method: Method, model: nn.Module, sites: list[Site]) -> str:
     name = type(model).__name__
     roles = ", ".join(roles_found(sites)) or "none"
     text = f"{method} matches no site of {name}; roles found: {roles}"
+    if any(site.entry for site in sites):
+        text += f"; sublayers found: {', '.join(dict.fromkeys(site.kind for site in sites if site.entry))}"
     if not any(site.kind == "norm" for site in sites):
         text += "; its norms have no parameters, so there is no gain or bias to tune"
     stacked = [site.path for site in sites if any(len(shape) == 3 for _, shape in site.terms)]

@@ -19,7 +19,7 @@ ROLES = ("embedding", *_ATTENTION, "ff_in", "ff_out", "ff", "block", "norm", "fi
 
 @dataclass(frozen=True)
 class Site:
-    """A module that owns parameters, or a run of output rows of one (`rows`).
+    """A module that owns parameters, a run of output rows of one (`rows`), or a sublayer (`entry`).
 
     A slice has its one own role (query, key, value, ff_in) and nothing else; what covers the whole fused map
     (attention, ff, block) is on the whole site, so that no role selects the same weights twice.
@@ -38,6 +38,7 @@ class Site:
     transposed: bool = False
     gain: str | None = None
     bias: str | None = None
+    entry: str = ""
 
     @property
     def name(self) -> str:
