@@ -124,8 +124,8 @@ def after_place(extra):
     def breaker(monkeypatch):
         original = ATTACH.place
 
-        def place(model, plan, seed=0):
-            original(model, plan, seed)
+        def place(model, plan, seed=0, **options):
+            original(model, plan, seed, **options)
             extra(model)
 
         monkeypatch.setattr(ATTACH, "place", place)

@@ -57,7 +57,7 @@ def attach(
         plan = _fit_delta(model, what, verify)
     else:
         plan = _narrowed(model, resolve(model, what, pooling), selection, seed, verify)
-    place(model, plan, seed)
+    place(model, plan, seed, compute=not isinstance(what, Delta))
     if isinstance(what, Delta):
         _fill(model, what)
     torch.compiler.reset()  # compiled code does not notice new hooks

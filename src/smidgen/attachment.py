@@ -93,6 +93,8 @@ class Attachment:
                     yield row.name(term) + INDICES, subset.indices.to(torch.int32)
                 if subset.start:
                     yield row.name(term) + START, getattr(module.edits[row.key], term).detach()
+            for symbol in row.kept:
+                yield row.name(symbol) + START, getattr(module.edits[row.key], f"{symbol}0")
 
     def low_modules(self) -> list[tuple[str, tuple[str, ...], bool]]:
         """Modules of a low-precision base that hold masters: path, terms, whether it is a norm."""

@@ -25,8 +25,11 @@ SAVE_ERROR = (
 )
 
 
-def place(model: nn.Module, plan: Plan, seed: int = 0) -> None:
-    """Put a resolved plan on a model; `attach` without checks and the compiler reset."""
+def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> None:
+    """Put a resolved plan on a model; `attach` without checks and the compiler reset.
+
+    Without `compute`, what a method computes from the base is left out: the values are to be filled in.
+    """
     owners: dict[int, list[str]] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
@@ -36,7 +39,7 @@ def place(model: nn.Module, plan: Plan, seed: int = 0) -> None:
     added = [row for row in plan.rows if row.added]
     for row in added:
         check_editable(model.get_submodule(row.site.path), row.site, row.method)
-    tensors = [initial(row, seed) for row in added]
+    tensors = [initial(row, seed, model if compute else None) for row in added]
     partial = {row.name(t): s.indices for row in plan.rows if not row.added for t, s in row.subsets.items()}
     parts = {name: tuple(owners[id(parameters[name])]) for name in partial}
     for owner in (owner for found in parts.values() for owner in found):

@@ -135,6 +135,7 @@ def resolve(model: nn.Module, recipe: str | Term | Recipe, pooling: str | None =
             raise PlanError(_no_match(method, model, sites))
         rows += found
     _refuse_twice(rows, parameters)
+    _refuse_unfoldable(rows)
     outside = {id(parameters[name]) for name in head_names(model)}
     pretrained = sum(p.numel() for n, p in model.named_parameters() if id(p) not in outside)
     shapes = tuple((name, tuple(parameters[name].shape)) for name in head)
@@ -202,3 +203,17 @@ def _refuse_twice(rows: list[Row], parameters: dict[str, nn.Parameter]) -> None:
             other, first = owner.setdefault(id(parameters[name]), (row, name))
             if other.index != row.index:
                 raise PlanError(f"{first} would be trained twice: by {other.method} and by {row.method}")
+
+
+def _refuse_unfoldable(rows: list[Row]) -> None:
+    """A method that reads its module's weight needs the edits before it as part of that weight."""
+    for row in rows:
+        if not row.method.overrides("after_with"):
+            continue
+        for other in rows:
+            below = other.added and other.site.path == row.site.path and other.index < row.index
+            if below and (why := other.method.unmergeable(other.site)):
+                raise PlanError(
+                    f"{row.method} reads the weight at {row.site.name}, where {other.method} cannot be folded in "
+                    f"({why}); write {row.method} first"
+                )

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from smidgen.errors import AttachError
-from smidgen.method import Method
+from smidgen.fold import Pair, overlap, put_back, seen_from, stored
+from smidgen.method import Method, Tensors
 from smidgen.sites import Site
 from smidgen.subsets import Part
 
@@ -33,7 +34,10 @@ class Edit(nn.Module):
     ) -> None:
         super().__init__()
         self.method, self.site, self.enabled = method, site, True
-        self.symbols, self.subsets = tuple(tensors), nn.ModuleDict()
+        self.reads_base = method.overrides("after_with")
+        self.symbols, self.subsets = (*tensors, *(f"{s}0" for s in method.keeps)), nn.ModuleDict()
+        for symbol in method.keeps:
+            self.register_buffer(f"{symbol}0", tensors[symbol].clone())
         for symbol, tensor in tensors.items():
             if chosen is None or symbol not in chosen:
                 self.register_parameter(symbol, nn.Parameter(tensor))
@@ -62,15 +66,22 @@ class Edit(nn.Module):
         """The edited input, in the dtype of x."""
         return self.method.before(self.cast(x), x, self.site).to(x.dtype)
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, x: Tensor, y: Tensor, base: Tensors | None = None) -> Tensor:
         """The edited output, in the dtype of y; only the site's rows of a fused projection change."""
         p = self.method.input_dropout()
         x = F.dropout(x, p) if p and self.training else x
-        if self.site.rows is None:
-            return self.method.after(self.cast(x), x, y, self.site).to(y.dtype)
-        a, b = self.site.rows
-        part = self.method.after(self.cast(x), x, y[..., a:b], self.site).to(y.dtype)
-        return torch.cat((y[..., :a], part, y[..., b:]), dim=-1)
+        return self.formula(self.cast(x), x, y, base)
+
+    def formula(self, p: Tensors, x: Tensor, y: Tensor, base: Tensors | None) -> Tensor:
+        """`after` of the given tensors, a pure function."""
+        a, b = self.site.rows or (0, y.shape[-1])
+        part = y if self.site.rows is None else y[..., a:b]
+        if self.reads_base:
+            found = self.method.after_with(p, x, part, base or {}, self.site)
+        else:
+            found = self.method.after(p, x, part, self.site)
+        found = found.to(y.dtype)
+        return found if self.site.rows is None else torch.cat((y[..., :a], found, y[..., b:]), dim=-1)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
@@ -119,8 +130,28 @@ def run_after(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
     for level, edit in enumerate(edits.values()):
         if edit.enabled:
             x = entered if edit.site.entry else inputs[level] if inputs else args[0]
-            output = edit.after(x, output)
+            output = edit.after(x, output, base_below(module, level) if edit.reads_base else None)
     return output
+
+
+def base_below(module: Any, level: int) -> Tensors:
+    """What an edit sees of its module's own tensors, with the edits before it folded in."""
+    *below, edit = list(module.edits.values())[: level + 1]
+    weight, bias = stored(module)
+    for other in below:
+        if other.enabled and overlap(other.site, edit.site):
+            weight, bias = fold(other, weight, bias)
+    return seen_from(edit.site, weight, bias)
+
+
+def fold(edit: Edit, weight: Tensor, bias: Tensor | None) -> Pair:
+    """One edit folded into a module's stored tensors; the method sees (width_out, width_in) and its own rows."""
+    site, p = edit.site, {symbol: tensor.detach() for symbol, tensor in edit.tensors().items()}
+    seen = seen_from(site, weight, bias)
+    part = edit.method.merge(p, seen["weight"], seen.get("bias"), site)
+    if bias is None and part[1] is not None:
+        raise AttachError(f"{edit.method} needs a bias at {site.name}, which has none; keep it attached")
+    return put_back(site, (weight, bias), part)
 
 
 def _entered(module: Any) -> Tensor | None:

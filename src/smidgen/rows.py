@@ -75,8 +75,14 @@ class Row:
         for term, subset in self.subsets.items():
             if len(subset.indices):
                 yield self.name(term) + INDICES, (len(subset.indices),)
-            if subset.start:
+            if subset.start and term not in self.kept:
                 yield self.name(term) + START, subset.shape
+        yield from ((self.name(term) + START, shape) for term, shape in self.terms if term in self.kept)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The added tensors whose start the formula needs."""
+        return self.method.keeps if self.added else ()
 
     @property
     def values(self) -> int:
