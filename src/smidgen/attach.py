@@ -14,9 +14,9 @@ from smidgen.casts import drop_casts
 from smidgen.delta import Delta
 from smidgen.errors import AttachError, DeltaError
 from smidgen.fingerprint import verify as verify_base
-from smidgen.place import place
+from smidgen.place import drop_at, place
 from smidgen.plan import Plan, resolve
-from smidgen.ports import drop_edits, drop_tap
+from smidgen.ports import drop_tap
 from smidgen.recipe import Recipe, Term
 from smidgen.rows import START
 from smidgen.selection.chosen import Selection, chosen_indices
@@ -76,7 +76,7 @@ def remove(model: nn.Module) -> None:
     record = attachment(model)
     record.unplug(model)
     for path in {path for path, _ in record.edits}:
-        drop_edits(model.get_submodule(path))
+        drop_at(model.get_submodule(path))
     for path in record.tapped:
         drop_tap(model.get_submodule(path))
     for path, _, _ in record.low_modules():

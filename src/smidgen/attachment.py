@@ -113,6 +113,19 @@ class Attachment:
         for name in self.plan.shapes:
             yield name, masters[name] if name in masters else self.added[name]
 
+    def results(self) -> Iterator[tuple[str, Tensor]]:
+        """Saved name and tensor of all that training gave: `trained`, settled where a method says so."""
+        settled = {row.name(term): row for row in self.plan.rows if row.settled for term, _ in row.terms}
+        values, seen = dict(self.trained()), set[str]()
+        for name, tensor in values.items():
+            row = settled.get(name)
+            if row is None:
+                yield name, tensor
+            elif row.name("") not in seen:
+                seen.add(row.name(""))
+                found = row.method.settle({term: values[row.name(term)] for term, _ in row.terms}, row.site)
+                yield from ((row.name(term), value) for term, value in found.items())
+
     def base_tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Every parameter of the untouched base, by its first name."""
         originals = {owner: swap.original for swap in self.swaps for owner in swap.owners}

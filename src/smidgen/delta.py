@@ -19,6 +19,7 @@ from smidgen.casts import master_dtype
 from smidgen.errors import DeltaError
 from smidgen.files import read_json, write_files
 from smidgen.fingerprint import Fingerprint
+from smidgen.method import Method
 from smidgen.plan import resolve
 from smidgen.recipe import Recipe, Term
 from smidgen.rows import is_value, pack_indices, packed_shapes, unpack_indices
@@ -62,13 +63,16 @@ class Delta:
         """
         record = attachment(model)
         check_masters(model)
-        everything = [*record.trained(), *record.fixed(model)]
+        everything = [*record.results(), *record.fixed(model)]
+        recipe = record.plan.recipe.replaced(_settled(term) for term in record.plan.recipe)
+        if recipe != record.plan.recipe:
+            info = {"trained_as": str(record.plan.recipe), **info}
         tensors = {name: p.detach().cpu().clone() for name, p in everything}
         head = tuple(name for name, _ in record.plan.head)
         config: Any = getattr(model, "config", None)
         labels = _labels(config) if head else ()
         return cls(
-            record.plan.recipe,
+            recipe,
             tensors,
             Fingerprint.of(model, head),
             head,
@@ -182,6 +186,10 @@ class Delta:
 
 def _info(model: nn.Module, info: Mapping[str, Any]) -> dict[str, Any]:
     return {"model_class": type(model).__name__, **info}
+
+
+def _settled(term: Term) -> Term:
+    return term.settled() if isinstance(term, Method) else term
 
 
 def _labels(config: Any) -> tuple[str, ...]:

@@ -9,6 +9,8 @@ A method says what it does by the functions that it defines; the ports read them
 | `before(p, x, site)` | the new input of the site's module | module |
 | `after(p, x, y, site)` | the new output, from the input and the output so far | module |
 | `after_with(p, x, y, base, site)` | the same, for a method that reads the module's own weight | module |
+| `keys_values(p, site)` | keys and values that every query sees beside the text's own | attention |
+| `settle(p, site)` | what is saved of the trained tensors, for the method `settled()` | - |
 | `merge(p, weight, bias, site)` | weight and bias that do the same without the method | - |
 """
 
@@ -91,6 +93,18 @@ class Method(Term, abstract=True):
         They carry no gradient.
         """
         return y
+
+    def keys_values(self, p: Tensors, site: Site) -> tuple[Tensor, Tensor]:
+        """Keys and values (heads, length, head_dim) each that an attention puts before those of the text."""
+        raise NotImplementedError
+
+    def settled(self) -> Method:
+        """The method that what is saved belongs to: another one if some tensors are dropped on saving."""
+        return self
+
+    def settle(self, p: Tensors, site: Site) -> dict[str, Tensor]:
+        """The tensors of `settled()` that do the same as the trained ones."""
+        return dict(p)
 
     def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
         """The formula once more, folded. weight: (width_out, width_in), a norm's gain (width,); bias: or None."""

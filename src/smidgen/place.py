@@ -8,12 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from smidgen.attachment import Attachment, Swap, check_masters
+from smidgen.attention import KeyValueEdits, add_keys, check_attention, drop_keys
 from smidgen.casts import master_dtype, place_casts
 from smidgen.errors import AttachError
 from smidgen.fingerprint import base_dtype
 from smidgen.heads import place_pooling
 from smidgen.plan import Plan
-from smidgen.ports import Edit, add_edit, add_tap, check_editable
+from smidgen.ports import Edit, add_edit, add_tap, check_editable, drop_edits
 from smidgen.rows import Row
 from smidgen.start import initial
 from smidgen.subsets import Part, add_part, check_free
@@ -38,7 +39,7 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
     flags = {name: p.requires_grad for name, p in parameters.items()}
     added = [row for row in plan.rows if row.added]
     for row in added:
-        check_editable(model.get_submodule(row.site.path), row.site, row.method)
+        check_at(model.get_submodule(row.site.path), row)
     tensors = [initial(row, seed, model if compute else None) for row in added]
     partial = {row.name(t): s.indices for row in plan.rows if not row.added for t, s in row.subsets.items()}
     parts = {name: tuple(owners[id(parameters[name])]) for name in partial}
@@ -62,12 +63,31 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
     model._smidgen = record  # type: ignore[assignment]
 
 
+def check_at(module: nn.Module, row: Row) -> None:
+    """Raises AttachError, before anything is touched, if a row's module cannot carry its edit."""
+    if row.site.heads:
+        check_attention(module, row.site)
+    else:
+        check_editable(module, row.site, row.method)
+
+
+def drop_at(module: nn.Module) -> None:
+    """Take all edits off a module."""
+    if isinstance(module._modules["edits"], KeyValueEdits):
+        drop_keys(module)
+    else:
+        drop_edits(module)
+
+
 def _place_edit(model: nn.Module, row: Row, fresh: Mapping[str, Tensor], record: Attachment) -> None:
     module = model.get_submodule(row.site.path)
     device = next(module.parameters()).device
     fresh = {k: v.to(device=device, dtype=master_dtype(record.dtype)) for k, v in fresh.items()}
     edit = Edit(row.method, row.site, fresh, {term: subset.indices for term, subset in row.subsets.items()})
-    add_edit(module, row.key, edit)
+    if row.site.heads:
+        add_keys(module, row.key, edit)
+    else:
+        add_edit(module, row.key, edit)
     if row.site.entry and (handle := add_tap(model.get_submodule(row.site.entry), module)):
         record.handles.append(handle)
         record.tapped += [row.site.entry, row.site.path]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from smidgen.errors import PlanError
 from smidgen.heads import check_pooling, head_names, own_pooling, unused_under
@@ -16,7 +16,7 @@ from smidgen.method import Method
 from smidgen.recipe import Recipe, Term, as_recipe
 from smidgen.rows import Row, Shape, safetensors_size
 from smidgen.sites import Site, find_sites, roles_found, shares_layers
-from smidgen.sublayers import find_sublayers
+from smidgen.sublayers import find_heads, find_sublayers, no_interface
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,13 @@ def resolve(model: nn.Module, recipe: str | Term | Recipe, pooling: str | None =
     head = [name for name in head_names(model) if name not in idle]
     closed = {id(parameters[name]) for name in (*head, *idle)}
     sites = [*find_sites(model), *find_sublayers(model)]
+    sites += find_heads(model, sites)
     rows: list[Row] = []
     for index, method in enumerate(recipe):
         if not isinstance(method, Method):
             raise PlanError(f"{method} is not a method")
+        if recipe.narrows(index) and method.settled() != method:
+            raise PlanError(f"{method} saves {method.settled()}, so no part of it can be kept; leave out the Select")
         method.check(sites)
         found = list(_rows(index, method, sites, parameters, closed))
         if not found and _wants_sites(method):
@@ -161,7 +164,12 @@ def _rows(
         if not in_head and method.acts(site):
             with torch.device("meta"):
                 tensors = method.init(site)
-            yield Row(index, method, site, tuple((k, tuple(v.shape)) for k, v in tensors.items()), added=True)
+                saved = method.settle(tensors, site) if method.settled() != method else {}
+            yield Row(index, method, site, _shapes(tensors), True, settled=_shapes(saved))
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, Shape], ...]:
+    return tuple((symbol, tuple(tensor.shape)) for symbol, tensor in tensors.items())
 
 
 def _no_match(method: Method, model: nn.Module, sites: list[Site]) -> str:
@@ -172,6 +180,8 @@ def _no_match(method: Method, model: nn.Module, sites: list[Site]) -> str:
         text += f"; sublayers found: {', '.join(dict.fromkeys(site.kind for site in sites if site.entry))}"
     if not any(site.kind == "norm" for site in sites):
         text += "; its norms have no parameters, so there is no gain or bias to tune"
+    if method.overrides("keys_values") and (classes := no_interface(model, sites)):
+        text += f"; {', '.join(classes)} does not go through transformers' AttentionInterface, so no keys can be added"
     stacked = [site.path for site in sites if any(len(shape) == 3 for _, shape in site.terms)]
     if stacked:
         text += f"; {stacked[0]} holds stacked 3-D expert weights, which hooks cannot reach"

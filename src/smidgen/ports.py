@@ -83,6 +83,11 @@ class Edit(nn.Module):
         found = found.to(y.dtype)
         return found if self.site.rows is None else torch.cat((y[..., :a], found, y[..., b:]), dim=-1)
 
+    def keys_values(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (heads, length, head_dim), in the dtype of `key`."""
+        k, v = self.method.keys_values(self.method.settle(self.tensors(), self.site), self.site)
+        return k.to(key.dtype), v.to(key.dtype)
+
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.method} at {self.site.name}"

@@ -42,6 +42,7 @@ class Row:
     terms: tuple[tuple[str, Shape], ...]
     added: bool
     subsets: Mapping[str, Subset] = field(default_factory=dict, compare=False)
+    settled: tuple[tuple[str, Shape], ...] = ()  # what is saved where that is not what is trained
 
     @property
     def key(self) -> str:
@@ -71,6 +72,9 @@ class Row:
 
     def saved(self) -> Iterator[tuple[str, Shape]]:
         """Name and shape of everything that a file holds for this row: `names`, indices, starts."""
+        if self.settled:
+            yield from ((self.name(term), shape) for term, shape in self.settled)
+            return
         yield from self.names()
         for term, subset in self.subsets.items():
             if len(subset.indices):

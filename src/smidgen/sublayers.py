@@ -6,13 +6,16 @@ around it differ (BERT's hold the norm, BLOOM's the residual connection).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from inspect import unwrap
 
 from torch import nn
 
-from smidgen.layouts import Layout, matching, widths
+from smidgen.layouts import Layout, matching, widths, within
 from smidgen.sites import Site, find_blocks
 
+HEAD_DIMS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 SUBLAYERS = ("attention", "cross_attention", "feed_forward")
 
 
@@ -30,6 +33,45 @@ def find_sublayers(model: nn.Module) -> list[Site]:
                 place = (frozenset({"block"}), (), layer, len(blocks), stack, width_in, width_out)
                 found.append(Site(path, kind, *place, entry=entry))
     return found
+
+
+def find_heads(model: nn.Module, sites: Iterable[Site]) -> list[Site]:
+    """Each module that hands keys and values to transformers' AttentionInterface, among all sites of a model.
+
+    `kind` is "keys_values", `heads` and `head_dim` are those of a key, `roles` tell cross-attention from attention.
+    """
+    sites, found = list(sites), []
+    for site in sites:
+        path = _interface(model, site.entry) if site.kind in SUBLAYERS[:2] else None
+        if path is None:
+            continue
+        width = next((s.width_out for s in sites if "key" in s.roles and within(s.path, path)), 0)
+        named: list[int] = [getattr(model.get_submodule(path), name, 0) for name in HEAD_DIMS]
+        if width and any(named):
+            size = next(filter(None, named))
+            roles, heads = site.roles | {site.kind}, width // size
+            found.append(
+                replace(site, path=path, kind="keys_values", roles=roles, entry="", heads=heads, head_dim=size)
+            )
+    return found
+
+
+def no_interface(model: nn.Module, sites: Iterable[Site]) -> list[str]:
+    """Class names of attention modules that compute without transformers' AttentionInterface."""
+    lacking = (s for s in sites if s.kind in SUBLAYERS[:2] and _interface(model, s.entry) is None)
+    classes = (type(model.get_submodule(site.entry.rpartition(".")[0])).__name__ for site in lacking)
+    return list(dict.fromkeys(classes))
+
+
+def _interface(model: nn.Module, entry: str) -> str | None:
+    """The path of the innermost module around an attention's first map whose forward asks the interface."""
+    path = entry.rpartition(".")[0]
+    while path:
+        forward = unwrap(type(model.get_submodule(path)).forward)
+        if "ALL_ATTENTION_FUNCTIONS" in getattr(forward, "__code__", forward).co_names:
+            return path
+        path = path.rpartition(".")[0]
+    return None
 
 
 def _spans(block: nn.Module, root: str) -> Iterator[tuple[str, str, str]]:
