@@ -23,6 +23,7 @@ SPEECH = {
     "vocab_size": 61, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
     "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "decoder_start_token_id": 1,
 }  # fmt: skip
+START = {"decoder_start_token_id": 0}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 IMAGE = {"image_size": 8, "patch_size": 4}
 IDS = {"input_ids": torch.arange(14).view(2, 7) + 3}

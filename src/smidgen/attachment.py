@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from smidgen.casts import LOW, master_dtype
 from smidgen.errors import AttachError
+from smidgen.method import Method
 from smidgen.plan import Plan
+from smidgen.recipe import Recipe
 from smidgen.rows import INDICES, START
 from smidgen.subsets import Part
 
@@ -112,6 +114,12 @@ class Attachment:
         masters = {swap.name: swap.master for swap in self.swaps if swap.trained}
         for name in self.plan.shapes:
             yield name, masters[name] if name in masters else self.added[name]
+
+    @property
+    def result(self) -> Recipe:
+        """The recipe that what is saved belongs to."""
+        terms = (term.settled() if isinstance(term, Method) else term for term in self.plan.recipe)
+        return replace(self.plan.recipe, terms=tuple(terms))
 
     def results(self) -> Iterator[tuple[str, Tensor]]:
         """Saved name and tensor of all that training gave: `trained`, settled where a method says so."""

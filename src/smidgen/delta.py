@@ -19,7 +19,6 @@ from smidgen.casts import master_dtype
 from smidgen.errors import DeltaError
 from smidgen.files import read_json, write_files
 from smidgen.fingerprint import Fingerprint
-from smidgen.method import Method
 from smidgen.plan import resolve
 from smidgen.recipe import Recipe, Term
 from smidgen.rows import is_value, pack_indices, packed_shapes, unpack_indices
@@ -64,15 +63,14 @@ class Delta:
         record = attachment(model)
         check_masters(model)
         everything = [*record.results(), *record.fixed(model)]
-        recipe = record.plan.recipe.replaced(_settled(term) for term in record.plan.recipe)
-        if recipe != record.plan.recipe:
+        if record.result != record.plan.recipe:
             info = {"trained_as": str(record.plan.recipe), **info}
         tensors = {name: p.detach().cpu().clone() for name, p in everything}
         head = tuple(name for name, _ in record.plan.head)
         config: Any = getattr(model, "config", None)
         labels = _labels(config) if head else ()
         return cls(
-            recipe,
+            record.result,
             tensors,
             Fingerprint.of(model, head),
             head,
@@ -186,10 +184,6 @@ class Delta:
 
 def _info(model: nn.Module, info: Mapping[str, Any]) -> dict[str, Any]:
     return {"model_class": type(model).__name__, **info}
-
-
-def _settled(term: Term) -> Term:
-    return term.settled() if isinstance(term, Method) else term
 
 
 def _labels(config: Any) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -118,10 +118,6 @@ class Recipe:
     def whole(self) -> Recipe:
         """The same methods, nothing narrowed."""
         return replace(self, narrowed=())
-
-    def replaced(self, terms: Iterable[Term]) -> Recipe:
-        """The same recipe with other terms in the places of its own."""
-        return replace(self, terms=tuple(terms))
 
     def narrows(self, index: int) -> bool:
         """Whether the term at this place is narrowed."""
