@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from smidgen.methods.lora import LoRA
     from smidgen.methods.pissa import PiSSA
     from smidgen.methods.prefix import Prefix
+    from smidgen.methods.prompt_tuning import PromptTuning
     from smidgen.methods.ssf import SSF
     from smidgen.models import load
     from smidgen.objective import Objective, StayClose, TaskLoss
@@ -75,7 +76,8 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "IA3", "LN", "SSF", "Adapter", "BitFit", "DoRA", "Full", "Head", "LoRA", "PiSSA", "Prefix", "__version__", *_HOME,
+    "IA3", "LN", "SSF", "Adapter", "BitFit", "DoRA", "Full", "Head", "LoRA", "PiSSA", "Prefix", "PromptTuning",
+    "__version__", *_HOME,
 ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from smidgen.inputs import prompt_length
 from smidgen.place import place
 from smidgen.plan import Plan, resolve
 from smidgen.prefix import frozen_prefix
@@ -49,7 +50,8 @@ def plan(
 def _costs(model: nn.Module, resolved: Plan, batch_size: int, length: int) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
-    length = min(length, longest or length)
+    prompt = sum(prompt_length(row.method, row.site) for row in resolved.rows if row.site.kind == "input")
+    length = min(length, (longest or length + prompt) - prompt)
     ghost, mode = _ghost(model)
     with mode:
         place(ghost, resolved)

@@ -10,6 +10,7 @@ A method says what it does by the functions that it defines; the ports read them
 | `after(p, x, y, site)` | the new output, from the input and the output so far | module |
 | `after_with(p, x, y, base, site)` | the same, for a method that reads the module's own weight | module |
 | `keys_values(p, site)` | keys and values that every query sees beside the text's own | attention |
+| `tokens(p, site)` | vectors among the embedded tokens of the text | input |
 | `settle(p, site)` | what is saved of the trained tensors, for the method `settled()` | - |
 | `merge(p, weight, bias, site)` | weight and bias that do the same without the method | - |
 """
@@ -96,6 +97,10 @@ class Method(Term, abstract=True):
 
     def keys_values(self, p: Tensors, site: Site) -> tuple[Tensor, Tensor]:
         """Keys and values (heads, length, head_dim) each that an attention puts before those of the text."""
+        raise NotImplementedError
+
+    def tokens(self, p: Tensors, site: Site) -> Tensor:
+        """Vectors (length, width_out) that stand among the embedded tokens of the input."""
         raise NotImplementedError
 
     def settled(self) -> Method:

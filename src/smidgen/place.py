@@ -13,10 +13,12 @@ from smidgen.casts import master_dtype, place_casts
 from smidgen.errors import AttachError
 from smidgen.fingerprint import base_dtype
 from smidgen.heads import place_pooling
+from smidgen.inputs import add_tokens, check_tokens
 from smidgen.plan import Plan
 from smidgen.ports import Edit, add_edit, add_tap, check_editable, drop_edits
 from smidgen.rows import Row
 from smidgen.start import initial
+from smidgen.sublayers import SUBLAYERS
 from smidgen.subsets import Part, add_part, check_free
 
 SAVE_ERROR = (
@@ -39,7 +41,7 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
     flags = {name: p.requires_grad for name, p in parameters.items()}
     added = [row for row in plan.rows if row.added]
     for row in added:
-        check_at(model.get_submodule(row.site.path), row)
+        check_at(model, row)
     tensors = [initial(row, seed, model if compute else None) for row in added]
     partial = {row.name(t): s.indices for row in plan.rows if not row.added for t, s in row.subsets.items()}
     parts = {name: tuple(owners[id(parameters[name])]) for name in partial}
@@ -63,10 +65,13 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
     model._smidgen = record  # type: ignore[assignment]
 
 
-def check_at(module: nn.Module, row: Row) -> None:
+def check_at(model: nn.Module, row: Row) -> None:
     """Raises AttachError, before anything is touched, if a row's module cannot carry its edit."""
+    module = model.get_submodule(row.site.path)
     if row.site.heads:
         check_attention(module, row.site)
+    elif row.site.kind == "input":
+        check_tokens(model, row.site, row.method)
     else:
         check_editable(module, row.site, row.method)
 
@@ -86,9 +91,11 @@ def _place_edit(model: nn.Module, row: Row, fresh: Mapping[str, Tensor], record:
     edit = Edit(row.method, row.site, fresh, {term: subset.indices for term, subset in row.subsets.items()})
     if row.site.heads:
         add_keys(module, row.key, edit)
+    elif row.site.kind == "input":
+        record.handles += add_tokens(model, row.key, edit)
     else:
         add_edit(module, row.key, edit)
-    if row.site.entry and (handle := add_tap(model.get_submodule(row.site.entry), module)):
+    if row.site.kind in SUBLAYERS and (handle := add_tap(model.get_submodule(row.site.entry), module)):
         record.handles.append(handle)
         record.tapped += [row.site.entry, row.site.path]
     record.edits.append((row.site.path, row.key))

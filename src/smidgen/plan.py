@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from smidgen.errors import PlanError
 from smidgen.heads import check_pooling, head_names, own_pooling, unused_under
+from smidgen.inputs import find_input
 from smidgen.method import Method
 from smidgen.recipe import Recipe, Term, as_recipe
 from smidgen.rows import Row, Shape, safetensors_size
 from smidgen.sites import Site, find_sites, roles_found, shares_layers
-from smidgen.sublayers import find_heads, find_sublayers, no_interface
+from smidgen.sublayers import SUBLAYERS, find_heads, find_sublayers, no_interface
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def resolve(model: nn.Module, recipe: str | Term | Recipe, pooling: str | None =
     head = [name for name in head_names(model) if name not in idle]
     closed = {id(parameters[name]) for name in (*head, *idle)}
     sites = [*find_sites(model), *find_sublayers(model)]
-    sites += find_heads(model, sites)
+    sites += [*find_heads(model, sites), *find_input(model)]
     rows: list[Row] = []
     for index, method in enumerate(recipe):
         if not isinstance(method, Method):
@@ -176,8 +177,10 @@ def _no_match(method: Method, model: nn.Module, sites: list[Site]) -> str:
     name = type(model).__name__
     roles = ", ".join(roles_found(sites)) or "none"
     text = f"{method} matches no site of {name}; roles found: {roles}"
-    if any(site.entry for site in sites):
-        text += f"; sublayers found: {', '.join(dict.fromkeys(site.kind for site in sites if site.entry))}"
+    if kinds := dict.fromkeys(site.kind for site in sites if site.kind in SUBLAYERS):
+        text += f"; sublayers found: {', '.join(kinds)}"
+    if method.overrides("tokens"):
+        text += "; it does not embed the tokens of one text, so none can be added"
     if not any(site.kind == "norm" for site in sites):
         text += "; its norms have no parameters, so there is no gain or bias to tune"
     if method.overrides("keys_values") and (classes := no_interface(model, sites)):

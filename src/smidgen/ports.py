@@ -88,6 +88,10 @@ class Edit(nn.Module):
         k, v = self.method.keys_values(self.method.settle(self.tensors(), self.site), self.site)
         return k.to(key.dtype), v.to(key.dtype)
 
+    def tokens(self, dtype: torch.dtype) -> Tensor:
+        """Vectors (length, width)."""
+        return self.method.tokens(self.method.settle(self.tensors(), self.site), self.site).to(dtype)
+
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.method} at {self.site.name}"
