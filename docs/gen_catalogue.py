@@ -16,6 +16,7 @@ import transformers as T
 import smidgen.methods  # noqa: F401  (fills the registry)
 from smidgen.errors import SmidgenError
 from smidgen.method import Method
+from smidgen.named import NAMED
 from smidgen.optim import HEAD_LR
 from smidgen.plan import Plan, resolve
 from smidgen.recipe import Term
@@ -180,9 +181,21 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def named() -> str:
+    """The recipes with a name, and what each trains on BERT-base."""
+    lines = ["", "## Recipes with a name", "", "`parse` and `--recipe` read the name as the sum; no brackets.", ""]
+    lines += ["| name | recipe | BERT-base |", "|---|---|---:|"]
+    for name, spelled in NAMED.items():
+        plan = resolve(built("BERT-base"), name)
+        lines.append(f"| `{name}` | `{spelled}` | {plan.trained:,} ({plan.share:.3%}) |")
+    return "\n".join(lines) + "\n"
+
+
 def text() -> str:
     """The whole page."""
-    return HEADER.format(rate=HEAD_LR) + table() + LAYERS + "\n" + "\n".join(section(cls) for cls in methods())
+    return (
+        HEADER.format(rate=HEAD_LR) + table() + LAYERS + named() + "\n" + "\n".join(section(cls) for cls in methods())
+    )
 
 
 def main() -> int:

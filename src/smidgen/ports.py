@@ -164,7 +164,8 @@ def fold(edit: Edit, weight: Tensor, bias: Tensor | None) -> Pair:
 
 
 def _entered(module: Any) -> Tensor | None:
-    if "tap" not in module._modules:
+    """What a tap brings, to a module that a sublayer is left by; the one it is entered by may have edits as well."""
+    if not any(edit.site.entry for edit in module.edits.values()):
         return None
     value, module.tap.value = module.tap.value, None
     return value
