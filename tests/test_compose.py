@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import smidgen as sm
+from smidgen.analyze.components import components, part_of
 from smidgen.attachment import trained_parameters
 from smidgen.delta import Delta
 from smidgen.errors import AttachError, RecipeError
@@ -150,6 +151,16 @@ def test_fisher_information_is_exact(recipe, looped, task):
     assert len(found.looped) == looped
     sm.attach(model, recipe)
     agree(found, one_by_one(model, Sample.of_task(task, h.tokenizer(), "train", 6, 0)))
+
+
+def test_an_analysis_knows_where_added_tensors_belong():
+    model = h.bert()
+    plan = sm.plan(model, "PromptTuning(length=2) + Prefix(length=2) + Adapter(width=3, site='feed_forward')")
+    parts = components(model)
+    found = {name: part_of(parts, name)[0] for row in plan.rows for name, _ in row.names()}
+    assert {(part.component, part.layer) for name, part in found.items() if name.endswith((".P", ".K", ".D"))} == {
+        ("embedding", None), ("attention", 0), ("attention", 1), ("ff out", 0), ("ff out", 1),
+    }  # fmt: skip
 
 
 def test_a_tenth_of_it_is_chosen_by_fisher_information(task):

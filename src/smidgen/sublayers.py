@@ -30,7 +30,7 @@ def find_sublayers(model: nn.Module) -> list[Site]:
         for layer, block in enumerate(blocks):
             for kind, entry, path in _spans(block, f"{paths[id(block)]}."):
                 width_in, width_out = widths(model.get_submodule(entry))[0], widths(model.get_submodule(path))[1]
-                place = (frozenset({"block"}), (), layer, len(blocks), stack, width_in, width_out)
+                place = (frozenset({"block", kind}), (), layer, len(blocks), stack, width_in, width_out)
                 found.append(Site(path, kind, *place, entry=entry))
     return found
 
