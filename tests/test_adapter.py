@@ -8,6 +8,7 @@ import transformers as T
 from torch import nn
 
 import smidgen as sm
+from smidgen.attachment import trained_parameters
 from smidgen.errors import AttachError, PlanError, RecipeError
 from smidgen.ports import Tap
 from smidgen.sublayers import find_sublayers
@@ -114,6 +115,40 @@ def test_counts_are_the_closed_form(site, sublayers):
     assert plan.trained == 113_040 * sublayers
 
 
+BASE = {"vocab_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+SIZES = {**BASE, "hidden_size": 16, "intermediate_size": 24, "num_experts_per_tok": 2, "eos_token_id": 3}
+EXPERTS = {
+    "mixtral": lambda: T.MixtralConfig(**SIZES, num_local_experts=4),
+    "qwen3_moe": lambda: T.Qwen3MoeConfig(**SIZES, head_dim=8, num_experts=4, moe_intermediate_size=8),
+    "gpt_oss": lambda: T.GptOssConfig(**SIZES, head_dim=8, num_local_experts=4),  # its experts give a tuple
+}
+
+
+@pytest.mark.parametrize("form", ["sequential", "parallel"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_mixture_of_experts_is_one_sublayer(name, form):
+    model = T.AutoModelForCausalLM.from_config(EXPERTS[name]()).eval()
+    shake(model.parameters(), 0.1)
+    assert [s.kind for s in find_sublayers(model)] == ["attention", "feed_forward"] * 2
+    plain = copy.deepcopy(model)
+    with h.untouched(model):
+        sm.attach(model, f"Adapter('feed_forward', width=3, form={form!r}, activation='tanh')")
+        values = trained_parameters(model)
+        shake(values.values(), 0.3)
+        found, delta = h.logits(model), sm.detach(model)
+
+    def add(module, args, output):
+        f, x = output[0] if isinstance(output, tuple) else output, args[0]
+        p = {s: delta.tensors[f"model.layers.{module.layer}.mlp.edits.0.{s}"] for s in ("D", "d", "U", "u")}
+        y = f + torch.tanh((x if form == "parallel" else f) @ p["D"].T + p["d"]) @ p["U"].T + p["u"]
+        return (y, *output[1:]) if isinstance(output, tuple) else y
+
+    for layer, block in enumerate(plain.model.layers):
+        block.mlp.layer = layer
+        block.mlp.register_forward_hook(add)
+    torch.testing.assert_close(found, h.logits(plain), rtol=1e-4, atol=1e-5)
+
+
 def test_nothing_is_left_behind():
     model = h.bert()
     with h.untouched(model):
@@ -162,7 +197,7 @@ def test_wrong_fields_are_one_line(fields, message):
 
 
 def test_a_model_without_the_sublayer_is_refused():
-    with pytest.raises(PlanError, match="sublayers found: attention, feed_forward"):
+    with pytest.raises(PlanError, match="site names 'cross_attention', which is not found .* it has attention, feed_f"):
         sm.plan(h.bert(), sm.Adapter(site="cross_attention"))
 
 

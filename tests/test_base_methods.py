@@ -95,6 +95,34 @@ def test_dora_agrees_with_peft():
     torch.testing.assert_close(h.logits(model), h.logits(theirs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_pissa_agrees_with_peft():
+    """Which takes the start out of the base: what both do with the same A and B."""
+    peft = pytest.importorskip("peft")
+    model = h.causal()
+    options = {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": "pissa"}
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, lora_alpha=4, **options)).eval()
+    sm.attach(model, "PiSSA(rank=2, alpha=4, target=('q_proj', 'down_proj'))")
+    shake([p for n, p in theirs.named_parameters() if "lora_" in n])
+    found = dict(theirs.named_parameters())
+    with torch.no_grad():
+        for name, value in trained_parameters(model).items():
+            path, _, symbol = name.partition(".edits.0.")
+            value.copy_(found[f"base_model.model.{path}.lora_{symbol}.default.weight"])
+    torch.testing.assert_close(h.logits(model), h.logits(theirs), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", ["DoRA(rank=2)", "PiSSA(rank=2)", "SSF()", "Adapter(width=3, form='parallel')"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_one_compiled_graph(kind, recipe):
+    model = h.causal(kind)
+    sm.attach(model, recipe)
+    shake(trained_parameters(model).values())
+    model.requires_grad_(False)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(h.logits(compiled), h.logits(model), rtol=1e-4, atol=1e-5)
+
+
 def test_pissa_takes_the_principal_part():
     model = h.bert()
     weight = model.bert.encoder.layer[0].attention.self.query.weight.detach().clone()

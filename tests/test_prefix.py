@@ -60,6 +60,7 @@ FAMILIES = {
     "opt": (T.OPTForCausalLM, lambda: T.OPTConfig(**OPT, vocab_size=61, **TOKENS), IDS, 2),
     "llama": (T.LlamaForCausalLM, lambda: T.LlamaConfig(**SMALL, num_key_value_heads=1, **TOKENS), IDS, 2),
     "qwen3": (T.Qwen3ForCausalLM, lambda: T.Qwen3Config(**SMALL, **QWEN, **TOKENS), IDS, 2),
+    "gpt_neox": (T.GPTNeoXForCausalLM, lambda: T.GPTNeoXConfig(**SMALL, **TOKENS), IDS, 2),
     "modernbert": (T.ModernBertForMaskedLM, lambda: T.ModernBertConfig(**SMALL, **TOKENS), IDS, 2),
 }
 
@@ -209,7 +210,7 @@ def test_a_prefix_is_the_gated_form_of_he_et_al():
 # Whole models
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "opt"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "opt", "gpt_neox"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_causal_model_does_what_it_does_with_these_keys_in_its_cache(name, padded):
     model, inputs, _ = family(name)

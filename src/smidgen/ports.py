@@ -115,6 +115,8 @@ class Tap(nn.Module):
 
 def keep_input(module: Any, args: tuple[Any, ...]) -> None:
     """Forward pre-hook of the module that a sublayer is entered by, before its own edits."""
+    if not args:
+        raise AttachError(f"{type(module).__name__} was called without a positional input; its edits need one")
     module.tap.value = args[0]
 
 
@@ -131,16 +133,20 @@ def run_before(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (x, *args[1:])
 
 
-def run_after(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Forward hook: each edit sees the input that came to its own level, or that entered the sublayer."""
+def run_after(module: Any, args: tuple[Any, ...], output: Any) -> Any:
+    """Forward hook: each edit sees the input that came to its own level, or that entered the sublayer.
+
+    Of a tuple, as modules with a router give, the first entry is the output.
+    """
     edits = module.edits
     inputs, edits.inputs = edits.inputs, None
     entered = _entered(module)
+    output, *rest = output if isinstance(output, tuple) else (output,)
     for level, edit in enumerate(edits.values()):
         if edit.enabled:
             x = entered if edit.site.entry else inputs[level] if inputs else args[0]
             output = edit.after(x, output, base_below(module, level) if edit.reads_base else None)
-    return output
+    return (output, *rest) if rest else output
 
 
 def base_below(module: Any, level: int) -> Tensors:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from inspect import unwrap
+from typing import Any
 
 from torch import nn
 
-from smidgen.layouts import Layout, matching, widths, within
+from smidgen.layouts import Layout, is_norm, matching, widths, within
 from smidgen.sites import Site, find_blocks
 
 HEAD_DIMS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
@@ -22,17 +23,33 @@ SUBLAYERS = ("attention", "cross_attention", "feed_forward")
 def find_sublayers(model: nn.Module) -> list[Site]:
     """Each attention, cross-attention and feed-forward sublayer of the blocks, in order.
 
-    `kind` is one of `SUBLAYERS`, `path` the map that the sublayer is left by, `entry` the one that it is entered by.
+    `kind` is one of `SUBLAYERS`, `path` the map that the sublayer is left by, `entry` the one that it is entered by. A
+    mixture of experts, whose maps are no modules, is one module with its router: both paths are that.
     """
     paths = {id(module): path for path, module in model.named_modules()}
     found: list[Site] = []
     for stack, blocks in find_blocks(model).items():
         for layer, block in enumerate(blocks):
-            for kind, entry, path in _spans(block, f"{paths[id(block)]}."):
-                width_in, width_out = widths(model.get_submodule(entry))[0], widths(model.get_submodule(path))[1]
-                place = (frozenset({"block", kind}), (), layer, len(blocks), stack, width_in, width_out)
-                found.append(Site(path, kind, *place, entry=entry))
+            for kind, entry, path in (*_spans(block), *_experts(block)):
+                place = (frozenset({"block", kind}), (), layer, len(blocks), stack, *_widths(block, entry, path))
+                root = f"{paths[id(block)]}."
+                found.append(Site(root + path, kind, *place, entry=root + entry))
     return found
+
+
+def _widths(block: nn.Module, entry: str, path: str) -> tuple[int, int]:
+    """Of what enters and what leaves; the block's own, as its norms have it, where the two are one module."""
+    if entry != path:
+        return widths(block.get_submodule(entry))[0], widths(block.get_submodule(path))[1]
+    return next((widths(child) for child in block.children() if is_norm(child)), (0, 0))
+
+
+def _experts(block: nn.Module) -> Iterator[tuple[str, str, str]]:
+    """The children of a block that hold experts stacked in 3-D parameters."""
+    for name, child in block.named_children():
+        leaves = (m for m in child.modules() if not isinstance(m, nn.modules.conv._ConvNd))
+        if any(p.ndim == 3 for leaf in leaves for p in leaf.parameters(recurse=False)):
+            yield "feed_forward", name, name
 
 
 def find_heads(model: nn.Module, sites: Iterable[Site]) -> list[Site]:
@@ -45,14 +62,13 @@ def find_heads(model: nn.Module, sites: Iterable[Site]) -> list[Site]:
         path = _interface(model, site.entry) if site.kind in SUBLAYERS[:2] else None
         if path is None:
             continue
+        module: Any = model.get_submodule(path)
         width = next((s.width_out for s in sites if "key" in s.roles and within(s.path, path)), 0)
-        named: list[int] = [getattr(model.get_submodule(path), name, 0) for name in HEAD_DIMS]
-        if width and any(named):
-            size = next(filter(None, named))
-            roles, heads = site.roles | {site.kind}, width // size
-            found.append(
-                replace(site, path=path, kind="keys_values", roles=roles, entry="", heads=heads, head_dim=size)
-            )
+        size = next((getattr(module, name) for name in HEAD_DIMS if getattr(module, name, 0)), 0)
+        # projections with rows mixed by head have no key site
+        heads = width // size if width and size else getattr(module.config, "num_attention_heads", 0)
+        if heads and size:
+            found.append(replace(site, path=path, kind="keys_values", entry="", heads=heads, head_dim=size))
     return found
 
 
@@ -74,7 +90,7 @@ def _interface(model: nn.Module, entry: str) -> str | None:
     return None
 
 
-def _spans(block: nn.Module, root: str) -> Iterator[tuple[str, str, str]]:
+def _spans(block: nn.Module) -> Iterator[tuple[str, str, str]]:
     """Kind, first map and last map of each sublayer that a row of the table describes."""
     seen: set[str] = set()
     for layout, _ in matching(block):
@@ -83,7 +99,7 @@ def _spans(block: nn.Module, root: str) -> Iterator[tuple[str, str, str]]:
         last = (*layout.attention_out, *layout.ff_out)
         if first and last and last[0] not in seen:
             seen.add(last[0])
-            yield _kind(layout), root + first[0], root + last[0]
+            yield _kind(layout), first[0], last[0]
 
 
 def _kind(layout: Layout) -> str:
