@@ -16,6 +16,7 @@ import transformers as T
 import smidgen.methods  # noqa: F401  (fills the registry)
 from smidgen.errors import SmidgenError
 from smidgen.method import Method
+from smidgen.named import NAMED
 from smidgen.optim import HEAD_LR
 from smidgen.plan import Plan, resolve
 from smidgen.recipe import Term
@@ -113,8 +114,10 @@ def rate(cls: type[Method]) -> str:
 
 def merging(cls: type[Method]) -> str:
     """Whether and how the method folds away, in words."""
-    if not cls.mergeable:
-        return f"no: {cls.exceptions.get('merges', 'it is not a function of the weight alone')}"
+    plan = planned(cls(), "BERT-base")
+    rows = () if isinstance(plan, str) else plan.rows
+    if why := next((why for row in rows if row.added and (why := row.method.unmergeable(row.site))), None):
+        return f"no: {why}"
     if cls.overrides("merge"):
         return "yes, into the weight"
     return "yes, trained values replace the base's" if cls.overrides("trains") else "yes, nothing is added"
@@ -178,9 +181,21 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def named() -> str:
+    """The recipes with a name, and what each trains on BERT-base."""
+    lines = ["", "## Recipes with a name", "", "`parse` and `--recipe` read the name as the sum; no brackets.", ""]
+    lines += ["| name | recipe | BERT-base |", "|---|---|---:|"]
+    for name, spelled in NAMED.items():
+        plan = resolve(built("BERT-base"), name)
+        lines.append(f"| `{name}` | `{spelled}` | {plan.trained:,} ({plan.share:.3%}) |")
+    return "\n".join(lines) + "\n"
+
+
 def text() -> str:
     """The whole page."""
-    return HEADER.format(rate=HEAD_LR) + table() + LAYERS + "\n" + "\n".join(section(cls) for cls in methods())
+    return (
+        HEADER.format(rate=HEAD_LR) + table() + LAYERS + named() + "\n" + "\n".join(section(cls) for cls in methods())
+    )
 
 
 def main() -> int:

@@ -60,7 +60,8 @@ class Forgetful(IA3, abstract=True):
 
 @dataclass(frozen=True)
 class Unmergeable(LoRA, abstract=True):
-    mergeable = False
+    def unmergeable(self, site):
+        return "so it says"
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ def after_place(extra):
     def breaker(monkeypatch):
         original = ATTACH.place
 
-        def place(model, plan, seed=0):
-            original(model, plan, seed)
+        def place(model, plan, seed=0, **options):
+            original(model, plan, seed, **options)
             extra(model)
 
         monkeypatch.setattr(ATTACH, "place", place)
@@ -210,7 +211,7 @@ def no_reset(monkeypatch):
 
 
 def low_masters(monkeypatch):
-    for module in (ports, PLACE, sys.modules["smidgen.attachment"]):
+    for module in (PLACE, sys.modules["smidgen.attachment"]):
         monkeypatch.setattr(module, "master_dtype", lambda dtype: dtype)
 
 

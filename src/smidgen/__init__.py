@@ -19,12 +19,18 @@ if TYPE_CHECKING:
     from smidgen.evaluate import evaluate
     from smidgen.merge import RoundingWarning, merge
     from smidgen.method import Method
+    from smidgen.methods.adapter import Adapter
     from smidgen.methods.bitfit import BitFit
+    from smidgen.methods.dora import DoRA
     from smidgen.methods.full import Full
     from smidgen.methods.head import Head
     from smidgen.methods.ia3 import IA3
     from smidgen.methods.ln import LN
     from smidgen.methods.lora import LoRA
+    from smidgen.methods.pissa import PiSSA
+    from smidgen.methods.prefix import Prefix
+    from smidgen.methods.prompt_tuning import PromptTuning
+    from smidgen.methods.ssf import SSF
     from smidgen.models import load
     from smidgen.objective import Objective, StayClose, TaskLoss
     from smidgen.optim import optimizer, parameter_groups
@@ -78,7 +84,8 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "IA3", "LN", "BitFit", "Full", "Head", "LoRA", "__version__", *_HOME,
+    "IA3", "LN", "SSF", "Adapter", "BitFit", "DoRA", "Full", "Head", "LoRA", "PiSSA", "Prefix", "PromptTuning",
+    "__version__", *_HOME,
 ]  # fmt: skip
 
 

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from smidgen.attachment import attachment, is_attached, trained_parameters
+from smidgen.casts import drop_casts
 from smidgen.delta import Delta
 from smidgen.errors import AttachError, DeltaError
 from smidgen.fingerprint import verify as verify_base
-from smidgen.place import place
+from smidgen.place import drop_at, place
 from smidgen.plan import Plan, resolve
-from smidgen.ports import drop_casts, drop_edits
+from smidgen.ports import drop_tap
 from smidgen.recipe import Recipe, Term
 from smidgen.rows import START
 from smidgen.selection.chosen import Selection, chosen_indices
@@ -56,7 +57,7 @@ def attach(
         plan = _fit_delta(model, what, verify)
     else:
         plan = _narrowed(model, resolve(model, what, pooling), selection, seed, verify)
-    place(model, plan, seed)
+    place(model, plan, seed, compute=not isinstance(what, Delta))
     if isinstance(what, Delta):
         _fill(model, what)
     torch.compiler.reset()  # compiled code does not notice new hooks
@@ -75,7 +76,9 @@ def remove(model: nn.Module) -> None:
     record = attachment(model)
     record.unplug(model)
     for path in {path for path, _ in record.edits}:
-        drop_edits(model.get_submodule(path))
+        drop_at(model.get_submodule(path))
+    for path in record.tapped:
+        drop_tap(model.get_submodule(path))
     for path, _, _ in record.low_modules():
         drop_casts(model.get_submodule(path))
     for path in record.subset_modules():

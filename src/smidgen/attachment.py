@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from smidgen.casts import LOW, master_dtype
 from smidgen.errors import AttachError
+from smidgen.method import Method
 from smidgen.plan import Plan
-from smidgen.ports import LOW, master_dtype
+from smidgen.recipe import Recipe
 from smidgen.rows import INDICES, START
 from smidgen.subsets import Part
 
@@ -39,6 +41,7 @@ class Attachment:
     added: dict[str, nn.Parameter] = field(default_factory=dict)
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # name of a tensor -> its owners
     handles: list[Any] = field(default_factory=list)
+    tapped: list[str] = field(default_factory=list)  # paths of modules that hold a tap
     active: bool = True
 
     def plug(self, model: nn.Module) -> None:
@@ -92,6 +95,8 @@ class Attachment:
                     yield row.name(term) + INDICES, subset.indices.to(torch.int32)
                 if subset.start:
                     yield row.name(term) + START, getattr(module.edits[row.key], term).detach()
+            for symbol in row.kept:
+                yield row.name(symbol) + START, getattr(module.edits[row.key], f"{symbol}0")
 
     def low_modules(self) -> list[tuple[str, tuple[str, ...], bool]]:
         """Modules of a low-precision base that hold masters: path, terms, whether it is a norm."""
@@ -109,6 +114,25 @@ class Attachment:
         masters = {swap.name: swap.master for swap in self.swaps if swap.trained}
         for name in self.plan.shapes:
             yield name, masters[name] if name in masters else self.added[name]
+
+    @property
+    def result(self) -> Recipe:
+        """The recipe that what is saved belongs to."""
+        terms = (term.settled() if isinstance(term, Method) else term for term in self.plan.recipe)
+        return replace(self.plan.recipe, terms=tuple(terms))
+
+    def results(self) -> Iterator[tuple[str, Tensor]]:
+        """Saved name and tensor of all that training gave: `trained`, settled where a method says so."""
+        settled = {row.name(term): row for row in self.plan.rows if row.settled for term, _ in row.terms}
+        values, seen = dict(self.trained()), set[str]()
+        for name, tensor in values.items():
+            row = settled.get(name)
+            if row is None:
+                yield name, tensor
+            elif row.name("") not in seen:
+                seen.add(row.name(""))
+                found = row.method.settle({term: values[row.name(term)] for term, _ in row.terms}, row.site)
+                yield from ((row.name(term), value) for term, value in found.items())
 
     def base_tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Every parameter of the untouched base, by its first name."""

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from smidgen import card
 from smidgen.attachment import attachment, check_masters
+from smidgen.casts import master_dtype
 from smidgen.errors import DeltaError
 from smidgen.files import read_json, write_files
 from smidgen.fingerprint import Fingerprint
 from smidgen.plan import resolve
-from smidgen.ports import master_dtype
 from smidgen.recipe import Recipe, Term
 from smidgen.rows import is_value, pack_indices, packed_shapes, unpack_indices
 from smidgen.version import __version__
@@ -62,13 +62,15 @@ class Delta:
         """
         record = attachment(model)
         check_masters(model)
-        everything = [*record.trained(), *record.fixed(model)]
+        everything = [*record.results(), *record.fixed(model)]
+        if record.result != record.plan.recipe:
+            info = {"trained_as": str(record.plan.recipe), **info}
         tensors = {name: p.detach().cpu().clone() for name, p in everything}
         head = tuple(name for name, _ in record.plan.head)
         config: Any = getattr(model, "config", None)
         labels = _labels(config) if head else ()
         return cls(
-            record.plan.recipe,
+            record.result,
             tensors,
             Fingerprint.of(model, head),
             head,

@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from smidgen.attachment import trained_parameters
+from smidgen.inputs import prompt_length
 from smidgen.optim import optimizer
 from smidgen.peak import Live
 from smidgen.place import place
@@ -65,7 +66,8 @@ def plan(
 def _costs(model: nn.Module, resolved: Plan, batch_size: int, length: int, recompute: bool) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
-    length = min(length, longest or length)
+    prompt = sum(prompt_length(row.method, row.site) for row in resolved.rows if row.site.kind == "input")
+    length = min(length, (longest or length + prompt) - prompt)
     ghost, mode = _ghost(model)
     with mode, Live() as live:
         live.add(*ghost.parameters(), *ghost.buffers())

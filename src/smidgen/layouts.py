@@ -6,6 +6,7 @@ decoder block with cross-attention matches three. A row counts only if all its p
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -174,15 +175,21 @@ def widths(module: nn.Module) -> tuple[int, int]:
 
 def linear_parts(block: nn.Module) -> tuple[Roles, dict[str, list[tuple[str, int, int]]]]:
     """Path of each known linear map of a block -> its roles; of fused ones -> (role, first row, end)s."""
-    linears = {path: module for path, module in block.named_modules() if kind_of(module) == "linear"}
     roles: Roles = {}
     slices: dict[str, list[tuple[str, int, int]]] = {}
+    for layout, linears in matching(block):
+        roles = layout.roles() | roles
+        slices |= {f.path: _slices(f, layout, linears) for f in layout.fused}
+    return roles, slices
+
+
+def matching(block: nn.Module) -> Iterator[tuple[Layout, dict[str, nn.Module]]]:
+    """The rows of `LAYOUTS` that a block has, each with all linear maps of the block by path."""
+    linears = {path: module for path, module in block.named_modules() if kind_of(module) == "linear"}
     for layout in LAYOUTS:
         stored = all(isinstance(linears.get(f.path), Conv1D) is f.transposed for f in layout.fused)
         if stored and linears.keys() >= layout.roles().keys():
-            roles = layout.roles() | roles
-            slices |= {f.path: _slices(f, layout, linears) for f in layout.fused}
-    return roles, slices
+            yield layout, linears
 
 
 def _slices(fused: Fused, layout: Layout, linears: dict[str, nn.Module]) -> list[tuple[str, int, int]]:

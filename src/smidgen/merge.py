@@ -14,8 +14,8 @@ from smidgen.attach import attach, remove
 from smidgen.attachment import Attachment, attachment
 from smidgen.delta import Delta
 from smidgen.errors import AttachError
-from smidgen.ports import Edit, master_dtype
-from smidgen.subsets import current
+from smidgen.fold import stored
+from smidgen.ports import fold
 
 
 class RoundingWarning(UserWarning):
@@ -75,9 +75,13 @@ def _refuse(model: nn.Module, record: Attachment) -> None:
             f"pooling={record.plan.pooling!r} cannot be merged: a plain {type(model).__name__} reads "
             f"{record.plan.reads or 'its own'} token; keep the delta attached, or train with the class's own pooling"
         )
+    reasons: dict[str, str] = {}
     for row in record.plan.rows:
-        if row.added and not row.method.mergeable:
-            raise AttachError(f"{row.method} at {row.site.name} cannot be folded into a weight; keep it attached")
+        if row.added and (why := row.method.unmergeable(row.site)):
+            reasons.setdefault(str(row.method), why)
+    if reasons:
+        listed = "; ".join(f"{method}: {why}" for method, why in reasons.items())
+        raise AttachError(f"not to be folded into the weights, keep the delta attached: {listed}")
 
 
 def _folded(model: nn.Module, record: Attachment) -> dict[str, Tensor]:
@@ -86,30 +90,13 @@ def _folded(model: nn.Module, record: Attachment) -> dict[str, Tensor]:
     for path in dict.fromkeys(path for path, _ in record.edits):
         module: Any = model.get_submodule(path)
         _refuse_tied(model, path, module.weight)
-        dtype = master_dtype(module.weight.dtype)
-        weight = current(module, "weight").to(dtype)
-        bias = None if module.bias is None else current(module, "bias").to(dtype)
+        weight, bias = stored(module)
         for edit in module.edits.values():
-            weight, bias = _fold(edit, weight, bias)
+            weight, bias = fold(edit, weight, bias)
         values[f"{path}.weight"] = weight
         if bias is not None:
             values[f"{path}.bias"] = bias
     return values
-
-
-def _fold(edit: Edit, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """One edit folded into the stored weight; the method sees (width_out, width_in) and its own rows."""
-    site = edit.site
-    p = {symbol: tensor.detach() for symbol, tensor in edit.tensors().items()}
-    oriented = weight.T if site.transposed else weight
-    a, b = site.rows or (0, oriented.shape[0])
-    part, part_bias = edit.method.merge(p, oriented[a:b], None if bias is None else bias[a:b], site)
-    if bias is None and part_bias is not None:
-        raise AttachError(f"{edit.method} needs a bias at {site.name}, which has none; keep it attached")
-    oriented = torch.cat((oriented[:a], part, oriented[b:]))
-    if bias is not None and part_bias is not None:
-        bias = torch.cat((bias[:a], part_bias, bias[b:]))
-    return oriented.T.contiguous() if site.transposed else oriented, bias
 
 
 def _refuse_tied(model: nn.Module, path: str, weight: nn.Parameter) -> None:

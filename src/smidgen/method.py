@@ -8,6 +8,10 @@ A method says what it does by the functions that it defines; the ports read them
 | `acts(site)` | whether it adds something here; then `init(site)` gives the tensors | module |
 | `before(p, x, site)` | the new input of the site's module | module |
 | `after(p, x, y, site)` | the new output, from the input and the output so far | module |
+| `after_with(p, x, y, base, site)` | the same, for a method that reads the module's own weight | module |
+| `keys_values(p, site)` | keys and values that every query sees beside the text's own | attention |
+| `tokens(p, site)` | vectors among the embedded tokens of the text | input |
+| `settle(p, site)` | what is saved of the trained tensors, for the method `settled()` | - |
 | `merge(p, weight, bias, site)` | weight and bias that do the same without the method | - |
 """
 
@@ -34,13 +38,13 @@ class Method(Term, abstract=True):
 
     Class attributes:
         lr: learning rate that `fit` uses when none is given.
+        keeps: symbols whose start is part of the formula: `p` has it beside the trained tensor, as `A0` beside `A`.
         exceptions: conformance check -> reason why this method is excused from it.
-        mergeable: whether `merge` can fold the added tensors into the weight.
     """
 
     lr: ClassVar[float] = 1e-3
+    keeps: ClassVar[tuple[str, ...]] = ()
     exceptions: ClassVar[Mapping[str, str]] = {}
-    mergeable: ClassVar[bool] = True
 
     def trains(self, site: Site) -> tuple[str, ...]:
         """Names of the parameters owned by the site that are trained in place."""
@@ -69,6 +73,13 @@ class Method(Term, abstract=True):
         """Fresh tensors for a site, symbol -> tensor, drawn from torch's global generator."""
         return {}
 
+    def from_base(self, p: Tensors, base: Tensors, site: Site) -> dict[str, Tensor]:
+        """The tensors of `init` as they start at a site whose own tensors are `base`, for a method that looks at them.
+
+        base: "weight" (width_out, width_in) and, where there is one, "bias" (width_out,), in master precision.
+        """
+        return dict(p)
+
     def before(self, p: Tensors, x: Tensor, site: Site) -> Tensor:
         """The module's new input. x: (..., width_in)."""
         return x
@@ -77,9 +88,36 @@ class Method(Term, abstract=True):
         """The module's new output. x: (..., width_in), y: (..., width_out)."""
         return y
 
+    def after_with(self, p: Tensors, x: Tensor, y: Tensor, base: Tensors, site: Site) -> Tensor:
+        """As `after`, from the module's own tensors too: `base` as in `from_base`, with earlier edits folded in.
+
+        They carry no gradient.
+        """
+        return y
+
+    def keys_values(self, p: Tensors, site: Site) -> tuple[Tensor, Tensor]:
+        """Keys and values (heads, length, head_dim) each that an attention puts before those of the text."""
+        raise NotImplementedError
+
+    def tokens(self, p: Tensors, site: Site) -> Tensor:
+        """Vectors (length, width_out) that stand among the embedded tokens of the input."""
+        raise NotImplementedError
+
+    def settled(self) -> Method:
+        """The method that what is saved belongs to: another one if some tensors are dropped on saving."""
+        return self
+
+    def settle(self, p: Tensors, site: Site) -> dict[str, Tensor]:
+        """The tensors of `settled()` that do the same as the trained ones."""
+        return dict(p)
+
     def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
-        """The formula once more, folded. weight: (width_out, width_in), bias: (width_out,) or None."""
+        """The formula once more, folded. weight: (width_out, width_in), a norm's gain (width,); bias: or None."""
         return weight, bias
+
+    def unmergeable(self, site: Site) -> str | None:
+        """Why what is added here cannot be folded into the weight, in a few words; None if `merge` does it."""
+        return None if self.overrides("merge") else "it states no merged weight"
 
     @classmethod
     def overrides(cls, function: str) -> bool:

@@ -8,13 +8,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from smidgen.attachment import Attachment, Swap, check_masters
+from smidgen.attention import KeyValueEdits, add_keys, check_attention, drop_keys
+from smidgen.casts import master_dtype, place_casts
 from smidgen.errors import AttachError
 from smidgen.fingerprint import base_dtype
 from smidgen.heads import place_pooling
+from smidgen.inputs import add_tokens, check_tokens
 from smidgen.plan import Plan
-from smidgen.ports import Edit, add_edit, check_editable, master_dtype, place_casts
+from smidgen.ports import Edit, add_edit, add_tap, check_editable, drop_edits
 from smidgen.rows import Row
 from smidgen.start import initial
+from smidgen.sublayers import SUBLAYERS
 from smidgen.subsets import Part, add_part, check_free
 
 SAVE_ERROR = (
@@ -24,8 +28,11 @@ SAVE_ERROR = (
 )
 
 
-def place(model: nn.Module, plan: Plan, seed: int = 0) -> None:
-    """Put a resolved plan on a model; `attach` without checks and the compiler reset."""
+def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> None:
+    """Put a resolved plan on a model; `attach` without checks and the compiler reset.
+
+    Without `compute`, what a method computes from the base is left out: the values are to be filled in.
+    """
     owners: dict[int, list[str]] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
@@ -34,8 +41,8 @@ def place(model: nn.Module, plan: Plan, seed: int = 0) -> None:
     flags = {name: p.requires_grad for name, p in parameters.items()}
     added = [row for row in plan.rows if row.added]
     for row in added:
-        check_editable(model.get_submodule(row.site.path), row.site)
-    tensors = [initial(row, seed) for row in added]
+        check_at(model, row)
+    tensors = [initial(row, seed, model if compute else None) for row in added]
     partial = {row.name(t): s.indices for row in plan.rows if not row.added for t, s in row.subsets.items()}
     parts = {name: tuple(owners[id(parameters[name])]) for name in partial}
     for owner in (owner for found in parts.values() for owner in found):
@@ -58,12 +65,39 @@ def place(model: nn.Module, plan: Plan, seed: int = 0) -> None:
     model._smidgen = record  # type: ignore[assignment]
 
 
+def check_at(model: nn.Module, row: Row) -> None:
+    """Raises AttachError, before anything is touched, if a row's module cannot carry its edit."""
+    module = model.get_submodule(row.site.path)
+    if row.site.heads:
+        check_attention(module, row.site)
+    elif row.site.kind == "input":
+        check_tokens(model, row.site, row.method)
+    else:
+        check_editable(module, row.site, row.method)
+
+
+def drop_at(module: nn.Module) -> None:
+    """Take all edits off a module."""
+    if isinstance(module._modules["edits"], KeyValueEdits):
+        drop_keys(module)
+    else:
+        drop_edits(module)
+
+
 def _place_edit(model: nn.Module, row: Row, fresh: Mapping[str, Tensor], record: Attachment) -> None:
     module = model.get_submodule(row.site.path)
     device = next(module.parameters()).device
     fresh = {k: v.to(device=device, dtype=master_dtype(record.dtype)) for k, v in fresh.items()}
     edit = Edit(row.method, row.site, fresh, {term: subset.indices for term, subset in row.subsets.items()})
-    add_edit(module, row.key, edit)
+    if row.site.heads:
+        add_keys(module, row.key, edit)
+    elif row.site.kind == "input":
+        record.handles += add_tokens(model, row.key, edit)
+    else:
+        add_edit(module, row.key, edit)
+    if row.site.kind in SUBLAYERS and (handle := add_tap(model.get_submodule(row.site.entry), module)):
+        record.handles.append(handle)
+        record.tapped += [row.site.entry, row.site.path]
     record.edits.append((row.site.path, row.key))
     record.added.update((name, edit.leaf(term)) for term, name, _ in row.trained())
 

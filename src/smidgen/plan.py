@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from smidgen.errors import PlanError
 from smidgen.heads import check_pooling, head_names, own_pooling, unused_under
+from smidgen.inputs import find_input
 from smidgen.method import Method
 from smidgen.recipe import Recipe, Term, as_recipe
 from smidgen.rows import Row, Shape, safetensors_size
 from smidgen.sites import Site, find_sites, roles_found, shares_layers
+from smidgen.sublayers import SUBLAYERS, find_heads, find_sublayers, no_interface
 
 
 @dataclass(frozen=True)
@@ -123,17 +125,21 @@ def resolve(model: nn.Module, recipe: str | Term | Recipe, pooling: str | None =
     idle = set(unused_under(model, pooling))
     head = [name for name in head_names(model) if name not in idle]
     closed = {id(parameters[name]) for name in (*head, *idle)}
-    sites = find_sites(model)
+    sites = [*find_sites(model), *find_sublayers(model)]
+    sites += [*find_heads(model, sites), *find_input(model)]
     rows: list[Row] = []
     for index, method in enumerate(recipe):
         if not isinstance(method, Method):
             raise PlanError(f"{method} is not a method")
+        if recipe.narrows(index) and method.settled() != method:
+            raise PlanError(f"{method} saves {method.settled()}, so no part of it can be kept; leave out the Select")
         method.check(sites)
         found = list(_rows(index, method, sites, parameters, closed))
         if not found and _wants_sites(method):
             raise PlanError(_no_match(method, model, sites))
         rows += found
     _refuse_twice(rows, parameters)
+    _refuse_unfoldable(rows)
     outside = {id(parameters[name]) for name in head_names(model)}
     pretrained = sum(p.numel() for n, p in model.named_parameters() if id(p) not in outside)
     shapes = tuple((name, tuple(parameters[name].shape)) for name in head)
@@ -159,15 +165,26 @@ def _rows(
         if not in_head and method.acts(site):
             with torch.device("meta"):
                 tensors = method.init(site)
-            yield Row(index, method, site, tuple((k, tuple(v.shape)) for k, v in tensors.items()), added=True)
+                saved = method.settle(tensors, site) if method.settled() != method else {}
+            yield Row(index, method, site, _shapes(tensors), True, settled=_shapes(saved))
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, Shape], ...]:
+    return tuple((symbol, tuple(tensor.shape)) for symbol, tensor in tensors.items())
 
 
 def _no_match(method: Method, model: nn.Module, sites: list[Site]) -> str:
     name = type(model).__name__
     roles = ", ".join(roles_found(sites)) or "none"
     text = f"{method} matches no site of {name}; roles found: {roles}"
+    if kinds := dict.fromkeys(site.kind for site in sites if site.kind in SUBLAYERS):
+        text += f"; sublayers found: {', '.join(kinds)}"
+    if method.overrides("tokens"):
+        text += "; it does not embed the tokens of one text, so none can be added"
     if not any(site.kind == "norm" for site in sites):
         text += "; its norms have no parameters, so there is no gain or bias to tune"
+    if method.overrides("keys_values") and (classes := no_interface(model, sites)):
+        text += f"; {', '.join(classes)} does not go through transformers' AttentionInterface, so no keys can be added"
     stacked = [site.path for site in sites if any(len(shape) == 3 for _, shape in site.terms)]
     if stacked:
         text += f"; {stacked[0]} holds stacked 3-D expert weights, which hooks cannot reach"
@@ -199,3 +216,17 @@ def _refuse_twice(rows: list[Row], parameters: dict[str, nn.Parameter]) -> None:
             other, first = owner.setdefault(id(parameters[name]), (row, name))
             if other.index != row.index:
                 raise PlanError(f"{first} would be trained twice: by {other.method} and by {row.method}")
+
+
+def _refuse_unfoldable(rows: list[Row]) -> None:
+    """A method that reads its module's weight needs the edits before it as part of that weight."""
+    for row in rows:
+        if not row.method.overrides("after_with"):
+            continue
+        for other in rows:
+            below = other.added and other.site.path == row.site.path and other.index < row.index
+            if below and (why := other.method.unmergeable(other.site)):
+                raise PlanError(
+                    f"{row.method} reads the weight at {row.site.name}, where {other.method} cannot be folded in "
+                    f"({why}); write {row.method} first"
+                )

@@ -2,7 +2,8 @@
 
 Parameter port: a trained copy stands in `module._parameters` under the base tensor's own name.
 Module port: one module-level hook function that reads `module.edits`, so that deepcopy, pickle, DataParallel
-replicas and one compiled graph keep working and the base's state_dict names stay as they are.
+replicas and one compiled graph keep working and the base's state_dict names stay as they are. An edit of a sublayer
+stands at the module that the sublayer is left by; a tap brings it what entered.
 """
 
 from __future__ import annotations
@@ -16,17 +17,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from smidgen.errors import AttachError
-from smidgen.method import Method
+from smidgen.fold import Pair, overlap, put_back, seen_from, stored
+from smidgen.method import Method, Tensors
 from smidgen.sites import Site
 from smidgen.subsets import Part
-
-LOW = (torch.bfloat16, torch.float16)
-NATIVE = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-
-
-def master_dtype(base: torch.dtype) -> torch.dtype:
-    """dtype in which values are trained: float32, or float64 on a float64 base."""
-    return torch.float64 if base == torch.float64 else torch.float32
 
 
 class Edit(nn.Module):
@@ -40,7 +34,10 @@ class Edit(nn.Module):
     ) -> None:
         super().__init__()
         self.method, self.site, self.enabled = method, site, True
-        self.symbols, self.subsets = tuple(tensors), nn.ModuleDict()
+        self.reads_base = method.overrides("after_with")
+        self.symbols, self.subsets = (*tensors, *(f"{s}0" for s in method.keeps)), nn.ModuleDict()
+        for symbol in method.keeps:
+            self.register_buffer(f"{symbol}0", tensors[symbol].clone())
         for symbol, tensor in tensors.items():
             if chosen is None or symbol not in chosen:
                 self.register_parameter(symbol, nn.Parameter(tensor))
@@ -69,15 +66,31 @@ class Edit(nn.Module):
         """The edited input, in the dtype of x."""
         return self.method.before(self.cast(x), x, self.site).to(x.dtype)
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, x: Tensor, y: Tensor, base: Tensors | None = None) -> Tensor:
         """The edited output, in the dtype of y; only the site's rows of a fused projection change."""
         p = self.method.input_dropout()
         x = F.dropout(x, p) if p and self.training else x
-        if self.site.rows is None:
-            return self.method.after(self.cast(x), x, y, self.site).to(y.dtype)
-        a, b = self.site.rows
-        part = self.method.after(self.cast(x), x, y[..., a:b], self.site).to(y.dtype)
-        return torch.cat((y[..., :a], part, y[..., b:]), dim=-1)
+        return self.formula(self.cast(x), x, y, base)
+
+    def formula(self, p: Tensors, x: Tensor, y: Tensor, base: Tensors | None) -> Tensor:
+        """`after` of the given tensors, a pure function."""
+        a, b = self.site.rows or (0, y.shape[-1])
+        part = y if self.site.rows is None else y[..., a:b]
+        if self.reads_base:
+            found = self.method.after_with(p, x, part, base or {}, self.site)
+        else:
+            found = self.method.after(p, x, part, self.site)
+        found = found.to(y.dtype)
+        return found if self.site.rows is None else torch.cat((y[..., :a], found, y[..., b:]), dim=-1)
+
+    def keys_values(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (heads, length, head_dim), in the dtype of `key`."""
+        k, v = self.method.keys_values(self.method.settle(self.tensors(), self.site), self.site)
+        return k.to(key.dtype), v.to(key.dtype)
+
+    def tokens(self, dtype: torch.dtype) -> Tensor:
+        """Vectors (length, width)."""
+        return self.method.tokens(self.method.settle(self.tensors(), self.site), self.site).to(dtype)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
@@ -90,6 +103,21 @@ class Edits(nn.ModuleDict):
     def __init__(self) -> None:
         super().__init__()
         self.inputs: list[Tensor] | None = None
+
+
+class Tap(nn.Module):
+    """What entered a sublayer, on its way to where it is left; one object without tensors, child of both modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value: Tensor | None = None
+
+
+def keep_input(module: Any, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of the module that a sublayer is entered by, before its own edits."""
+    if not args:
+        raise AttachError(f"{type(module).__name__} was called without a positional input; its edits need one")
+    module.tap.value = args[0]
 
 
 def run_before(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -105,18 +133,54 @@ def run_before(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (x, *args[1:])
 
 
-def run_after(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Forward hook: each edit sees the input that came to its own level."""
+def run_after(module: Any, args: tuple[Any, ...], output: Any) -> Any:
+    """Forward hook: each edit sees the input that came to its own level, or that entered the sublayer.
+
+    Of a tuple, as modules with a router give, the first entry is the output.
+    """
     edits = module.edits
     inputs, edits.inputs = edits.inputs, None
+    entered = _entered(module)
+    output, *rest = output if isinstance(output, tuple) else (output,)
     for level, edit in enumerate(edits.values()):
         if edit.enabled:
-            output = edit.after(inputs[level] if inputs else args[0], output)
-    return output
+            x = entered if edit.site.entry else inputs[level] if inputs else args[0]
+            output = edit.after(x, output, base_below(module, level) if edit.reads_base else None)
+    return (output, *rest) if rest else output
 
 
-def check_editable(module: Any, site: Site) -> None:
-    """Raises AttachError, before anything is touched, if a module cannot carry edits."""
+def base_below(module: Any, level: int) -> Tensors:
+    """What an edit sees of its module's own tensors, with the edits before it folded in."""
+    *below, edit = list(module.edits.values())[: level + 1]
+    weight, bias = stored(module)
+    for other in below:
+        if other.enabled and overlap(other.site, edit.site):
+            weight, bias = fold(other, weight, bias)
+    return seen_from(edit.site, weight, bias)
+
+
+def fold(edit: Edit, weight: Tensor, bias: Tensor | None) -> Pair:
+    """One edit folded into a module's stored tensors; the method sees (width_out, width_in) and its own rows."""
+    site, p = edit.site, {symbol: tensor.detach() for symbol, tensor in edit.tensors().items()}
+    seen = seen_from(site, weight, bias)
+    part = edit.method.merge(p, seen["weight"], seen.get("bias"), site)
+    if bias is None and part[1] is not None:
+        raise AttachError(f"{edit.method} needs a bias at {site.name}, which has none; keep it attached")
+    return put_back(site, (weight, bias), part)
+
+
+def _entered(module: Any) -> Tensor | None:
+    """What a tap brings, to a module that a sublayer is left by; the one it is entered by may have edits as well."""
+    if not any(edit.site.entry for edit in module.edits.values()):
+        return None
+    value, module.tap.value = module.tap.value, None
+    return value
+
+
+def check_editable(module: Any, site: Site, method: Method) -> None:
+    """Raises AttachError, before anything is touched, if a module cannot carry edits of a method."""
+    if site.entry and method.overrides("before"):
+        raise AttachError(f"{method} edits the input of the {site.kind} at {site.name}, which several maps share")
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         raise AttachError(f"{site.name} belongs to nn.MultiheadAttention, which never calls it: hooks cannot reach it")
     if "edits" in dir(module) and not isinstance(getattr(module, "edits", None), Edits):
@@ -134,69 +198,22 @@ def add_edit(module: Any, key: str, edit: Edit) -> None:
     module.edits[key] = edit
 
 
+def add_tap(entry: Any, module: Any) -> RemovableHandle | None:
+    """Let a sublayer's input reach the edits at its end; None if it does already."""
+    if "tap" in module._modules:
+        return None
+    entry.tap = module.tap = Tap()
+    handle: RemovableHandle = entry.register_forward_pre_hook(keep_input, prepend=True)
+    return handle
+
+
+def drop_tap(module: Any) -> None:
+    """Take a tap away from one of its two modules."""
+    module._modules.pop("tap", None)
+
+
 def drop_edits(module: Any) -> None:
     """Take all edits and their hooks off a module."""
     for handle in module.__dict__.pop("_edit_handles"):
         handle.remove()
     del module._modules["edits"]
-
-
-def lift_norm(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Pre-hook of a norm of torch's own, whose kernels want input and terms in one dtype: compute in float32."""
-    if not module._casting:
-        return None
-    module._input_dtype = args[0].dtype
-    return (args[0].float(), *args[1:])
-
-
-def lower_norm(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-    """Forward hook of a norm with float32 terms in a low-precision base: back to the dtype that came in."""
-    if not module._casting:
-        return None
-    dtype: torch.dtype = args[0].dtype
-    if isinstance(module, NATIVE):
-        dtype = module._input_dtype  # type: ignore[assignment]
-    return output.to(dtype)
-
-
-def lower_terms(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Pre-hook of any other module in a low-precision base: it computes with its masters rounded to the base's dtype.
-
-    The rounded tensors stand in the instance's `__dict__`, which attribute look-up reads before `_parameters`.
-    """
-    if not module._casting:
-        return None
-    base = module._base_dtype
-    for term in module._lowered_terms:
-        module.__dict__[term] = module._parameters[term].to(base)
-    return tuple(a.to(base) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-
-
-def raise_terms(module: Any, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook (always called): take the rounded tensors away again."""
-    for term in module._lowered_terms:
-        module.__dict__.pop(term, None)
-
-
-def place_casts(module: Any, terms: tuple[str, ...], base: torch.dtype, norm: bool) -> None:
-    """Hooks that let float32 masters stand in a module of a low-precision base."""
-    handles: list[RemovableHandle]
-    module._lowered_terms, module._base_dtype, module._casting = terms, base, True
-    if norm:
-        handles = [module.register_forward_hook(lower_norm)]
-        if isinstance(module, NATIVE):
-            handles.append(module.register_forward_pre_hook(lift_norm))
-    else:
-        handles = [
-            module.register_forward_pre_hook(lower_terms),
-            module.register_forward_hook(raise_terms, always_call=True),
-        ]
-    module._cast_handles = handles
-
-
-def drop_casts(module: Any) -> None:
-    """The inverse of `place_casts`."""
-    for handle in module._cast_handles:
-        handle.remove()
-    for name in ("_cast_handles", "_casting", "_input_dtype", "_base_dtype", "_lowered_terms"):
-        module.__dict__.pop(name, None)

@@ -17,6 +17,7 @@ from operator import add
 from typing import Any, ClassVar
 
 from smidgen.errors import RecipeError, nearest
+from smidgen.named import NAMED
 
 
 class Term:
@@ -200,8 +201,8 @@ def build(name: str, args: tuple[Any, ...], fields: Mapping[str, Any]) -> Term:
     known = registry()
     cls = known.get(name)
     if cls is None:
-        names = ", ".join(sorted(known))
-        raise RecipeError(f"no method is called {name!r}{nearest(name, known)}; known: {names}")
+        names = sorted([*known, *NAMED])
+        raise RecipeError(f"no method is called {name!r}{nearest(name, names)}; known: {', '.join(names)}")
     allowed = list(inspect.signature(cls).parameters)
     for field in fields:
         if field not in allowed:
@@ -220,7 +221,7 @@ def _recipe(node: ast.expr) -> Recipe:
         if not isinstance(node.right, ast.Call):
             raise RecipeError(f"{ast.unparse(node.right)!r} does not narrow; after '|' comes Select(...)")
         return _recipe(node.left) | _filter(_term(node.right))
-    return as_recipe(_term(node))
+    return parse(NAMED[node.id]) if isinstance(node, ast.Name) and node.id in NAMED else as_recipe(_term(node))
 
 
 def _term(node: ast.expr) -> Term:
@@ -233,9 +234,8 @@ def _term(node: ast.expr) -> Term:
         raise RecipeError(f"{node.id} needs brackets: write {node.id}()")
     if isinstance(node, ast.Name):
         build(node.id, (), {})  # raises, naming the nearest method
-    raise RecipeError(
-        f"{ast.unparse(node)!r} is not understood in a recipe; only + between methods is, and | Select(...)"
-    )
+    text = ast.unparse(node)
+    raise RecipeError(f"{text!r} is not understood in a recipe; only + between methods is, and | Select(...)")
 
 
 def _literal(node: ast.expr) -> Any:

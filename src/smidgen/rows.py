@@ -42,6 +42,7 @@ class Row:
     terms: tuple[tuple[str, Shape], ...]
     added: bool
     subsets: Mapping[str, Subset] = field(default_factory=dict, compare=False)
+    settled: tuple[tuple[str, Shape], ...] = ()  # what is saved where that is not what is trained
 
     @property
     def key(self) -> str:
@@ -71,12 +72,21 @@ class Row:
 
     def saved(self) -> Iterator[tuple[str, Shape]]:
         """Name and shape of everything that a file holds for this row: `names`, indices, starts."""
+        if self.settled:
+            yield from ((self.name(term), shape) for term, shape in self.settled)
+            return
         yield from self.names()
         for term, subset in self.subsets.items():
             if len(subset.indices):
                 yield self.name(term) + INDICES, (len(subset.indices),)
-            if subset.start:
+            if subset.start and term not in self.kept:
                 yield self.name(term) + START, subset.shape
+        yield from ((self.name(term) + START, shape) for term, shape in self.terms if term in self.kept)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The added tensors whose start the formula needs."""
+        return self.method.keeps if self.added else ()
 
     @property
     def values(self) -> int:

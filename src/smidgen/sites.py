@@ -19,7 +19,7 @@ ROLES = ("embedding", *_ATTENTION, "ff_in", "ff_out", "ff", "block", "norm", "fi
 
 @dataclass(frozen=True)
 class Site:
-    """A module that owns parameters, or a run of output rows of one (`rows`).
+    """A module that owns parameters, a run of output rows of one (`rows`), a sublayer (`entry`), or heads (`heads`).
 
     A slice has its one own role (query, key, value, ff_in) and nothing else; what covers the whole fused map
     (attention, ff, block) is on the whole site, so that no role selects the same weights twice.
@@ -38,6 +38,9 @@ class Site:
     transposed: bool = False
     gain: str | None = None
     bias: str | None = None
+    entry: str = ""
+    heads: int = 0
+    head_dim: int = 0
 
     @property
     def name(self) -> str:

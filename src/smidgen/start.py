@@ -1,18 +1,29 @@
-"""What an added tensor starts at: a function of (seed, name), so that it does not depend on what else is there."""
+"""What an added tensor starts at: a function of (seed, name) and the site's own tensors, not of what else is there."""
 
 from __future__ import annotations
 
 import hashlib
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from smidgen.fold import seen_from, stored
 from smidgen.rows import Row
 
 
-def initial(row: Row, seed: int) -> dict[str, Tensor]:
-    """Fresh tensors of an added row, symbol -> tensor; torch's global generator is left alone."""
+def initial(row: Row, seed: int, model: nn.Module | None = None) -> dict[str, Tensor]:
+    """Fresh tensors of an added row, symbol -> tensor; torch's global generator is left alone.
+
+    Args:
+        model: with nothing attached, for methods that start from the base; None where only shapes matter.
+    """
     name = f"{seed}/{row.site.path}/{row.key}"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1)
-        return row.method.init(row.site)
+        fresh = row.method.init(row.site)
+        if model is None or not row.method.overrides("from_base"):
+            return fresh
+        base = seen_from(row.site, *stored(model.get_submodule(row.site.path)))
+        fresh = {k: v.to(base["weight"]) for k, v in fresh.items()}
+        started = row.method.from_base(fresh, base, row.site)
+        return {k: v.contiguous() for k, v in started.items()}  # another layout would round differently

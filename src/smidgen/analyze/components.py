@@ -104,11 +104,15 @@ def part_of(parts: Iterable[Part], tensor: str) -> list[Part]:
     Raises:
         ModelError: the model has no such tensor.
     """
+    parts = list(parts)
     known = [part for part in parts if part.name == tensor]
     if known:
         return known
     path, edits, rest = tensor.partition(".edits.")
     here = [part for part in parts if part.name.rpartition(".")[0] == path]
+    inside = [part for part in parts if edits and not here and within(part.name, path)]
+    if inside:  # keys and values that were added to an attention
+        return [Part(tensor, "attention", "weight", inside[0].layer, inside[0].stack)]
     if not edits or not here:
         names = [part.name for part in parts]
         raise ModelError(f"the model has no tensor {tensor!r}{nearest(tensor, names)}")

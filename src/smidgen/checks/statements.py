@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import tempfile
+from math import prod
 
 from smidgen.attach import attach, detach
+from smidgen.attachment import trained_parameters
 from smidgen.cases import Case, check
 from smidgen.checks.common import equal
 from smidgen.delta import TENSORS, Delta
@@ -22,7 +24,9 @@ def counts_as_planned(case: Case) -> None:
     plan = settle(case.model, resolve(case.model, case.recipe), case.seed)
     case.attach()
     delta = Delta.of(case.model)
-    assert plan.trained == delta.trained, f"planned {plan.trained} values, trains {delta.trained}"
+    head = {name for name, _ in plan.head}
+    found = sum(p.numel() for name, p in trained_parameters(case.model).items() if name not in head)
+    assert plan.trained == found, f"planned {plan.trained} values, trains {found}"
     shapes = {name: tuple(t.shape) for name, t in delta.tensors.items()}
     assert dict(plan.saved) == shapes, "planned names or shapes differ from the delta's"
     small = {name: t.float() if t.is_floating_point() else t for name, t in delta.tensors.items()}
@@ -72,6 +76,7 @@ def _check_shapes(row: Row) -> None:
     method: Method = row.method
     fields = {name: getattr(method, name) for name in method.__dataclass_fields__}
     names = {**fields, "width_in": row.site.width_in, "width_out": row.site.width_out}
+    names |= {"heads": row.site.heads, "head_dim": row.site.head_dim}
     for symbol, shape in row.terms:
         line = re.search(rf"^\s+{symbol}: (.*)$", method.__doc__ or "", re.MULTILINE)
         assert line, f"{type(method).__name__} does not give the shape of {symbol}"
@@ -80,5 +85,5 @@ def _check_shapes(row: Row) -> None:
 
 
 def _numbers(text: str, names: dict[str, int]) -> tuple[int, ...]:
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    return tuple(int(word) if word.isdigit() else names.get(word, -1) for word in words)
+    words = [word.split("*") for word in text.split(",") if word.strip()]
+    return tuple(prod(int(w) if w.strip().isdigit() else names.get(w.strip(), -1) for w in word) for word in words)

@@ -11,13 +11,14 @@ from torch import nn
 
 from smidgen.attach import attached
 from smidgen.attachment import is_attached, trained_parameters
+from smidgen.casts import master_dtype
 from smidgen.data import Task
 from smidgen.delta import Delta
 from smidgen.errors import AttachError, DataError, PlanError
 from smidgen.fingerprint import base_dtype, verify
 from smidgen.merge import merge
 from smidgen.plan import Plan, resolve
-from smidgen.ports import Edit, master_dtype
+from smidgen.ports import Edit
 from smidgen.recipe import Recipe, Term, as_recipe
 
 NORMS = "LN()"

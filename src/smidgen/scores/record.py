@@ -111,7 +111,7 @@ class Recorder:
         (target,), method = self.targets[edit], edit.method
         if method.overrides("before"):
             edit.__dict__["before"] = partial(self._before, edit, target, edit.before)
-        if method.overrides("after"):
+        if method.overrides("after") or edit.reads_base:
             edit.__dict__["after"] = partial(self._after, edit, target, edit.after)
 
     def _before(self, edit: Edit, target: Target, plain: Any, x: Tensor) -> Tensor:
@@ -119,12 +119,11 @@ class Recorder:
         call = Call(edit, lambda p, x: edit.method.before(edit.tensors() | p, x, edit.site), (x.detach(),))
         return output if output is x else self._edited(target, call, output)
 
-    def _after(self, edit: Edit, target: Target, plain: Any, x: Tensor, y: Tensor) -> Tensor:
-        output, rows = plain(x, y), slice(*(edit.site.rows or (None, None)))
+    def _after(self, edit: Edit, target: Target, plain: Any, x: Tensor, y: Tensor, base: Any = None) -> Tensor:
+        output = plain(x, y, base)
 
         def function(p: Tensors, x: Tensor, y: Tensor) -> Tensor:
-            rest = edit.method.after(edit.tensors() | p, x, y[..., rows], edit.site)
-            return rest if edit.site.rows is None else torch.cat((y[..., : rows.start], rest, y[..., rows.stop :]), -1)
+            return edit.formula(edit.tensors() | p, x, y, base)
 
         return output if output is y else self._edited(target, Call(edit, function, (x.detach(), y.detach())), output)
 

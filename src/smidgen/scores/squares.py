@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.attachment import attachment
+from smidgen.casts import LOW
 from smidgen.errors import DataError
-from smidgen.ports import LOW
 from smidgen.scores.likelihood import Likelihood, check_fit
 from smidgen.scores.record import Recorder
 from smidgen.scores.rules import Tensors

@@ -51,7 +51,8 @@ def _narrowed(row: Row, indices: Mapping[str, Tensor]) -> Iterator[Row]:
     kept = tuple((t, s) for t, s in row.terms if row.added or len(chosen[t]))
     partial = [(t, s) for t, s in kept if len(chosen[t]) < prod(s)]
     fresh = initial(row, 0) if row.added and partial else {}
-    subsets = {t: Subset(chosen[t], s, t in fresh and not _constant(fresh[t])) for t, s in partial}
+    drawn = row.method.overrides("from_base")
+    subsets = {t: Subset(chosen[t], s, t in fresh and (drawn or not _constant(fresh[t]))) for t, s in partial}
     yield replace(row, terms=kept, subsets=subsets)
 
 

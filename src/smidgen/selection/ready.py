@@ -36,7 +36,7 @@ def starts(model: nn.Module, plan: Plan, span: Narrowing, seed: int) -> dict[str
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found: dict[str, Tensor] = {}
     for row in rows_of(plan, span):
-        fresh: Mapping[str, Tensor] = initial(row, seed) if row.added else {}
+        fresh: Mapping[str, Tensor] = initial(row, seed, model) if row.added else {}
         found |= {row.name(t): fresh[t] if row.added else parameters[row.name(t)] for t, _ in row.terms}
     return found
 

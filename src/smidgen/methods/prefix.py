@@ -1,0 +1,93 @@
+"""Prefix-tuning."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smidgen.method import Layers, Method, Tensors, at_least, in_layers, layers_field
+from smidgen.sites import Site
+
+
+@dataclass(frozen=True)
+class Prefix(Method):
+    """Put trained keys and values before those of the text, in every attention.
+
+    Li and Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation, arXiv:2101.00190, section 4.
+    Liu et al. 2021, P-Tuning v2, arXiv:2110.07602, section 3.3 (no reparametrisation).
+
+        attention(q) = softmax(q [K; K_text]^T / sqrt(head_dim)) [V; V_text]
+        mlp=m:  [K; V] = W2 tanh(W1 E + b1) + b2       trained through E, W1, b1, W2, b2 and saved as K and V
+
+    Shapes:
+        K: (heads, length, head_dim)  normal, standard deviation 0.02; of key heads, behind rotary positions
+        V: (heads, length, head_dim)  as K
+        E: (length, mlp)  normal, standard deviation 1
+        W1: (mlp, mlp)  uniform in +-1/sqrt(mlp)
+        b1: (mlp,)  zeros
+        W2: (2 * heads * head_dim, mlp)  normal, standard deviation 0.02 / sqrt(mlp)
+        b2: (2 * heads * head_dim,)  zeros
+
+    Fields:
+        length: number of keys and values.
+        mlp: width of the reparametrisation, None for none.
+        cross: cross-attention as well, where there is one.
+        layers: as in LN.
+
+    Departures: the paper draws the prefix from one table and network for all layers; here each layer has its own.
+    Positions of the text stay what they are: a prefix has none. A causal text sees all of the prefix.
+    """
+
+    length: int = 30
+    mlp: int | None = None
+    cross: bool = True
+    layers: Layers = None
+
+    lr: ClassVar[float] = 5e-3
+    exceptions: ClassVar[dict[str, str]] = {
+        "starts_as_identity": "any further key takes its share of the attention from the text"
+    }
+
+    def __post_init__(self) -> None:
+        at_least("Prefix", "length", self.length, 1)
+        if self.mlp is not None:
+            at_least("Prefix", "mlp", self.mlp, 1)
+        layers_field("Prefix", self.layers)
+
+    def acts(self, site: Site) -> bool:
+        wanted = site.kind == "keys_values" and (self.cross or "cross_attention" not in site.roles)
+        return wanted and in_layers(site, self.layers)
+
+    def init(self, site: Site) -> dict[str, Tensor]:
+        if self.mlp is None:
+            shape = (site.heads, self.length, site.head_dim)
+            return {"K": 0.02 * torch.randn(shape), "V": 0.02 * torch.randn(shape)}
+        width, bound = 2 * site.heads * site.head_dim, 1 / math.sqrt(self.mlp)
+        return {
+            "E": torch.randn(self.length, self.mlp),
+            "W1": torch.empty(self.mlp, self.mlp).uniform_(-bound, bound),
+            "b1": torch.zeros(self.mlp),
+            "W2": 0.02 * bound * torch.randn(width, self.mlp),
+            "b2": torch.zeros(width),
+        }
+
+    def settled(self) -> Prefix:
+        return replace(self, mlp=None)
+
+    def settle(self, p: Tensors, site: Site) -> dict[str, Tensor]:
+        if self.mlp is None:
+            return dict(p)
+        both = F.linear(torch.tanh(F.linear(p["E"], p["W1"], p["b1"])), p["W2"], p["b2"])
+        both = both.view(self.length, 2, site.heads, site.head_dim).permute(1, 2, 0, 3)  # (2, heads, length, head_dim)
+        return {"K": both[0].contiguous(), "V": both[1].contiguous()}
+
+    def keys_values(self, p: Tensors, site: Site) -> tuple[Tensor, Tensor]:
+        return p["K"], p["V"]
+
+    def unmergeable(self, site: Site) -> str | None:
+        return "keys and values of its own are no part of a weight"
