@@ -129,7 +129,7 @@ def stored(plan: Plan, starts: Changes, change: Changes, kept: Changes, delta: T
 
 def joined(plans: Sequence[Plan], weights: Sequence[float], deltas: Sequence[Trained]) -> dict[str, Tensor]:
     """The tensors of the methods that say themselves what a sum is (LoRA)."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for rows in zip(*(plan.rows for plan in plans), strict=True):
         first: Row = rows[0]
         if first.added and not first.method.linear:
@@ -163,5 +163,5 @@ def _sum_span(span: Narrowing, plan: Plan, kept: Changes, own: Changes) -> Narro
     rows = [row for row in plan.rows if span.start <= row.index < span.stop]
     names = [row.name(term) for row in rows for term, _ in row.terms]
     count, before = (sum(int(masks[name].sum()) for name in names) for masks in (kept, own))
-    fields: Any = {"keep": count, "granularity": "element", "scope": "global"}
-    return span if count == before else replace(span, by=replace(span.by, **fields))
+    by: Any = span.by
+    return span if count == before else replace(span, by=replace(by, keep=count, granularity="element", scope="global"))
