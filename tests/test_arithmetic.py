@@ -123,8 +123,9 @@ def test_ranks_are_joined():
     close(plain(both), {n: first[n] if n in a.head else first[n] + second[n] - start[n] for n in start})
 
 
-def test_on_slices_of_a_fused_projection():
-    a, b = (trained("LoRA(rank=2) + LN()", seed, h.causal("gpt2")) for seed in (1, 2))
+@pytest.mark.parametrize("recipe", ["LoRA(rank=2) + LN()", "IA3()"])
+def test_on_slices_of_a_fused_projection(recipe):
+    a, b = (trained(recipe, seed, h.causal("gpt2")) for seed in (1, 2))
     start, found = h.causal("gpt2"), plain((a + b).on(h.causal("gpt2")), h.causal("gpt2"))
     first, second = plain(a, h.causal("gpt2")), plain(b, h.causal("gpt2"))
     close(found, {n: first[n] + second[n] - p.detach().double() for n, p in start.named_parameters()})
@@ -361,6 +362,13 @@ def test_methods_that_do_not_add_up(recipe, why):
     with pytest.raises(DeltaError) as error:
         (a + b).on(h.bert())
     line(error, why)
+
+
+def test_a_slice_and_the_whole_of_a_fused_projection():
+    a, b = (trained("IA3() + BitFit()", seed, h.causal("gpt2")) for seed in (1, 2))
+    with pytest.raises(DeltaError) as error:
+        (a + b).on(h.causal("gpt2"))
+    line(error, "IA3() and BitFit() both act at transformer.h.0.attn.c_attn[key]: their changes multiply")
 
 
 @pytest.mark.parametrize("make", [sm.ties, sm.dare])
