@@ -364,11 +364,19 @@ def test_methods_that_do_not_add_up(recipe, why):
     line(error, why)
 
 
-def test_a_slice_and_the_whole_of_a_fused_projection():
-    a, b = (trained("IA3() + BitFit()", seed, h.causal("gpt2")) for seed in (1, 2))
+@pytest.mark.parametrize(
+    ("recipe", "why"),
+    [
+        ("IA3() + BitFit()", "IA3() and BitFit() both act at transformer.h.0.attn.c_attn[key]: their changes multiply"),
+        ("IA3() + LoRA(rank=2)", "IA3() and LoRA(rank=2) both act at transformer.h.0.attn.c_attn[value]"),
+        ("SSF() + LoRA(rank=2)", "SSF() and LoRA(rank=2) both act at transformer.h.0.attn.c_attn:"),
+    ],
+)
+def test_slices_that_overlap(recipe, why):
+    a, b = (trained(recipe, seed, h.causal("gpt2")) for seed in (1, 2))
     with pytest.raises(DeltaError) as error:
         (a + b).on(h.causal("gpt2"))
-    line(error, "IA3() and BitFit() both act at transformer.h.0.attn.c_attn[key]: their changes multiply")
+    line(error, why)
 
 
 @pytest.mark.parametrize("make", [sm.ties, sm.dare])
