@@ -346,7 +346,7 @@ def step_memory(arm, data):
         long = sm.Task.load(folder)
     short = sm.Task.load(data, limit={"train": 64, "validation": 32})
     how, what, given = ARMS[arm]
-    one(short, arm, 2)
+    one(short, arm, 4)
     begin = memory.start("cpu")
     if how == "peft":
         with tempfile.TemporaryDirectory() as folder:

@@ -189,6 +189,15 @@ def test_the_sst2_table_of_the_readme_is_the_benchmark():
         assert f"| {' | '.join(cells)} | {arm['runs'][0]['values']:,} |" in page, cells
 
 
+def test_the_speed_table_of_the_readme_is_the_benchmark():
+    result = json.loads((ROOT / "benchmarks/results/speed.json").read_text())
+    page = (ROOT / "README.md").read_text()
+    steady = {name: arm["steady"] for name, arm in result["speed"]["arms"].items()}
+    base, best = steady["peft LN"], steady["peft LN grouped bf16"]
+    for rate in (base, best, steady["smidgen LN()"], steady["smidgen LN(layers='top:2')"], result["search"]["per_second"]):
+        assert f"| {rate:,.0f} | {rate / base:.1f} | {rate / best:.1f} |" in page
+
+
 def command_lines():
     for page in PAGES:
         for text in blocks(page, "bash"):

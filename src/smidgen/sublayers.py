@@ -30,7 +30,9 @@ def find_sublayers(model: nn.Module) -> list[Site]:
     found: list[Site] = []
     for stack, blocks in find_blocks(model).items():
         for layer, block in enumerate(blocks):
-            for kind, entry, path in (*_spans(block), *_experts(block)):
+            spans = list(_spans(block))
+            dense = any(kind == "feed_forward" for kind, _, _ in spans)
+            for kind, entry, path in spans if dense else (*spans, *_experts(block)):
                 place = (frozenset({"block", kind}), (), layer, len(blocks), stack, *_widths(block, entry, path))
                 root = f"{paths[id(block)]}."
                 found.append(Site(root + path, kind, *place, entry=root + entry))
