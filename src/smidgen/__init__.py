@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from smidgen.version import __version__
 
 if TYPE_CHECKING:
+    from smidgen.arithmetic import Sum, average, dare, ties
     from smidgen.attach import attach, attached, detach, disabled, print_trainable_parameters
     from smidgen.data import Task
     from smidgen.delta import Delta
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from smidgen.trials import Search, Trial
 
 _HOMES = {
+    "arithmetic": ("Sum", "average", "dare", "ties"),
     "attach": ("attach", "attached", "detach", "disabled", "print_trainable_parameters"),
     "data": ("Task",),
     "delta": ("Delta",),

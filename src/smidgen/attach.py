@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from smidgen.arithmetic import Sum
 from smidgen.attachment import attachment, is_attached, trained_parameters
 from smidgen.casts import drop_casts
 from smidgen.delta import Delta
-from smidgen.errors import AttachError, DeltaError
+from smidgen.errors import AttachError
 from smidgen.fingerprint import verify as verify_base
+from smidgen.fits import fitted
 from smidgen.place import drop_at, place
 from smidgen.plan import Plan, resolve
 from smidgen.ports import drop_tap
 from smidgen.recipe import Recipe, Term
 from smidgen.rows import START
-from smidgen.selection.chosen import Selection, chosen_indices
+from smidgen.selection.chosen import Selection
 from smidgen.selection.narrow import narrow
 from smidgen.selection.ready import choose_ready
 from smidgen.subsets import drop_parts
@@ -27,7 +29,7 @@ from smidgen.subsets import drop_parts
 
 def attach(
     model: nn.Module,
-    what: str | Term | Recipe | Delta,
+    what: str | Term | Recipe | Delta | Sum[Delta],
     *,
     pooling: str | None = None,
     seed: int = 0,
@@ -40,7 +42,7 @@ def attach(
 
     Args:
         model: any torch module; transformers models also get their head trained.
-        what: a recipe or its spelling, or a Delta (which brings its own pooling).
+        what: a recipe or its spelling, or a Delta (which brings its own pooling), or a sum of deltas (`a + b`).
         pooling: "first", "mean" or "last" for a sequence classifier; None for the class's own.
         seed: for tensors that start at random; torch's global generator is left alone.
         selection: what to keep, for a recipe with Select; needed if its score needs data (see `smidgen.select`).
@@ -53,8 +55,10 @@ def attach(
     """
     if is_attached(model):
         raise AttachError(f"{attachment(model).plan.recipe} is attached already; detach it first")
+    if isinstance(what, Sum):
+        what = what.on(model, verify=verify)
     if isinstance(what, Delta):
-        plan = _fit_delta(model, what, verify)
+        plan = fitted(model, what, verify)
     else:
         plan = _narrowed(model, resolve(model, what, pooling), selection, seed, verify)
     place(model, plan, seed, compute=not isinstance(what, Delta))
@@ -94,8 +98,9 @@ def remove(model: nn.Module) -> None:
 
 
 @contextmanager
-def attached(model: nn.Module, what: str | Term | Recipe | Delta, **options: Any) -> Iterator[nn.Module]:
+def attached(model: nn.Module, what: str | Term | Recipe | Delta | Sum[Delta], **options: Any) -> Iterator[nn.Module]:
     """`attach` on entry, take off on exit, also after an error; a delta switches the model to eval mode inside."""
+    what = what.on(model, verify=options.get("verify", True)) if isinstance(what, Sum) else what
     training = {module: module.training for module in model.modules()}
     attach(model, what, **options)
     if isinstance(what, Delta):
@@ -127,24 +132,6 @@ def print_trainable_parameters(model: nn.Module) -> None:
         f"trainable params: {plan.trained:,} || head params: {plan.head_values:,} || "
         f"all params: {everything:,} || trainable%: {100 * plan.trained / plan.pretrained:.4f}"
     )
-
-
-def _fit_delta(model: nn.Module, delta: Delta, check: bool) -> Plan:
-    if check:
-        verify_base(model, delta.base, delta.head)
-    plan = resolve(model, delta.recipe, delta.pooling)
-    if plan.pending:
-        plan = narrow(plan, chosen_indices(plan, delta.tensors))
-    shapes, found = plan.saved, {name: tuple(t.shape) for name, t in delta.tensors.items()}
-    if set(shapes) != set(found):
-        missing, extra = sorted(set(shapes) - set(found)), sorted(set(found) - set(shapes))
-        raise DeltaError(f"the delta does not fit {plan.model}: missing {missing[:3]}, unexpected {extra[:3]}")
-    wrong = [name for name in shapes if shapes[name] != found[name]]
-    if wrong:
-        name = wrong[0]
-        hint = "; load the model with smidgen.load(name, delta=delta)" if name in delta.head else ""
-        raise DeltaError(f"{name} has shape {shapes[name]} in {plan.model} but {found[name]} in the delta{hint}")
-    return plan
 
 
 def _narrowed(model: nn.Module, plan: Plan, selection: Selection | None, seed: int, check: bool) -> Plan:

@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from smidgen import card
+from smidgen.arithmetic import Operand
 from smidgen.attachment import attachment, check_masters
 from smidgen.casts import master_dtype
 from smidgen.errors import DeltaError
@@ -30,7 +31,7 @@ FIELDS = {"format_version", "smidgen_version", "recipe", "base", "head", "poolin
 
 
 @dataclass(frozen=True, eq=False)
-class Delta:
+class Delta(Operand):
     """A trained recipe: whole trained values (not differences), so that loading is bit-exact.
 
     Attributes:

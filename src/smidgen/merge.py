@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smidgen.arithmetic import Sum
 from smidgen.attach import attach, remove
 from smidgen.attachment import Attachment, attachment
 from smidgen.delta import Delta
@@ -22,11 +23,11 @@ class RoundingWarning(UserWarning):
     """Merging into a low-precision base rounded trained values."""
 
 
-def merge(model: nn.Module, delta: Delta | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+def merge(model: nn.Module, delta: Delta | Sum[Delta] | None = None, dtype: torch.dtype | None = None) -> nn.Module:
     """Fold a delta (or what is attached) into a copy of the model; the model itself is not touched.
 
     Args:
-        delta: what to fold; None for what is attached now.
+        delta: what to fold, or a sum of deltas; None for what is attached now.
         dtype: of the merged model; by default the base's. float32 keeps trained values whole.
 
     Raises:

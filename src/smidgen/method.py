@@ -12,6 +12,7 @@ A method says what it does by the functions that it defines; the ports read them
 | `keys_values(p, site)` | keys and values that every query sees beside the text's own | attention |
 | `tokens(p, site)` | vectors among the embedded tokens of the text | input |
 | `settle(p, site)` | what is saved of the trained tensors, for the method `settled()` | - |
+| `join(weights, methods, parts, site)` | a weighted sum of several results, as one of `joined(methods)` | - |
 | `merge(p, weight, bias, site)` | weight and bias that do the same without the method | - |
 """
 
@@ -39,11 +40,13 @@ class Method(Term, abstract=True):
     Class attributes:
         lr: learning rate that `fit` uses when none is given.
         keeps: symbols whose start is part of the formula: `p` has it beside the trained tensor, as `A0` beside `A`.
+        linear: whether what it adds is linear in the change of its tensors from a constant start (that of `init`).
         exceptions: conformance check -> reason why this method is excused from it.
     """
 
     lr: ClassVar[float] = 1e-3
     keeps: ClassVar[tuple[str, ...]] = ()
+    linear: ClassVar[bool] = False
     exceptions: ClassVar[Mapping[str, str]] = {}
 
     def trains(self, site: Site) -> tuple[str, ...]:
@@ -110,6 +113,16 @@ class Method(Term, abstract=True):
     def settle(self, p: Tensors, site: Site) -> dict[str, Tensor]:
         """The tensors of `settled()` that do the same as the trained ones."""
         return dict(p)
+
+    def joined(self, methods: Sequence[Method]) -> Method | None:
+        """The method of which one result does what a weighted sum of these methods' does (self is first), if any."""
+        return None
+
+    def join(
+        self, weights: Sequence[float], methods: Sequence[Method], parts: Sequence[Tensors], site: Site
+    ) -> dict[str, Tensor]:
+        """The tensors of `joined(methods)`: what `methods` add with the tensors `parts`, times `weights`, added up."""
+        raise NotImplementedError
 
     def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
         """The formula once more, folded. weight: (width_out, width_in), a norm's gain (width,); bias: or None."""

@@ -34,6 +34,7 @@ class IA3(Method):
     layers: Layers = None
 
     lr: ClassVar[float] = 3e-3
+    linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         layers_field("IA3", self.layers)

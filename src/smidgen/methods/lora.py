@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -98,6 +98,20 @@ class LoRA(Method):
 
     def after(self, p: Tensors, x: Tensor, y: Tensor, site: Site) -> Tensor:
         return y + self.scale * F.linear(F.linear(x, p["A"]), p["B"])  # (..., width_out)
+
+    def joined(self, methods: Sequence[Method]) -> Method | None:
+        if any(type(method) is not LoRA for method in methods):
+            return None  # a subclass has another formula
+        ranks = [method.rank for method in methods if isinstance(method, LoRA)]
+        return replace(self, rank=sum(ranks), alpha=None, scaling="lora")  # s = 1
+
+    def join(
+        self, weights: Sequence[float], methods: Sequence[Method], parts: Sequence[Tensors], site: Site
+    ) -> dict[str, Tensor]:
+        # sum_i w_i s_i B_i A_i = [w_1 s_1 B_1, w_2 s_2 B_2, ...] [A_1; A_2; ...]
+        scales = [w * m.scale for w, m in zip(weights, methods, strict=True) if isinstance(m, LoRA)]
+        B = [s * p["B"] for s, p in zip(scales, parts, strict=True)]
+        return {"A": torch.cat([p["A"] for p in parts]), "B": torch.cat(B, dim=1)}
 
     def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
         return weight + self.scale * (p["B"] @ p["A"]), bias

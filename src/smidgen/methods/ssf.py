@@ -44,6 +44,7 @@ class SSF(Method):
     layers: Layers = None
 
     lr: ClassVar[float] = 3e-3
+    linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         layers_field("SSF", self.layers)

@@ -1,0 +1,71 @@
+"""A trained result against a model: the right base, and every tensor in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from smidgen.errors import DeltaError
+from smidgen.fingerprint import Fingerprint
+from smidgen.fingerprint import verify as verify_base
+from smidgen.plan import Plan, resolve
+from smidgen.recipe import Recipe
+from smidgen.selection.chosen import chosen_indices
+from smidgen.selection.narrow import narrow
+
+
+class Trained(Protocol):
+    """What a trained result has; `Delta` says what each field is."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """What was trained."""
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Saved name -> tensor."""
+
+    @property
+    def base(self) -> Fingerprint:
+        """Fingerprint of the base."""
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """Names of the head's tensors."""
+
+    @property
+    def pooling(self) -> str | None:
+        """None for the class's own."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Label names in id order."""
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """Plain data."""
+
+
+def fitted(model: nn.Module, delta: Trained, verify: bool = True) -> Plan:
+    """The plan of a delta's recipe on a model, narrowed as the delta's indices say.
+
+    Raises:
+        DeltaError: another base (with `verify`), or a tensor that is missing, unexpected or of another shape.
+    """
+    if verify:
+        verify_base(model, delta.base, delta.head)
+    plan = resolve(model, delta.recipe, delta.pooling)
+    if plan.pending:
+        plan = narrow(plan, chosen_indices(plan, delta.tensors))
+    shapes, found = plan.saved, {name: tuple(t.shape) for name, t in delta.tensors.items()}
+    if set(shapes) != set(found):
+        missing, extra = sorted(set(shapes) - set(found)), sorted(set(found) - set(shapes))
+        raise DeltaError(f"the delta does not fit {plan.model}: missing {missing[:3]}, unexpected {extra[:3]}")
+    wrong = [name for name in shapes if shapes[name] != found[name]]
+    if wrong:
+        name = wrong[0]
+        hint = "; load the model with smidgen.load(name, delta=delta)" if name in delta.head else ""
+        raise DeltaError(f"{name} has shape {shapes[name]} in {plan.model} but {found[name]} in the delta{hint}")
+    return plan
