@@ -7,9 +7,11 @@ import torch
 import transformers as T
 
 import smidgen as sm
+from smidgen.around import shortcuts
 from smidgen.attach import attach
 from smidgen.attachment import attachment
 from smidgen.errors import TrainError
+from smidgen.settings import Settings
 from smidgen.speed import single
 from smidgen.speed.listen import resting
 from smidgen.speed.single import FirstRow
@@ -147,6 +149,14 @@ def test_fit_gives_the_same_delta(recipe, tmp_path):
     assert one.info["scores"] == all_rows.info["scores"]
     said = [json.loads((tmp_path / out / "run.json").read_text())["chosen"]["rows"] for out in ("one", "all")]
     assert said == ["on", "off"]
+
+
+def test_a_run_that_began_with_one_row_does_not_go_on_without(tmp_path):
+    model = h.bert()
+    attach(model, "LN()", pooling="mean")
+    with pytest.raises(TrainError, match="began with one row of the last block, and now the head reads more"):
+        shortcuts(model, [examples()], collate, Settings(cache=False), {"rows": "on"}, None)
+    assert "more than the first" in shortcuts(model, [examples()], collate, Settings(cache=False), {}, None)[1]["rows"]
 
 
 def test_insisting_says_why_not(tmp_path):

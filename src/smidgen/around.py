@@ -18,7 +18,7 @@ from smidgen.speed.draws import FastDropout
 from smidgen.speed.kept import Kept
 from smidgen.speed.listen import resting, result_of
 from smidgen.speed.single import FirstRow
-from smidgen.speed.trial import allowed, batch_of, few, few_places, gap
+from smidgen.speed.trial import batch_of, check_logits, few, few_places
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ def shortcuts(
         try:
             _check(model, splits[0], collate, Shortcut(caches[0], row))
         except TrainError as error:
-            row, read = None, _declined(str(error), settings)
+            row, read = None, _declined(str(error), settings, before.get("rows"))
     fast = settings.fast_dropout and not settings.recompute  # what is computed again runs outside of any mode
     made = [Shortcut(cache, row, fast) for cache in caches]
     return made, {"cache": cached, "rows": read}
@@ -92,10 +92,12 @@ def _first_row(
     try:
         return FirstRow.of(model, few(model, rows, collate)), ON
     except TrainError as error:
-        return None, _declined(str(error), settings)
+        return None, _declined(str(error), settings, before)
 
 
-def _declined(reason: str, settings: Settings) -> str:
+def _declined(reason: str, settings: Settings, before: str | None) -> str:
+    if before == ON:
+        raise TrainError(f"the run began with one row of the last block, and now {reason}; start it anew")
     if settings.only_read:
         raise TrainError(f"only_read=True, but {reason}; leave it out")
     return reason
@@ -109,6 +111,4 @@ def _check(model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, s
         wanted = result_of(model(**batch))[0]
         with shortcut(places, batch):
             found = result_of(model(**batch))[0]
-    off = gap(found[None], wanted[None]) if found.shape == wanted.shape else float("inf")
-    if not off <= allowed(wanted.dtype, wanted.device.type):
-        raise TrainError(f"logits from one row and a kept prefix differ by {off:.2g} of their scale")
+    check_logits(found, wanted, "logits from one row and a kept prefix")

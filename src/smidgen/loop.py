@@ -106,9 +106,9 @@ class Loop:
             give_back_memory()
         length = self.rows.max_length if s.batching == PACK else max(self.rows.lengths)
         most = int(earlier.get("rows_at_once", s.batch_size))
-        shape: Any = {"batch_size": most, "length": length, "pooling": s.pooling, "recompute": s.recompute}
+        shape = {"length": length, "pooling": s.pooling, "recompute": s.recompute}
         limit = parse_bytes(s.max_memory)
-        size, need = batch_and_bytes(self.model, self.recipe, limit, **shape)
+        size, need = batch_and_bytes(self.model, self.recipe, limit, most, **shape)
         return replace(s, cache_bytes=min(s.cache_bytes, (limit - need) // 2)), size
 
     def _selected(self) -> Selection | None:

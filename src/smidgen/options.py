@@ -63,9 +63,9 @@ def dtype_of(choice: str, out: Path) -> str:
     if choice != "auto":
         return choice
     for name in ("run.json", "search.json"):
-        if (out / name).is_file():
-            recorded: str = read_json(out / name)["asked"]["dtype"]
-            return recorded
+        recorded = read_json(out / name).get("asked", {}).get("dtype") if (out / name).is_file() else None
+        if recorded is not None:
+            return str(recorded)
     found = fastest("cuda" if torch.cuda.is_available() else "cpu")
     views.note(str(found))
     return str(found.dtype)[6:]

@@ -35,19 +35,12 @@ def largest_batch(
         TrainError: not even one example fits, or the model's memory cannot be estimated.
         PlanError: the recipe does not fit the model.
     """
-    wanted: Any = {"batch_size": batch_size, "length": length, "pooling": pooling, "recompute": recompute}
-    return batch_and_bytes(model, recipe, max_memory_bytes, **wanted)[0]
+    shape = {"length": length, "pooling": pooling, "recompute": recompute}
+    return batch_and_bytes(model, recipe, max_memory_bytes, batch_size, **shape)[0]
 
 
 def batch_and_bytes(
-    model: nn.Module,
-    recipe: str | Term | Recipe,
-    max_memory_bytes: int,
-    *,
-    batch_size: int,
-    length: int,
-    pooling: str | None = None,
-    recompute: bool = False,
+    model: nn.Module, recipe: str | Term | Recipe, max_memory_bytes: int, batch_size: int, **shape: Any
 ) -> tuple[int, int]:
     """`largest_batch`, and the bytes that its step needs by estimate."""
     if batch_size < 1:
@@ -55,21 +48,19 @@ def batch_and_bytes(
     size, need = 2 * batch_size, 0
     while size > 1:
         size //= 2
-        need = _need(model, recipe, pooling, size, length, recompute)
+        need = _need(model, recipe, size, **shape)
         if need <= max_memory_bytes:
             return size, need
     ways = ["a shorter max_length", "fewer layers (layers='top:2')", "a base in bfloat16"]
+    ways = ways if shape["recompute"] else ["recompute=True", *ways]
     raise TrainError(
-        f"one example of {length} tokens needs {need:,} bytes to train {recipe} on {type(model).__name__}, but only "
-        f"{max_memory_bytes:,} are allowed; what helps: {', '.join(ways if recompute else ['recompute=True', *ways])}"
+        f"one example of {shape['length']} tokens needs {need:,} bytes to train {recipe} on {type(model).__name__}, "
+        f"but only {max_memory_bytes:,} are allowed; what helps: {', '.join(ways)}"
     )
 
 
-def _need(
-    model: nn.Module, recipe: str | Term | Recipe, pooling: str | None, size: int, length: int, recompute: bool
-) -> int:
-    shape = {"batch_size": size, "length": length}
-    costs = plan(model, recipe, pooling=pooling, recompute=recompute, **shape).costs or {}
+def _need(model: nn.Module, recipe: str | Term | Recipe, size: int, **shape: Any) -> int:
+    costs = plan(model, recipe, batch_size=size, **shape).costs or {}
     if "unknown" in costs:
         why = costs["unknown"]
         raise TrainError(f"the memory of {type(model).__name__} cannot be estimated ({why}); set batch_size yourself")

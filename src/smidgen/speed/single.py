@@ -20,7 +20,7 @@ from smidgen.errors import TrainError
 from smidgen.sites import find_blocks, find_sites
 from smidgen.speed.cut import irregular
 from smidgen.speed.listen import Batch, entering, resting, result_of
-from smidgen.speed.trial import allowed, gap
+from smidgen.speed.trial import check_logits
 
 _BROKEN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 
@@ -66,9 +66,7 @@ class FirstRow:
         except _BROKEN as error:
             said = next(iter(str(error).splitlines()), type(error).__name__)
             raise TrainError(f"{type(self.block).__name__} cannot be computed for one token ({said})") from error
-        off = gap(result[None], wanted[None]) if result.shape == wanted.shape else float("inf")
-        if not off <= allowed(wanted.dtype, wanted.device.type):
-            raise TrainError(f"{type(self.block).__name__}: logits from one row differ by {off:.2g} of their scale")
+        check_logits(result, wanted, f"{type(self.block).__name__}: logits from one row")
 
     @contextmanager
     def reading(self) -> Iterator[None]:

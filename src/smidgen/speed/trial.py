@@ -117,6 +117,13 @@ def batch_of(model: nn.Module, rows: Rows, collate: Collate, places: list[int]) 
     return {k: v.to(device) for k, v in collate([rows[i] for i in places]).items()}
 
 
+def check_logits(found: Tensor, wanted: Tensor, what: str) -> None:
+    """Raises TrainError, beginning with `what`, if logits differ by more than rounding."""
+    off = gap(found[None], wanted[None]) if found.shape == wanted.shape else float("inf")
+    if not off <= allowed(wanted.dtype, wanted.device.type):
+        raise TrainError(f"{what} differ by {off:.2g} of their scale")
+
+
 def few(model: nn.Module, rows: Rows, collate: Collate) -> Batch:
     """A batch of a few examples.
 
