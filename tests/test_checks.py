@@ -14,6 +14,7 @@ from smidgen.delta import Delta
 from smidgen.methods.ia3 import IA3
 from smidgen.methods.ln import LN
 from smidgen.methods.lora import LoRA
+from smidgen.methods.triadapt import TriAdaptLoRA
 from smidgen.recipe import Term, as_recipe
 from smidgen.testing import CHECKS, case, run_check
 
@@ -230,6 +231,32 @@ def forget_group(monkeypatch):
     monkeypatch.setattr(CHECKS_TRAINING, "optimizer", optimizer)
 
 
+@dataclass(frozen=True)
+class Jumping(TriAdaptLoRA, abstract=True):
+    def larger(self, p):
+        more = super().larger(p)
+        return {**more, "B": more["B"] + 0.01}
+
+
+@dataclass(frozen=True)
+class Barren(TriAdaptLoRA, abstract=True):
+    def larger(self, p):  # as in the published file: no gradient ever reaches what was added
+        return {k: torch.where(v == 0, v, v * 0) if k == "L" else v for k, v in super().larger(p).items()}
+
+    def core(self, p):
+        return super().core({**p, "L": p["L"] * (p["L"] != 0)})
+
+
+@dataclass(frozen=True)
+class Settled(TriAdaptLoRA, abstract=True):
+    def due(self, step, total):
+        return False
+
+
+def stay(monkeypatch):
+    monkeypatch.setattr("smidgen.events.follow", lambda optimizer, old, new: None)
+
+
 def nothing(monkeypatch):
     pass
 
@@ -260,6 +287,10 @@ BROKEN = [
     ("checkpointing_gives_equal_gradients", Fickle(rank=2), nothing),
     ("casting_is_refused", LN(), blind),
     ("optimiser_covers_every_tensor", LN(), forget_group),
+    ("grows_and_keeps_its_function", Jumping(rank=4), nothing),
+    ("grows_and_keeps_its_function", Barren(rank=4), nothing),
+    ("grows_and_keeps_its_function", Settled(rank=4), nothing),
+    ("grows_and_keeps_its_function", TriAdaptLoRA(rank=4), stay),
     ("docstring_is_true", Misdocumented(rank=2), nothing),
     ("docstring_is_true", Unsourced(rank=2), nothing),
 ]

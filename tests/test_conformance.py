@@ -18,6 +18,10 @@ SUMS = [
         "LN() | Select('random', keep=0.3)",
         "LoRA(rank=2, target='linear') + IA3() | Select('random', keep=0.5)",
         "(Full() | Select('magnitude', keep=200, scope='tensor')) + LoRA(rank=2)",
+        "MoS(rank=3, shards=2) + LN()",
+        "MoS(rank=2, equivalent=2, private=2, shards=1, target='query')",
+        "TriAdaptLoRA(rank=4) + LoFiT() + LN()",
+        "LN() + Compacter(width=8, blocks=2, site='attention', layers=1) + Compacter(width=4, rank=2)",
     )
 ]
 

@@ -131,6 +131,16 @@ def test_interrupted_in_a_step(call, task, tmp_path):
     h.same(train(task, tmp_path / "run", objective=Interrupted()), whole)
 
 
+@pytest.mark.parametrize("call", [4, 9, 14])
+def test_interrupted_where_tensors_grow(call, task, tmp_path):
+    grows = {"recipe": "TriAdaptLoRA(rank=4, growth=1) + LN()"}
+    whole = train(task, objective=Interrupted(), **grows)
+    assert any(len(t) > 1 for name, t in whole.tensors.items() if name.endswith(".A")), "nothing grew"
+    with pytest.raises(KeyboardInterrupt):
+        train(task, tmp_path / "run", objective=Interrupted([call]), **grows)
+    h.same(train(task, tmp_path / "run", objective=Interrupted(), **grows), whole)
+
+
 @pytest.mark.parametrize("validation", [1, 3])
 def test_interrupted_in_a_validation(validation, task, tmp_path, monkeypatch):
     whole = train(task)

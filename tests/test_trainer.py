@@ -142,6 +142,17 @@ def test_without_the_callback_saving_is_an_error(tmp_path):
         made.train()
 
 
+def test_methods_that_grow_do_so(tmp_path):
+    made = trainer(tmp_path, recipe="TriAdaptLoRA(rank=4, growth=1, orthogonality=0)", save_strategy="no")
+    made.train()
+    assert max(len(t) for n, t in trained_parameters(made.model).items() if n.endswith(".A")) > 1
+
+
+def test_a_penalty_that_trainer_leaves_out_is_refused(tmp_path):
+    with pytest.raises(TrainError, match=r"adds a penalty to the loss.*TrainerCallback\(penalised=True\)"):
+        trainer(tmp_path, recipe="TriAdaptLoRA(rank=4)").train()
+
+
 def test_without_anything_attached_the_callback_is_an_error(tmp_path):
     made = trainer(tmp_path, attach=False, optimizer=None)
     with pytest.raises(AttachError, match="nothing is attached"):

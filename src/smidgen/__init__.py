@@ -22,19 +22,24 @@ if TYPE_CHECKING:
     from smidgen.method import Method
     from smidgen.methods.adapter import Adapter
     from smidgen.methods.bitfit import BitFit
+    from smidgen.methods.compacter import Compacter
     from smidgen.methods.dora import DoRA
     from smidgen.methods.full import Full
     from smidgen.methods.head import Head
     from smidgen.methods.ia3 import IA3
     from smidgen.methods.ln import LN
+    from smidgen.methods.lofit import LoFiT
     from smidgen.methods.lora import LoRA
+    from smidgen.methods.mos import MoS
     from smidgen.methods.pissa import PiSSA
     from smidgen.methods.prefix import Prefix
     from smidgen.methods.prompt_tuning import PromptTuning
     from smidgen.methods.ssf import SSF
+    from smidgen.methods.triadapt import TriAdaptLoRA
     from smidgen.models import load
     from smidgen.objective import Objective, StayClose, TaskLoss
     from smidgen.optim import optimizer, parameter_groups
+    from smidgen.penalties import penalty
     from smidgen.plan import Plan
     from smidgen.predict import Prediction, predict
     from smidgen.recipe import Recipe, parse
@@ -58,6 +63,7 @@ _HOMES = {
     "data": ("Task",),
     "delta": ("Delta",),
     "errors": ("SmidgenError",),
+    "events": ("after_step",),
     "estimate": ("plan",),
     "evaluate": ("evaluate",),
     "merge": ("RoundingWarning", "merge"),
@@ -65,6 +71,7 @@ _HOMES = {
     "models": ("load",),
     "objective": ("Objective", "StayClose", "TaskLoss"),
     "optim": ("optimizer", "parameter_groups"),
+    "penalties": ("penalty",),
     "plan": ("Plan",),
     "predict": ("Prediction", "predict"),
     "recipe": ("Recipe", "parse"),

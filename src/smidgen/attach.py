@@ -20,7 +20,7 @@ from smidgen.place import drop_at, place
 from smidgen.plan import Plan, resolve
 from smidgen.ports import drop_tap
 from smidgen.recipe import Recipe, Term
-from smidgen.rows import START
+from smidgen.rows import INDICES, START
 from smidgen.selection.chosen import Selection
 from smidgen.selection.narrow import narrow
 from smidgen.selection.ready import choose_ready
@@ -79,7 +79,7 @@ def remove(model: nn.Module) -> None:
     """Take off what is attached without keeping it."""
     record = attachment(model)
     record.unplug(model)
-    for path in {path for path, _ in record.edits}:
+    for path in {row.site.path for row in record.plan.rows if row.added}:
         drop_at(model.get_submodule(path))
     for path in record.tapped:
         drop_tap(model.get_submodule(path))
@@ -156,3 +156,7 @@ def _fill(model: nn.Module, delta: Delta) -> None:
         for name, tensor in attachment(model).fixed(model):
             if name.endswith(START):
                 tensor.copy_(delta.tensors[name])
+        for row in attachment(model).plan.rows:
+            module: Any = model.get_submodule(row.site.path)
+            for symbol, _ in row.routes:
+                getattr(module.edits[row.key], symbol).copy_(delta.tensors[row.name(symbol) + INDICES])

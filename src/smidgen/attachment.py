@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,6 +42,7 @@ class Attachment:
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # name of a tensor -> its owners
     handles: list[Any] = field(default_factory=list)
     tapped: list[str] = field(default_factory=list)  # paths of modules that hold a tap
+    memory: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)  # of events, by index in the recipe
     active: bool = True
 
     def plug(self, model: nn.Module) -> None:
@@ -97,6 +98,8 @@ class Attachment:
                     yield row.name(term) + START, getattr(module.edits[row.key], term).detach()
             for symbol in row.kept:
                 yield row.name(symbol) + START, getattr(module.edits[row.key], f"{symbol}0")
+            for symbol, _ in row.routes:
+                yield row.name(symbol) + INDICES, getattr(module.edits[row.key], symbol).to(torch.int32)
 
     def low_modules(self) -> list[tuple[str, tuple[str, ...], bool]]:
         """Modules of a low-precision base that hold masters: path, terms, whether it is a norm."""

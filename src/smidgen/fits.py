@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -59,6 +60,7 @@ def fitted(model: nn.Module, delta: Trained, verify: bool = True) -> Plan:
     plan = resolve(model, delta.recipe, delta.pooling)
     if plan.pending:
         plan = narrow(plan, chosen_indices(plan, delta.tensors))
+    plan = _grown(plan, delta.tensors)
     shapes, found = plan.saved, {name: tuple(t.shape) for name, t in delta.tensors.items()}
     if set(shapes) != set(found):
         missing, extra = sorted(set(shapes) - set(found)), sorted(set(found) - set(shapes))
@@ -69,3 +71,15 @@ def fitted(model: nn.Module, delta: Trained, verify: bool = True) -> Plan:
         hint = "; load the model with smidgen.load(name, delta=delta)" if name in delta.head else ""
         raise DeltaError(f"{name} has shape {shapes[name]} in {plan.model} but {found[name]} in the delta{hint}")
     return plan
+
+
+def _grown(plan: Plan, tensors: Mapping[str, Tensor]) -> Plan:
+    """The plan with the shapes that events can have led to, where the tensors have such."""
+    rows = []
+    for row in plan.rows:
+        if row.added and row.method.overrides("event") and all(row.name(term) in tensors for term, _ in row.terms):
+            shapes = {term: tuple(tensors[row.name(term)].shape) for term, _ in row.terms}
+            if shapes != dict(row.terms) and row.method.grown(shapes, row.site):
+                row = replace(row, terms=tuple(shapes.items()), grown=True)
+        rows.append(row)
+    return replace(plan, rows=tuple(rows))

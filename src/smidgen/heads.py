@@ -63,7 +63,7 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
 
 def _outside(model: PreTrainedModel) -> tuple[str, ...]:
     prefix = model.base_model_prefix + "."
-    return tuple(n for n, _ in model.named_parameters() if not n.startswith(prefix) and ".edits." not in n)
+    return tuple(n for n, _ in model.named_parameters() if not n.startswith(prefix) and ".edits." not in f".{n}")
 
 
 def own_pooling(model: nn.Module) -> str | None:

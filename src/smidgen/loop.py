@@ -23,9 +23,11 @@ from smidgen.data import Task
 from smidgen.delta import Delta
 from smidgen.errors import DivergedError, TrainError
 from smidgen.evaluate import Scores, run, scores, tokenizer_of
+from smidgen.events import after_step, put
 from smidgen.feed import Feed
 from smidgen.objective import Objective
 from smidgen.optim import optimizer
+from smidgen.penalties import penalty
 from smidgen.pieces import give_back_memory, pieces
 from smidgen.progress import Bar
 from smidgen.recipe import Recipe
@@ -172,6 +174,8 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         numbers["step"] += 1
+        if after_step(self.model, self.optimizer, numbers["step"], self.total, self.settings.seed):
+            self.prepared = self.accelerator.prepare_model(self.model)
         self.bar.step(value, len(places) * self.world)
         if numbers["step"] % 10 == 0 or numbers["step"] == self.total:
             rate = round(self.bar.rate, 1)
@@ -184,7 +188,8 @@ class Loop:
         if self.objective.needs_reference:
             with disabled(self.model), torch.no_grad():
                 reference = self.model(**batch)
-        return self.objective(model(**batch), batch, reference)
+        loss, more = self.objective(model(**batch), batch, reference), penalty(self.model)
+        return loss if more is None else loss + more
 
     def _dry_run(self) -> None:
         """One forward and backward pass in eval mode: every trained tensor must be reached."""
@@ -231,9 +236,7 @@ class Loop:
     def _finish(self) -> Delta:
         if self.total > 1:
             check_moved(self.model, self.start, self.total)
-        with torch.no_grad():
-            for name, parameter in trained_parameters(self.model).items():
-                parameter.copy_(self.best[name])
+        put(self.model, self.best)
         said = outcome(self.task, self.settings, self.rows.max_length, self.state.numbers, self.selection)
         delta = replace(detach(self.model), labels=tuple(self.task.labels)).with_info(**said, steps=self.total)
         if self.folder.path is not None and self.main:

@@ -11,6 +11,9 @@ A method says what it does by the functions that it defines; the ports read them
 | `after_with(p, x, y, base, site)` | the same, for a method that reads the module's own weight | module |
 | `keys_values(p, site)` | keys and values that every query sees beside the text's own | attention |
 | `tokens(p, site)` | vectors among the embedded tokens of the text | input |
+| `shared(sites)` | tensors that all sites of one `group(site)` share, and `routes` to their parts | - |
+| `event(...)` | new tensors at the optimiser steps that are `due` | - |
+| `penalty(parts, sites)` | what is added to the loss | - |
 | `settle(p, site)` | what is saved of the trained tensors, for the method `settled()` | - |
 | `join(weights, methods, parts, site)` | a weighted sum of several results, as one of `joined(methods)` | - |
 | `merge(p, weight, bias, site)` | weight and bias that do the same without the method | - |
@@ -76,6 +79,21 @@ class Method(Term, abstract=True):
         """Fresh tensors for a site, symbol -> tensor, drawn from torch's global generator."""
         return {}
 
+    def group(self, site: Site) -> str:
+        """Which sites share the tensors of `shared`: those that give the same name (no dots in it)."""
+        return "all"
+
+    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """Fresh tensors that the sites of a group share, symbol -> tensor; `p` has them beside a site's own."""
+        return {}
+
+    def routes(self, site: Site, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """Whole numbers (n,), symbol -> tensor, which parts of what `sites` share this one uses: `p` has them too.
+
+        Drawn once from torch's global generator, saved, never trained.
+        """
+        return {}
+
     def from_base(self, p: Tensors, base: Tensors, site: Site) -> dict[str, Tensor]:
         """The tensors of `init` as they start at a site whose own tensors are `base`, for a method that looks at them.
 
@@ -105,6 +123,32 @@ class Method(Term, abstract=True):
     def tokens(self, p: Tensors, site: Site) -> Tensor:
         """Vectors (length, width_out) that stand among the embedded tokens of the input."""
         raise NotImplementedError
+
+    def due(self, step: int, total: int) -> bool:
+        """Whether `event` follows optimiser step `step` (from 1) of `total`."""
+        return False
+
+    def event(
+        self, step: int, total: int, sites: Sequence[Site], parts: Sequence[Tensors], memory: Tensors
+    ) -> tuple[Sequence[Tensors], Tensors]:
+        """What the tensors of its sites go on as, which may be larger, and what to remember until the next event.
+
+        Old values stay in the leading corner of a larger tensor: there the optimiser goes on with what it knows.
+        `memory` is empty at first. Random numbers come from torch's global generator, seeded by run and step.
+        """
+        raise NotImplementedError
+
+    def grown(self, shapes: Mapping[str, tuple[int, ...]], site: Site) -> bool:
+        """Whether events can have led from the shapes of `init` to these."""
+        return False
+
+    def penalty(self, parts: Sequence[Tensors], sites: Sequence[Site]) -> Tensor | None:
+        """A scalar that training adds to the loss, from the tensors of all sites; None for nothing."""
+        return None
+
+    def scout(self) -> Method | None:
+        """The method that Select("scout") trains first; the squares of its tensors are the scores of these."""
+        return None
 
     def settled(self) -> Method:
         """The method that what is saved belongs to: another one if some tensors are dropped on saving."""
@@ -159,6 +203,11 @@ def check_targets(method: str, field: str, names: Sequence[str], sites: Sequence
             )
 
 
+def as_names(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    """One name or several, as several."""
+    return (value,) if isinstance(value, str) else value
+
+
 def targeted(site: Site, target: Sequence[str]) -> bool:
     """Whether a linear site has one of the roles, or lies at a module path ending in one of the names."""
     if site.kind != "linear":
@@ -188,8 +237,7 @@ def at_least(method: str, field: str, value: Any, least: float, kind: type = int
     """Raise RecipeError unless `value` is a number of the kind and not below `least`."""
     good = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     if not good or value < least:
-        name = "whole number" if kind is int else "number"
-        raise RecipeError(f"{method}: {field}={value!r} must be a {name} of at least {least}")
+        raise RecipeError(f"{method}: {field}={value!r} must be a {'whole ' * (kind is int)}number of at least {least}")
 
 
 def layers_field(method: str, value: Layers) -> None:

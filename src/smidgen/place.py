@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from smidgen.attachment import Attachment, Swap, check_masters
@@ -15,9 +16,10 @@ from smidgen.fingerprint import base_dtype
 from smidgen.heads import place_pooling
 from smidgen.inputs import add_tokens, check_tokens
 from smidgen.plan import Plan
-from smidgen.ports import Edit, add_edit, add_tap, check_editable, drop_edits
-from smidgen.rows import Row
-from smidgen.start import initial
+from smidgen.pools import pool_key
+from smidgen.ports import Edit, add_edit, add_pool, add_tap, check_editable, check_pool, drop_edits
+from smidgen.rows import SHARED, Row
+from smidgen.start import initial, routes
 from smidgen.sublayers import SUBLAYERS
 from smidgen.subsets import Part, add_part, check_free
 
@@ -42,7 +44,7 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
     added = [row for row in plan.rows if row.added]
     for row in added:
         check_at(model, row)
-    tensors = [initial(row, seed, model if compute else None) for row in added]
+    tensors = [_fresh(row, seed, model if compute else None) for row in added]
     partial = {row.name(t): s.indices for row in plan.rows if not row.added for t, s in row.subsets.items()}
     parts = {name: tuple(owners[id(parameters[name])]) for name in partial}
     for owner in (owner for found in parts.values() for owner in found):
@@ -51,7 +53,7 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     for row, fresh in zip(added, tensors, strict=True):
-        _place_edit(model, row, fresh, record)
+        _place_edit(model, row, fresh, record, seed)
     for name, index in partial.items():
         _place_part(model, name, index, parameters[name], record)
     for path, terms, norm in record.low_modules():
@@ -68,7 +70,9 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
 def check_at(model: nn.Module, row: Row) -> None:
     """Raises AttachError, before anything is touched, if a row's module cannot carry its edit."""
     module = model.get_submodule(row.site.path)
-    if row.site.heads:
+    if row.site.kind == SHARED:
+        check_pool(module, row.sites, row.method)
+    elif row.site.heads:
         check_attention(module, row.site)
     elif row.site.kind == "input":
         check_tokens(model, row.site, row.method)
@@ -84,12 +88,23 @@ def drop_at(module: nn.Module) -> None:
         drop_edits(module)
 
 
-def _place_edit(model: nn.Module, row: Row, fresh: Mapping[str, Tensor], record: Attachment) -> None:
+def _fresh(row: Row, seed: int, model: nn.Module | None) -> dict[str, Tensor]:
+    if row.grown:  # to be filled in
+        return {term: torch.zeros(shape) for term, shape in row.terms}
+    return initial(row, seed, model)
+
+
+def _place_edit(model: nn.Module, row: Row, fresh: Mapping[str, Tensor], record: Attachment, seed: int) -> None:
     module = model.get_submodule(row.site.path)
     device = next(module.parameters()).device
     fresh = {k: v.to(device=device, dtype=master_dtype(record.dtype)) for k, v in fresh.items()}
     edit = Edit(row.method, row.site, fresh, {term: subset.indices for term, subset in row.subsets.items()})
-    if row.site.heads:
+    if pool := pool_key(row):
+        owner: Any = model
+        edit.share(owner.edits[pool], {k: v.to(device) for k, v in routes(row, seed).items()})
+    if row.site.kind == SHARED:
+        add_pool(model, row.key, edit)
+    elif row.site.heads:
         add_keys(module, row.key, edit)
     elif row.site.kind == "input":
         record.handles += add_tokens(model, row.key, edit)
@@ -98,7 +113,8 @@ def _place_edit(model: nn.Module, row: Row, fresh: Mapping[str, Tensor], record:
     if row.site.kind in SUBLAYERS and (handle := add_tap(model.get_submodule(row.site.entry), module)):
         record.handles.append(handle)
         record.tapped += [row.site.entry, row.site.path]
-    record.edits.append((row.site.path, row.key))
+    if row.site.kind != SHARED:
+        record.edits.append((row.site.path, row.key))
     record.added.update((name, edit.leaf(term)) for term, name, _ in row.trained())
 
 

@@ -14,8 +14,9 @@ from smidgen.errors import PlanError
 from smidgen.heads import check_pooling, head_names, own_pooling, unused_under
 from smidgen.inputs import find_input
 from smidgen.method import Method
+from smidgen.pools import with_pools
 from smidgen.recipe import Recipe, Term, as_recipe
-from smidgen.rows import Row, Shape, safetensors_size
+from smidgen.rows import SHARED, Row, Shape, safetensors_size
 from smidgen.sites import Site, find_sites, roles_found, shares_layers
 from smidgen.sublayers import SUBLAYERS, find_heads, find_sublayers, no_interface
 
@@ -74,9 +75,10 @@ class Plan:
         """The lowest edited place: nothing below it needs a gradient."""
         if not self.rows:
             return "head"
-        if any(row.site.layer is None and "final" not in row.site.roles for row in self.rows):
+        placed = [row.site for row in self.rows if row.site.kind != SHARED]
+        if any(site.layer is None and "final" not in site.roles for site in placed):
             return "embeddings"
-        layers = [(row.site.stack, row.site.layer) for row in self.rows if row.site.layer is not None]
+        layers = [(site.stack, site.layer) for site in placed if site.layer is not None]
         if not layers:
             return "final norm"
         lowest: dict[str, int] = {}
@@ -133,11 +135,13 @@ def resolve(model: nn.Module, recipe: str | Term | Recipe, pooling: str | None =
             raise PlanError(f"{method} is not a method")
         if recipe.narrows(index) and method.settled() != method:
             raise PlanError(f"{method} saves {method.settled()}, so no part of it can be kept; leave out the Select")
+        if recipe.narrows(index) and method.overrides("event"):
+            raise PlanError(f"{method} grows while it trains, so no part of it can be kept; leave out the Select")
         method.check(sites)
         found = list(_rows(index, method, sites, parameters, closed))
         if not found and _wants_sites(method):
             raise PlanError(_no_match(method, model, sites))
-        rows += found
+        rows += with_pools(found) if method.overrides("shared") else found
     _refuse_twice(rows, parameters)
     _refuse_unfoldable(rows)
     outside = {id(parameters[name]) for name in head_names(model)}

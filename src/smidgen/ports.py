@@ -8,7 +8,7 @@ stands at the module that the sublayer is left by; a tap brings it what entered.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ from smidgen.subsets import Part
 class Edit(nn.Module):
     """The tensors that one method adds at one site, named by the paper's symbols.
 
-    A tensor of which a selection left some values is a buffer with its start and a `Part` with the values.
+    A tensor of which a selection left some values is a buffer with its start and a `Part` with the values. What sites
+    share belongs to an edit of its own, `pool`, which stands at the model and is called by nobody.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Edit(nn.Module):
         self.method, self.site, self.enabled = method, site, True
         self.reads_base = method.overrides("after_with")
         self.symbols, self.subsets = (*tensors, *(f"{s}0" for s in method.keeps)), nn.ModuleDict()
+        self.pool: tuple[Edit, ...] = ()  # in a tuple, so that the pool is not registered here as well
         for symbol in method.keeps:
             self.register_buffer(f"{symbol}0", tensors[symbol].clone())
         for symbol, tensor in tensors.items():
@@ -46,11 +48,18 @@ class Edit(nn.Module):
             if len(chosen[symbol]):
                 self.subsets[symbol] = Part(tensor, chosen[symbol], tensor.dtype)
 
+    def share(self, pool: Edit, routes: Mapping[str, Tensor]) -> None:
+        """Use the tensors of a pool, by routes: symbol -> (n,) int64."""
+        self.pool, self.symbols = (pool,), (*self.symbols, *routes)
+        for symbol, index in routes.items():
+            self.register_buffer(symbol, index)
+
     def tensors(self) -> dict[str, Tensor]:
         """Symbol -> whole tensor."""
         parts: Mapping[str, Any] = self.subsets._modules
         found = {symbol: getattr(self, symbol) for symbol in self.symbols}
-        return {k: parts[k].whole(v) if k in parts else v for k, v in found.items()}
+        whole = {k: parts[k].whole(v) if k in parts else v for k, v in found.items()}
+        return whole | self.pool[0].tensors() if self.pool else whole
 
     def leaf(self, symbol: str) -> nn.Parameter:
         """What is trained of a tensor: all of it, or the chosen values."""
@@ -177,6 +186,13 @@ def _entered(module: Any) -> Tensor | None:
     return value
 
 
+def check_pool(model: Any, sites: Sequence[Site], method: Method) -> None:
+    """Raises AttachError, before anything is touched, if a model cannot own what these sites share."""
+    if hasattr(model, "edits") or not all(site.path for site in sites):
+        name = type(model).__name__
+        raise AttachError(f"{method} shares tensors, but {name} cannot own them: it has edits of its own")
+
+
 def check_editable(module: Any, site: Site, method: Method) -> None:
     """Raises AttachError, before anything is touched, if a module cannot carry edits of a method."""
     if site.entry and method.overrides("before"):
@@ -196,6 +212,15 @@ def add_edit(module: Any, key: str, edit: Edit) -> None:
         module._edit_handles.append(module.register_forward_pre_hook(run_before))
     edit.train(module.training)
     module.edits[key] = edit
+
+
+def add_pool(model: Any, key: str, pool: Edit) -> None:
+    """Put what sites share on the model itself, where no hook reads it."""
+    if not isinstance(getattr(model, "edits", None), Edits):
+        model.add_module("edits", Edits())
+        model._edit_handles = []
+    pool.train(model.training)
+    model.edits[key] = pool
 
 
 def add_tap(entry: Any, module: Any) -> RemovableHandle | None:

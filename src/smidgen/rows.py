@@ -14,6 +14,7 @@ from smidgen.method import Method
 from smidgen.sites import Site
 
 Shape = tuple[int, ...]
+SHARED = "shared"  # kind of the site, above all others, that owns what they share
 INDICES, START, PACKED = ".indices", ".start", "indices"
 
 
@@ -43,10 +44,15 @@ class Row:
     added: bool
     subsets: Mapping[str, Subset] = field(default_factory=dict, compare=False)
     settled: tuple[tuple[str, Shape], ...] = ()  # what is saved where that is not what is trained
+    sites: tuple[Site, ...] = ()  # all that share tensors, for the one that owns these and for each that uses them
+    routes: tuple[tuple[str, Shape], ...] = ()
+    grown: bool = False  # whether the shapes are those after events
 
     @property
     def key(self) -> str:
         """Name of the edit on its module: the index in the recipe, with the role for a slice."""
+        if self.site.kind == SHARED:
+            return f"{self.index}-{self.method.group(self.sites[0])}"
         if self.site.rows is None:
             return str(self.index)
         return f"{self.index}-{self.site.name[len(self.site.path) + 1 : -1]}"
@@ -82,6 +88,7 @@ class Row:
             if subset.start and term not in self.kept:
                 yield self.name(term) + START, subset.shape
         yield from ((self.name(term) + START, shape) for term, shape in self.terms if term in self.kept)
+        yield from ((self.name(term) + INDICES, shape) for term, shape in self.routes)
 
     @property
     def kept(self) -> tuple[str, ...]:

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from smidgen.attach import attached
-from smidgen.attachment import is_attached
+from smidgen.attachment import attachment, is_attached
 from smidgen.data import Task
 from smidgen.delta import Delta
-from smidgen.errors import AttachError, DataError, RecipeError
+from smidgen.errors import AttachError, DataError, PlanError, RecipeError
 from smidgen.evaluate import tokenizer_of
 from smidgen.fingerprint import Fingerprint, verify
+from smidgen.method import Method
 from smidgen.objective import Objective
 from smidgen.plan import Plan, resolve
 from smidgen.recipe import Narrowing, Recipe, Term, as_recipe
@@ -26,7 +27,7 @@ from smidgen.scores.sample import Sample
 from smidgen.selection.budget import choose, rows_of
 from smidgen.selection.chosen import Selection, chosen_indices, narrowed_shapes
 from smidgen.selection.ready import READY, starts
-from smidgen.selection.term import Select
+from smidgen.selection.term import SCOUT, Select
 
 Scores = Mapping[str, Tensor]
 
@@ -139,22 +140,52 @@ def _score(model: nn.Module, plan: Plan, span: Narrowing, means: Means) -> dict[
         raise DataError(f"{by} needs data to choose by: give task=; 'magnitude' and 'random' need none")
     check_still(model)
     tokenizer = means.tokenizer or tokenizer_of(model)
+    means = replace(means, tokenizer=tokenizer)
+    if by.score == SCOUT:
+        return _scouted(model, plan, span, by, means)
     with attached(model, plan.recipe.whole, pooling=plan.pooling, seed=means.seed):
-        found = _from_data(model, by, replace(means, tokenizer=tokenizer))
+        found = _from_data(model, by, means)
         names = {row.name(term) for row in rows_of(plan, span) for term, _ in row.terms}
         return {name: found[name].detach().cpu() for name in names}
+
+
+def _scouted(model: nn.Module, plan: Plan, span: Narrowing, by: Select, means: Means) -> dict[str, Tensor]:
+    """Scores of one method's values by how far those of its scout move in the same places."""
+    terms = list(plan.recipe.whole)
+    for index in range(span.start, span.stop):
+        method = terms[index]
+        scout = method.scout() if isinstance(method, Method) else None
+        if scout is None:
+            raise PlanError(f"Select('scout'): {method} has no method that looks for it; use 'fisher' or 'change'")
+        terms[index] = scout
+    with attached(model, Recipe(tuple(terms)), pooling=plan.pooling, seed=means.seed):
+        change, _ = _course(model, by, means)
+        scouts = {(row.index, row.site.name): row for row in attachment(model).plan.rows}
+    found = {}
+    for row in rows_of(plan, span):
+        other = scouts[row.index, row.site.name]
+        for (term, _), (symbol, _) in zip(row.terms, other.terms, strict=True):
+            found[row.name(term)] = change[other.name(symbol)].detach().cpu().square()
+    return found
+
+
+def _course(model: nn.Module, by: Select, means: Means) -> tuple[Scores, Scores]:
+    """|change| and movement of what is attached over a warm-up."""
+    assert means.task is not None
+    assert means.tokenizer is not None
+    sizes: dict[str, Any] = {"batch_size": means.batch_size, "max_length": means.max_length}
+    course = Course(by.warmup, by.seed, lr=means.lr, head_lr=means.head_lr, objective=means.objective, **sizes)
+    return take(model, means.task, course, means.tokenizer)
 
 
 def _from_data(model: nn.Module, by: Select, means: Means) -> Scores:
     """Scores of what is attached; a warm-up leaves its mark on the masters, which are dropped afterwards."""
     assert means.task is not None
     assert means.tokenizer is not None
-    sizes: dict[str, Any] = {"batch_size": means.batch_size, "max_length": means.max_length}
     change: Scores = {}
     movement: Scores = {}
     if by.warmup:
-        course = Course(by.warmup, by.seed, lr=means.lr, head_lr=means.head_lr, objective=means.objective, **sizes)
-        change, movement = take(model, means.task, course, means.tokenizer)
+        change, movement = _course(model, by, means)
     if by.score in ("change", "movement"):
         return change if by.score == "change" else movement
     sample = Sample.of_task(means.task, means.tokenizer, "train", by.examples, by.seed, means.max_length)

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from smidgen.fold import seen_from, stored
-from smidgen.rows import Row
+from smidgen.rows import SHARED, Row
+
+
+@contextmanager
+def seeded(*name: object) -> Iterator[None]:
+    """torch's global generator, inside, is a function of the name; afterwards it is as it was."""
+    digest = hashlib.sha256("/".join(map(str, name)).encode()).digest()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        yield
 
 
 def initial(row: Row, seed: int, model: nn.Module | None = None) -> dict[str, Tensor]:
@@ -17,13 +28,17 @@ def initial(row: Row, seed: int, model: nn.Module | None = None) -> dict[str, Te
     Args:
         model: with nothing attached, for methods that start from the base; None where only shapes matter.
     """
-    name = f"{seed}/{row.site.path}/{row.key}"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1)
-        fresh = row.method.init(row.site)
-        if model is None or not row.method.overrides("from_base"):
+    with seeded(seed, row.site.path, row.key):
+        fresh = row.method.shared(row.sites) if row.site.kind == SHARED else row.method.init(row.site)
+        if model is None or row.site.kind == SHARED or not row.method.overrides("from_base"):
             return fresh
         base = seen_from(row.site, *stored(model.get_submodule(row.site.path)))
         fresh = {k: v.to(base["weight"]) for k, v in fresh.items()}
         started = row.method.from_base(fresh, base, row.site)
         return {k: v.contiguous() for k, v in started.items()}  # another layout would round differently
+
+
+def routes(row: Row, seed: int) -> dict[str, Tensor]:
+    """Which parts of what its sites share a row uses, symbol -> (n,) int64."""
+    with seeded(seed, row.site.path, row.key, "routes"):
+        return {symbol: index.long() for symbol, index in row.method.routes(row.site, row.sites).items()}

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from smidgen.attach import remove
-from smidgen.attachment import is_attached, trained_parameters
+from smidgen.attachment import attachment, is_attached, trained_parameters
+from smidgen.events import put
 
 
 def pack(
@@ -19,6 +20,8 @@ def pack(
     """All of it as flat tensors. Every process has to call this: each adds the state of its own generator."""
     tensors: dict[str, Tensor] = {f"trained/{n}": p.detach() for n, p in trained_parameters(model).items()}
     tensors |= {f"best/{n}": t for n, t in best.items()} | pack_optimizer(optimizer)
+    for index, memory in attachment(model).memory.items():
+        tensors |= {f"memory/{index}/{key}": value for key, value in memory.items()}
     device = accelerator.device
     tensors["rng/cpu"] = accelerator.gather(torch.get_rng_state()[None].to(device))
     if device.type == "cuda":
@@ -30,9 +33,12 @@ def unpack(
     tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
 ) -> dict[str, Tensor]:
     """Put a packed state back; returns the best values."""
-    with torch.no_grad():
-        for name, parameter in trained_parameters(model).items():
-            parameter.copy_(tensors[f"trained/{name}"])
+    put(model, {name: tensors[f"trained/{name}"] for name in trained_parameters(model)}, optimizer)
+    for name, value in tensors.items():
+        if name.startswith("memory/"):
+            _, index, key = name.split("/", 2)
+            memory = attachment(model).memory
+            memory[int(index)] = {**memory.get(int(index), {}), key: value}
     unpack_optimizer(optimizer, tensors)
     rank = accelerator.process_index
     torch.set_rng_state(tensors["rng/cpu"][rank])

@@ -6,18 +6,28 @@ around it differ (BERT's hold the norm, BLOOM's the residual connection).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from inspect import unwrap
 from typing import Any
 
 from torch import nn
 
+from smidgen.errors import PlanError
 from smidgen.layouts import Layout, is_norm, matching, widths, within
 from smidgen.sites import Site, find_blocks
 
 HEAD_DIMS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 SUBLAYERS = ("attention", "cross_attention", "feed_forward")
+
+
+def check_sublayers(method: str, names: Sequence[str], sites: Sequence[Site]) -> None:
+    """Raise PlanError unless the model has each of these sublayers."""
+    known = list(dict.fromkeys(site.kind for site in sites if site.kind in SUBLAYERS))
+    missing = next((name for name in names if name not in known), None)
+    if missing:
+        has = ", ".join(known) or "none"
+        raise PlanError(f"{method}: site names {missing!r}, which is not found in this model; it has {has}")
 
 
 def find_sublayers(model: nn.Module) -> list[Site]:

@@ -14,7 +14,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from smidgen.attachment import attachment, trained_parameters
 from smidgen.delta import Delta
+from smidgen.errors import TrainError
+from smidgen.events import after_step
 from smidgen.files import write_files
+from smidgen.penalties import penalty
 from smidgen.place import refuse_save
 from smidgen.watch import check_gradients, check_moved, snapshot
 
@@ -26,12 +29,18 @@ class TrainerCallback(Base):
 
     A checkpoint holds a delta (`checkpoint-N/delta.safetensors`, ...) and the trained tensors under their names in
     the model as `model.safetensors`, from which Trainer itself resumes and reloads its best. The rest of the base is
-    not written again.
+    not written again. Methods that grow do so; Trainer cannot resume them, because it loads tensors of other shapes.
+
+    Args:
+        penalised: that your `compute_loss` adds `smidgen.penalty(model)`, for methods that have a penalty.
 
     Raises (while training):
-        TrainError: a trained tensor gets no gradient, or stands still after five steps.
+        TrainError: a trained tensor gets no gradient, or stands still after five steps; a penalty that is not added.
         AttachError: nothing is attached to the model.
     """
+
+    def __init__(self, penalised: bool = False) -> None:
+        self.penalised = penalised
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -39,6 +48,11 @@ class TrainerCallback(Base):
         """Remember where the tensors stand; let Trainer save."""
         model: nn.Module = kwargs["model"]
         attachment(model)
+        if not self.penalised and penalty(model) is not None:
+            raise TrainError(
+                f"{attachment(model).plan.recipe} adds a penalty to the loss, which Trainer does not: use smidgen.fit, "
+                "or add smidgen.penalty(model) in compute_loss and say TrainerCallback(penalised=True)"
+            )
         self.begin, self.first = snapshot(model), state.global_step
         model.__dict__["save_pretrained"] = functools.partial(save_trained, model)
 
@@ -50,7 +64,8 @@ class TrainerCallback(Base):
             check_gradients(kwargs["model"], finite=not args.fp16)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """After a few steps, or at the end of a shorter run: every trained tensor has moved."""
+        """Events; after a few steps, or at the end of a shorter run: every trained tensor has moved."""
+        after_step(kwargs["model"], kwargs["optimizer"], state.global_step, state.max_steps, args.seed)
         steps = state.global_step - self.first
         if steps > 1 and steps == min(WATCH, state.max_steps - self.first):
             check_moved(kwargs["model"], self.begin, steps)

@@ -14,7 +14,7 @@ from smidgen.delta import TENSORS, Delta
 from smidgen.method import Method
 from smidgen.plan import resolve
 from smidgen.recipe import Recipe, parse
-from smidgen.rows import Row
+from smidgen.rows import SHARED, Row
 from smidgen.selection.narrow import settle
 
 
@@ -77,6 +77,8 @@ def _check_shapes(row: Row) -> None:
     fields = {name: getattr(method, name) for name in method.__dataclass_fields__}
     names = {**fields, "width_in": row.site.width_in, "width_out": row.site.width_out}
     names |= {"heads": row.site.heads, "head_dim": row.site.head_dim}
+    if row.site.kind == SHARED:  # (its sites are alike)
+        names |= {"width_in": row.sites[0].width_in, "width_out": row.sites[0].width_out, "sites": len(row.sites)}
     for symbol, shape in row.terms:
         line = re.search(rf"^\s+{symbol}: (.*)$", method.__doc__ or "", re.MULTILINE)
         assert line, f"{type(method).__name__} does not give the shape of {symbol}"
@@ -85,5 +87,13 @@ def _check_shapes(row: Row) -> None:
 
 
 def _numbers(text: str, names: dict[str, int]) -> tuple[int, ...]:
-    words = [word.split("*") for word in text.split(",") if word.strip()]
-    return tuple(prod(int(w) if w.strip().isdigit() else names.get(w.strip(), -1) for w in word) for word in words)
+    """(rank*2, width_in/blocks) as numbers; -1 for a name that is none."""
+
+    def number(word: str) -> int:
+        return int(word) if word.strip().isdigit() else names.get(word.strip(), -1)
+
+    found = []
+    for word in filter(str.strip, text.split(",")):
+        over, *under = word.split("/")
+        found.append(prod(map(number, over.split("*"))) // prod(map(number, under)))
+    return tuple(found)

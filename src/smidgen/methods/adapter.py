@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,18 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smidgen.errors import PlanError, RecipeError
+from smidgen.errors import RecipeError
 from smidgen.method import Layers, Method, Tensors, at_least, in_layers, layers_field, one_of
 from smidgen.sites import Site
-from smidgen.sublayers import SUBLAYERS
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "identity": torch.nn.Identity(),
-}
+from smidgen.sublayers import SUBLAYERS, check_sublayers
+from smidgen.tensors import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -80,11 +73,7 @@ class Adapter(Method):
         return (self.site,) if isinstance(self.site, str) else self.site
 
     def check(self, sites: Sequence[Site]) -> None:
-        known = list(dict.fromkeys(site.kind for site in sites if site.kind in SUBLAYERS))
-        missing = next((name for name in self._sites() if name not in known), None)
-        if missing:
-            has = ", ".join(known) or "none"
-            raise PlanError(f"Adapter: site names {missing!r}, which is not found in this model; it has {has}")
+        check_sublayers("Adapter", self._sites(), sites)
 
     def acts(self, site: Site) -> bool:
         return site.kind in self._sites() and in_layers(site, self.layers)

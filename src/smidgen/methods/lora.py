@@ -12,7 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smidgen.errors import RecipeError
-from smidgen.method import Layers, Method, Tensors, at_least, check_targets, in_layers, layers_field, one_of, targeted
+from smidgen.method import (
+    Layers,
+    Method,
+    Tensors,
+    as_names,
+    at_least,
+    check_targets,
+    in_layers,
+    layers_field,
+    one_of,
+    targeted,
+)
 from smidgen.sites import Site
 
 
@@ -76,14 +87,14 @@ class LoRA(Method):
         return self.lr_ratio if term == "B" else 1.0
 
     def check(self, sites: Sequence[Site]) -> None:
-        check_targets("LoRA", "target", _names(self.target), sites)
-        check_targets("LoRA", "exclude", _names(self.exclude), sites)
+        check_targets("LoRA", "target", as_names(self.target), sites)
+        check_targets("LoRA", "exclude", as_names(self.exclude), sites)
 
     def input_dropout(self) -> float:
         return self.dropout
 
     def acts(self, site: Site) -> bool:
-        wanted = targeted(site, _names(self.target)) and not targeted(site, _names(self.exclude))
+        wanted = targeted(site, as_names(self.target)) and not targeted(site, as_names(self.exclude))
         return wanted and in_layers(site, self.layers)
 
     def init(self, site: Site) -> dict[str, Tensor]:
@@ -115,7 +126,3 @@ class LoRA(Method):
 
     def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
         return weight + self.scale * (p["B"] @ p["A"]), bias
-
-
-def _names(value: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else value

@@ -17,6 +17,7 @@ from smidgen.data import Task
 from smidgen.errors import TrainError
 from smidgen.objective import Objective, TaskLoss
 from smidgen.optim import optimizer
+from smidgen.penalties import penalty
 from smidgen.prefix import frozen_prefix
 
 
@@ -98,7 +99,8 @@ def _loss(model: nn.Module, batch: dict[str, Tensor], objective: Objective) -> T
     if objective.needs_reference:
         with disabled(model), torch.no_grad():
             reference = model(**batch)
-    return objective(model(**batch), batch, reference)
+    loss, more = objective(model(**batch), batch, reference), penalty(model)
+    return loss if more is None else loss + more
 
 
 def _batches(task: Task, course: Course, tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from smidgen.attachment import attachment
 from smidgen.layouts import kind_of
 from smidgen.ports import Edit
+from smidgen.rows import SHARED
 from smidgen.scores.rules import RULES, Call, Rule, Tensors, general
 
 
@@ -43,16 +44,18 @@ def tensors_of(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def find_targets(model: nn.Module) -> tuple[list[Target], list[str]]:
-    """The targets, and the names of tensors that no rule serves: tied between modules of different kinds."""
+    """The targets, and the names of tensors that no rule serves: shared by sites, or tied between modules of
+    different kinds."""
     owners = _owners(model)
     groups: dict[tuple[int, ...], list[tuple[str, str, nn.Parameter]]] = {}
     modules: dict[tuple[int, ...], tuple[nn.Module, ...]] = {}
     rest: list[str] = []
     for name, tensor in tensors_of(model).items():
         found = owners.get(id(tensor), [])
+        shared = any(isinstance(module, Edit) and module.site.kind == SHARED for module, _ in found)
         rules = {_rule(module) for module, _ in found}
         terms = {term for _, term in found}
-        if len(rules) != 1 or len(terms) != 1:
+        if shared or len(rules) != 1 or len(terms) != 1:
             rest.append(name)
             continue
         key = tuple(id(module) for module, _ in found)

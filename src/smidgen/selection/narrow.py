@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from smidgen.errors import DeltaError
 from smidgen.plan import Plan
-from smidgen.rows import Row, Subset
+from smidgen.rows import SHARED, Row, Subset
 from smidgen.selection.chosen import narrowed_shapes
 from smidgen.selection.ready import choose_ready, needs_data
 from smidgen.start import initial
@@ -46,12 +46,12 @@ def settle(model: nn.Module, plan: Plan, seed: int = 0) -> Plan:
 
 def _narrowed(row: Row, indices: Mapping[str, Tensor]) -> Iterator[Row]:
     chosen = {term: _checked(indices[row.name(term)], row.name(term), prod(shape)) for term, shape in row.terms}
-    if not any(len(index) for index in chosen.values()):
-        return
+    if not row.sites and not any(len(index) for index in chosen.values()):
+        return  # (sites that share tensors need each other)
     kept = tuple((t, s) for t, s in row.terms if row.added or len(chosen[t]))
     partial = [(t, s) for t, s in kept if len(chosen[t]) < prod(s)]
     fresh = initial(row, 0) if row.added and partial else {}
-    drawn = row.method.overrides("from_base")
+    drawn = row.method.overrides("from_base") and row.site.kind != SHARED
     subsets = {t: Subset(chosen[t], s, t in fresh and (drawn or not _constant(fresh[t]))) for t, s in partial}
     yield replace(row, terms=kept, subsets=subsets)
 

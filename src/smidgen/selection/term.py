@@ -8,8 +8,9 @@ from smidgen.errors import RecipeError
 from smidgen.method import at_least, one_of
 from smidgen.recipe import Filter
 
-SCORES = ("fisher", "gradient", "change", "movement", "magnitude", "random")
-TRAINED = ("change", "movement")  # a course of training is what they measure
+SCORES = ("fisher", "gradient", "change", "movement", "scout", "magnitude", "random")
+SCOUT = "scout"
+TRAINED = ("change", "movement", "scout")  # a course of training is what they measure
 READY = ("magnitude", "random")  # of the start alone: no data
 GRANULARITIES = ("element", "tensor", "layer", "head")
 SCOPES = {"global": GRANULARITIES, "term": ("element", "tensor"), "tensor": ("element",)}
@@ -28,6 +29,7 @@ class Select(Filter):
         gradient:   |mean over examples of d log p / d theta|
         change:     |theta_w - theta_0| after w = `warmup` training steps
         movement:   sum over w = `warmup` training steps of -theta * d loss / d theta
+        scout:      (phi_w - phi_0)^2 of the tensors phi of another method, trained in the same places (LoFiT's gains)
         magnitude:  |theta_0|
         random:     uniform, by `seed`
 

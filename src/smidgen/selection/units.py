@@ -62,7 +62,8 @@ def layer_key(site: Site) -> str:
 
 
 def _heads(model: nn.Module, found: Sequence[Candidate]) -> tuple[Tensor, int]:
-    count = head_count(model)
+    out = all("attention_out" in c.row.site.roles for c in found)
+    count = head_count(model, OWN if out else GROUPED)
     slices = [site for site in find_sites(model) if site.rows is not None]
     numbers: dict[str, int] = {}
     parts = []
@@ -82,11 +83,14 @@ def _heads(model: nn.Module, found: Sequence[Candidate]) -> tuple[Tensor, int]:
     return torch.cat(parts), len(numbers) * count
 
 
-def head_count(model: nn.Module) -> int:
-    """Heads of a layer's attention; with grouped queries, the key / value heads, each with its group of queries."""
+OWN, GROUPED = ("num_attention_heads",), ("num_key_value_heads", "num_attention_heads")
+
+
+def head_count(model: nn.Module, fields: Sequence[str] = GROUPED) -> int:
+    """Heads of a layer's attention; of grouped queries the key / value heads, each with its group, unless `OWN`."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if config is not None else None
-    for name in ("num_key_value_heads", "num_attention_heads"):
+    for name in fields:
         value = getattr(text, name, None)
         if isinstance(value, int) and value > 0:
             return value
@@ -103,6 +107,8 @@ def _runs(c: Candidate, slices: Sequence[Site]) -> list[tuple[int, int, int]]:
     if site.roles & {"query", "key", "value"}:
         dim = len(shape) - 1 if site.transposed and not c.row.added else 0
         return [(dim, 0, shape[dim])] if shape[dim] == site.width_out else []
+    if "attention_out" in site.roles and c.row.added and shape == (site.width_in,):
+        return [(0, 0, site.width_in)] if c.row.method.overrides("before") else []
     if "attention_out" in site.roles and len(shape) == 2:
         dim = 0 if site.transposed and not c.row.added else 1
         return [(dim, 0, shape[dim])] if shape[dim] == site.width_in else []

@@ -1,0 +1,36 @@
+"""Mathematics that several methods share: pure functions, shapes stated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "identity": torch.nn.Identity(),
+}
+
+
+def kronecker_sum(left: Tensor, right: Tensor) -> Tensor:
+    """sum_i left_i x right_i, x the Kronecker product.
+
+    left: (n, a, b), right: (n, c, d); returns (a*c, b*d), with left's indices the outer ones.
+    """
+    _, a, b = left.shape
+    return torch.einsum("nab,ncd->acbd", left, right).reshape(a * right.shape[1], b * right.shape[2])
+
+
+def glorot(*shape: int, gain: float = 1.0) -> Tensor:
+    """Uniform in +-gain * sqrt(6 / (rows + columns)), for stacked matrices (..., rows, columns).
+
+    Glorot and Bengio 2010, Understanding the difficulty of training deep feedforward neural networks, equation 16.
+    """
+    bound = gain * math.sqrt(6 / (shape[-2] + shape[-1]))
+    return torch.empty(*shape).uniform_(-bound, bound)
