@@ -32,12 +32,13 @@ _KNOWN = {
     "LN_TUNING": _PLACES,
     "IA3": _PLACES | {"feedforward_modules", "fan_in_fan_out", "init_ia3_weights"},
     "LORA": _PLACES
-    | {"r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"}
+    | {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"}
     | {"layers_to_transform", "layers_pattern", "init_lora_weights", "bias"}
     | {"megatron_core", "qalora_group_size", "eva_config"},  # without effect on the trained tensors
 }
-# Starts that leave the base as it was; pissa, olora, corda and loftq take something out of its weights.
-_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+# Starts that leave the base as it was, and the one other that is a function of it; the rest (pissa_niter_..., olora,
+# corda, loftq) take out of its weights what the file does not tell.
+_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "pissa")
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,8 @@ def _check_fields(path: Path, kind: str, config: Mapping[str, Any]) -> None:
     start = config.get("init_lora_weights", True)
     if start not in _STARTS:
         raise DeltaError(
-            f"{path}: init_lora_weights={start!r} changes the base's own weights; save it in PEFT as a "
-            "plain LoRA (path_initial_model_for_weight_conversion) first"
+            f"{path}: init_lora_weights={start!r} changes the base's own weights by what the file does not hold; save "
+            "it in PEFT as a plain LoRA (path_initial_model_for_weight_conversion) first"
         )
     for field in ("r", "lora_alpha"):
         if not isinstance(config.get(field), int | float) or config[field] <= 0:
