@@ -402,7 +402,10 @@ def test_fields_without_counterpart(field: str, lora: tuple[Path, nn.Module]) ->
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changes the base's own weights"),
         ({"alpha_pattern": {"q_proj": 3}}, r"alpha_pattern=\{'q_proj': 3\} sets several strengths"),
         ({"r": None}, "r=None is not a number above 0"),
-        ({"peft_type": "VERA"}, "peft_type 'VERA' cannot be read; LN_TUNING, LORA, IA3 can"),
+        (
+            {"peft_type": "VERA"},
+            "peft_type 'VERA' cannot be read; LN_TUNING, LORA, IA3, PREFIX_TUNING, PROMPT_TUNING can",
+        ),
         ({"peft_type": "IA3", "use_rslora": False, "r": 0}, "has no counterpart here"),
         ({"target_modules": ["q_proj", "k_proj"]}, "but the file has no tensors for it"),
     ],

@@ -27,9 +27,12 @@ from smidgen.methods.ia3 import IA3
 from smidgen.methods.ln import LN
 from smidgen.methods.lora import LoRA
 from smidgen.methods.pissa import PiSSA
+from smidgen.methods.prefix import Prefix
+from smidgen.methods.prompt_tuning import PromptTuning
 from smidgen.methods.ssf import SSF
 from smidgen.peft_format import Adapter, read, write
 from smidgen.peft_lora import read_lora, write_lora
+from smidgen.peft_prompts import read_prefix, read_prompt, write_prefix, write_prompt
 from smidgen.peft_read import Reader, Values, read_ia3, read_ln
 from smidgen.peft_write import Parts, Placed, placed, write_head, write_ia3, write_ln
 from smidgen.plan import Plan, resolve
@@ -40,6 +43,8 @@ READERS: Mapping[str, Callable[[Reader], tuple[Method, Values]]] = {
     "LN_TUNING": read_ln,
     "LORA": read_lora,
     "IA3": read_ia3,
+    "PREFIX_TUNING": read_prefix,
+    "PROMPT_TUNING": read_prompt,
 }
 WRITERS: Mapping[type[Term], Writer] = {
     LN: write_ln,
@@ -47,6 +52,8 @@ WRITERS: Mapping[type[Term], Writer] = {
     DoRA: write_lora,
     PiSSA: write_lora,
     IA3: write_ia3,
+    Prefix: write_prefix,
+    PromptTuning: write_prompt,
 }
 # Why the other methods cannot be written.
 REASONS: Mapping[type[Term], str] = {
@@ -91,7 +98,8 @@ def to_peft(delta: Delta, model: nn.Module, folder: str | os.PathLike[str]) -> P
     """Write a delta as an adapter that `peft.PeftModel.from_pretrained(model, folder)` loads.
 
     Args:
-        delta: of a recipe that is one LN, LoRA, DoRA, PiSSA (written as a LoRA of twice the rank) or IA3.
+        delta: of a recipe that is one LN, LoRA, DoRA, PiSSA (written as a LoRA of twice the rank), IA3, Prefix or
+            PromptTuning.
         model: the base that it was trained on, with nothing attached.
         folder: for adapter_config.json and adapter_model.safetensors.
 

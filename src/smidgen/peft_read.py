@@ -27,7 +27,7 @@ class Reader:
     """An adapter beside the model that it belongs to."""
 
     def __init__(self, adapter: Adapter, model: nn.Module) -> None:
-        self.adapter = adapter
+        self.adapter, self.model = adapter, model
         self.modules = dict(model.named_modules())
         self.base = dict(model.state_dict())
         head = set(head_names(model))

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from smidgen.delta import Delta
 from smidgen.errors import DeltaError
 from smidgen.method import Method
+from smidgen.peft_format import task_type
 from smidgen.plan import Plan
 from smidgen.rows import START
 from smidgen.sites import Site
@@ -132,14 +133,3 @@ def _head_module(name: str, model: nn.Module) -> str:
     if not path:
         raise DeltaError(f"the head's {name} belongs to no module of its own, so PEFT cannot store it")
     return path
-
-
-def task_type(model: nn.Module) -> str | None:
-    """PEFT's name for what the model's class does, None where it has none."""
-    name, config = type(model).__name__, getattr(model, "config", None)
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
-        return "CAUSAL_LM"
-    if name.endswith("ForConditionalGeneration") and getattr(config, "is_encoder_decoder", False):
-        return "SEQ_2_SEQ_LM"
-    kinds = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
-    return next((kind for ending, kind in kinds.items() if name.endswith(ending)), None)
