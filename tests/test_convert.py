@@ -533,7 +533,7 @@ def test_pickles_and_damage(lora: tuple[Path, nn.Module]) -> None:
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("LN() + LoRA()", r"LN\(\) \+ LoRA\(\) is a sum, a PEFT adapter holds one method"),
+        ("LN() + LoRA()", r"LN\(\) \+ LoRA\(\) is a sum, and a PEFT adapter holds one method"),
         ("BitFit()", r"BitFit\(\) has no counterpart in PEFT: PEFT trains biases only beside LoRA"),
         ("Head()", r"Head\(\) has no counterpart in PEFT"),
     ],

@@ -236,6 +236,11 @@ def dynamic() -> nn.Module:
     return tf.LlamaForCausalLM(tf.LlamaConfig(**small, vocab_size=40, rope_parameters=rope))
 
 
+def tagger() -> nn.Module:
+    small = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    return tf.LlamaForTokenClassification(tf.LlamaConfig(**small, vocab_size=40))
+
+
 REFUSED = [
     (lambda: model_of("gpt2"), "Prefix(3)", "CAUSAL_LM", "PEFT counts it as positions"),
     (lambda: model_of("bert"), "Prefix(3)", "SEQ_CLS", "PEFT counts it as positions"),
@@ -243,9 +248,10 @@ REFUSED = [
     (windowed, "Prefix(3)", "CAUSAL_LM", "leave the sliding window"),
     (dynamic, "Prefix(3)", "CAUSAL_LM", "type 'dynamic' depend on the length"),
     (interleaved, "Prefix(3)", "CAUSAL_LM", "computes something else with PEFT's"),
-    (lambda: model_of("bert"), "PromptTuning(3)", "SEQ_CLS", "in place of the text's first token"),
-    (lambda: model_of("roberta"), "PromptTuning(3)", "TOKEN_CLS", "in place of the text's first token"),
+    (lambda: model_of("bert"), "PromptTuning(3)", "SEQ_CLS", "in front of .*'s first token"),
+    (lambda: model_of("roberta"), "PromptTuning(3)", "TOKEN_CLS", "in front of .*'s first token"),
     (lambda: model_of("llama-score"), "PromptTuning(3)", "SEQ_CLS", "cannot tell padding"),
+    (tagger, "PromptTuning(3)", "TOKEN_CLS", "in front of .*'s first token"),
 ]
 
 
@@ -312,7 +318,12 @@ def test_json_is_plain(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "task", "table"),
-    [("gpt2", "CAUSAL_LM", "transformer.wpe"), ("bert", "SEQ_CLS", "bert.embeddings.position_embeddings")],
+    [
+        ("gpt2", "CAUSAL_LM", "transformer.wpe"),
+        ("opt", "CAUSAL_LM", "model.decoder.embed_positions"),
+        ("bert", "SEQ_CLS", "bert.embeddings.position_embeddings"),
+        ("roberta", "TOKEN_CLS", "roberta.embeddings.position_embeddings"),
+    ],
 )
 def test_the_reason_for_refusing_tables_of_positions(name: str, task: str, table: str, tmp_path: Path) -> None:
     """PEFT's prefix is ours with the text n rows further down the table: the same only with the table moved."""

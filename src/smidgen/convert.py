@@ -134,8 +134,8 @@ def _writer(delta: Delta) -> tuple[Method, Writer]:
         raise DeltaError(f"{delta.recipe} trained a subset, which a PEFT adapter cannot hold; merge it instead")
     if more:
         raise DeltaError(
-            f"{delta.recipe} is a sum, a PEFT adapter holds one method ({known}), and PEFT does not run adapters of "
-            "different types together; merge the delta, or train one part on a base into which the other is merged"
+            f"{delta.recipe} is a sum, and a PEFT adapter holds one method ({known}); merge the delta, or train one "
+            "part on a base into which the other is merged"
         )
     if type(method) not in WRITERS or not isinstance(method, Method):
         reason = REASONS.get(type(method), "no conversion is known")

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from smidgen.attach import attached
 from smidgen.attachment import trained_parameters
 from smidgen.errors import DeltaError
+from smidgen.heads import own_pooling
 from smidgen.method import Method
 from smidgen.methods.prefix import Prefix
 from smidgen.methods.prompt_tuning import PromptTuning
@@ -115,11 +116,11 @@ def _count(reader: Reader) -> int:
 
 def _check_prefix(model: Model, refuse: Refuse) -> Tensor:
     """The rotary frequencies of a model in which a prefix in the cache can be one beside it."""
-    name, config = type(model).__name__, model.config
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if config is None or task_type(model) is None:
+        raise refuse(f"PEFT leaves a prefix out of {name}, for which it has no task_type")
     if config.is_encoder_decoder:
         raise refuse(f"PEFT puts it into the decoder's self-attention of {name} alone, and counts it as positions")
-    if task_type(model) is None:
-        raise refuse(f"PEFT leaves a prefix out of {name}, for which it has no task_type")
     rotary = [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
     if not rotary or any(not torch.equal(m.inv_freq, rotary[0].inv_freq) for m in rotary):
         raise refuse(
@@ -162,18 +163,18 @@ def _turned(keys: Tensor, frequencies: Tensor, by: int) -> Tensor:
 
 
 def _check_prompt(model: Model, refuse: Refuse) -> None:
-    """PEFT feeds vectors in front of everything and leaves them in what the model gives."""
+    """PEFT feeds vectors in front of everything and leaves their places in what the model gives."""
     name, task = type(model).__name__, task_type(model)
     if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         return
-    if any(isinstance(getattr(m, "inv_freq", None), Tensor) for m in model.modules()) and hasattr(model, "score"):
+    if task == "SEQ_CLS" and own_pooling(model) == "last":
         raise refuse(
             f"without token ids {name} cannot tell padding, so PEFT's reads the last place of each row; equal only for "
             "language models"
         )
     raise refuse(
-        f"PEFT puts the prompt in front of everything and {name} would read it in place of the text's first token, "
-        "behind which it stands here; equal only for language models"
+        f"PEFT puts the prompt in front of {name}'s first token, and what reads that token reads the prompt; equal "
+        "only for language models"
     )
 
 
