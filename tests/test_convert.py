@@ -170,7 +170,7 @@ READ = {
     "lora rs": (
         "llama",
         lora_config(target_modules=["q_proj"], use_rslora=True),
-        "LoRA(rank=4, alpha=12.0, target='query')",
+        "LoRA(rank=4, alpha=6, target='query', scaling='rslora')",
     ),
     "lora all": ("llama", lora_config(target_modules="all-linear"), "LoRA(rank=4, alpha=6, target='linear')"),
     "lora layers": (
@@ -372,7 +372,6 @@ def test_saved_module_equal_to_the_base(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- refusals
 
 REFUSED_FIELDS = {
-    "use_dora": True,
     "lora_bias": True,
     "target_parameters": ["experts.up"],
     "trainable_token_indices": [1],
@@ -400,10 +399,13 @@ def test_fields_without_counterpart(field: str, lora: tuple[Path, nn.Module]) ->
     ("fields", "message"),
     [
         ({"bias": "lora_only"}, "bias='lora_only' trains biases"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base's own weights"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changes the base's own weights"),
         ({"alpha_pattern": {"q_proj": 3}}, r"alpha_pattern=\{'q_proj': 3\} sets several strengths"),
         ({"r": None}, "r=None is not a number above 0"),
-        ({"peft_type": "VERA"}, "peft_type 'VERA' cannot be read; LN_TUNING, LORA, IA3 can"),
+        (
+            {"peft_type": "VERA"},
+            "peft_type 'VERA' cannot be read; LN_TUNING, LORA, IA3, PREFIX_TUNING, PROMPT_TUNING can",
+        ),
         ({"peft_type": "IA3", "use_rslora": False, "r": 0}, "has no counterpart here"),
         ({"target_modules": ["q_proj", "k_proj"]}, "but the file has no tensors for it"),
     ],
@@ -421,7 +423,7 @@ PATH = "base_model.model.model.layers.0.self_attn.q_proj."
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(PATH + "lora_B.weight"), "only lora_A and lora_B are known"),
+        (lambda t: t.pop(PATH + "lora_B.weight"), "a LoRA has lora_A.weight and lora_B.weight"),
         (lambda t: t.update({PATH + "lora_magnitude_vector": torch.ones(3)}), "lora_magnitude_vector"),
         (
             lambda t: t.update({PATH + "lora_A.weight": torch.ones(4, 5)}),
@@ -531,8 +533,8 @@ def test_pickles_and_damage(lora: tuple[Path, nn.Module]) -> None:
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("LN() + LoRA()", r"LN\(\) \+ LoRA\(\) is a sum; a PEFT adapter holds one method"),
-        ("BitFit()", r"BitFit\(\) has no counterpart in PEFT; LN, LoRA, IA3 have"),
+        ("LN() + LoRA()", r"LN\(\) \+ LoRA\(\) is a sum, and a PEFT adapter holds one method"),
+        ("BitFit()", r"BitFit\(\) has no counterpart in PEFT: PEFT trains biases only beside LoRA"),
         ("Head()", r"Head\(\) has no counterpart in PEFT"),
     ],
 )

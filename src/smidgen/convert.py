@@ -1,4 +1,4 @@
-"""To and from the adapter files of Hugging Face PEFT: LN_TUNING, LORA and IA3, with their heads.
+"""To and from the adapter files of Hugging Face PEFT, with their heads.
 
 What one side cannot say is an error there, never dropped.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,10 +18,51 @@ from smidgen.attachment import attachment, trained_parameters
 from smidgen.delta import Delta
 from smidgen.errors import DeltaError
 from smidgen.method import Method
+from smidgen.methods.adapter import Adapter as Bottleneck
+from smidgen.methods.bitfit import BitFit
+from smidgen.methods.dora import DoRA
+from smidgen.methods.full import Full
+from smidgen.methods.head import Head
+from smidgen.methods.ia3 import IA3
+from smidgen.methods.ln import LN
+from smidgen.methods.lora import LoRA
+from smidgen.methods.pissa import PiSSA
+from smidgen.methods.prefix import Prefix
+from smidgen.methods.prompt_tuning import PromptTuning
+from smidgen.methods.ssf import SSF
 from smidgen.peft_format import Adapter, read, write
-from smidgen.peft_read import READERS, Reader
-from smidgen.peft_write import WRITERS, Writer, placed, write_head
+from smidgen.peft_lora import read_lora, write_lora
+from smidgen.peft_prompts import read_prefix, read_prompt, write_prefix, write_prompt
+from smidgen.peft_read import Reader, Values, read_ia3, read_ln
+from smidgen.peft_write import Parts, Placed, placed, write_head, write_ia3, write_ln
 from smidgen.plan import Plan, resolve
+from smidgen.recipe import Term
+
+Writer = Callable[[Method, list[Placed], nn.Module], Parts]
+READERS: Mapping[str, Callable[[Reader], tuple[Method, Values]]] = {
+    "LN_TUNING": read_ln,
+    "LORA": read_lora,
+    "IA3": read_ia3,
+    "PREFIX_TUNING": read_prefix,
+    "PROMPT_TUNING": read_prompt,
+}
+WRITERS: Mapping[type[Term], Writer] = {
+    LN: write_ln,
+    LoRA: write_lora,
+    DoRA: write_lora,
+    PiSSA: write_lora,
+    IA3: write_ia3,
+    Prefix: write_prefix,
+    PromptTuning: write_prompt,
+}
+# Why the other methods cannot be written.
+REASONS: Mapping[type[Term], str] = {
+    BitFit: "PEFT trains biases only beside LoRA (LoraConfig(bias=...))",
+    Bottleneck: "PEFT has no bottleneck adapters",
+    SSF: "PEFT has no scale and shift",
+    Head: "PEFT saves a head only beside a method",
+    Full: "PEFT has no full fine-tuning",
+}
 
 
 class MissingHeadWarning(UserWarning):
@@ -57,7 +98,8 @@ def to_peft(delta: Delta, model: nn.Module, folder: str | os.PathLike[str]) -> P
     """Write a delta as an adapter that `peft.PeftModel.from_pretrained(model, folder)` loads.
 
     Args:
-        delta: of a recipe that is one LN, LoRA or IA3.
+        delta: of a recipe that is one LN, LoRA, DoRA, PiSSA (written as a LoRA of twice the rank), IA3, Prefix or
+            PromptTuning.
         model: the base that it was trained on, with nothing attached.
         folder: for adapter_config.json and adapter_model.safetensors.
 
@@ -91,9 +133,13 @@ def _writer(delta: Delta) -> tuple[Method, Writer]:
     if delta.recipe.narrowed:
         raise DeltaError(f"{delta.recipe} trained a subset, which a PEFT adapter cannot hold; merge it instead")
     if more:
-        raise DeltaError(f"{delta.recipe} is a sum; a PEFT adapter holds one method ({known})")
+        raise DeltaError(
+            f"{delta.recipe} is a sum, and a PEFT adapter holds one method ({known}); merge the delta, or train one "
+            "part on a base into which the other is merged"
+        )
     if type(method) not in WRITERS or not isinstance(method, Method):
-        raise DeltaError(f"{method} has no counterpart in PEFT; {known} have")
+        reason = REASONS.get(type(method), "no conversion is known")
+        raise DeltaError(f"{method} has no counterpart in PEFT: {reason}; {known} have")
     return method, WRITERS[type(method)]
 
 

@@ -15,29 +15,43 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from smidgen.errors import DeltaError, nearest
 from smidgen.files import read_json, write_files
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-MARKS = {"LN_TUNING": ".ln_tuning_layers.", "LORA": ".lora_", "IA3": ".ia3_"}
+PROMPT = "prompt_embeddings"  # one tensor without a prefix; PEFT wraps the model once less around these
+MARKS = {
+    "LN_TUNING": ".ln_tuning_layers.",
+    "LORA": ".lora_",
+    "IA3": ".ia3_",
+    "PREFIX_TUNING": PROMPT,
+    "PROMPT_TUNING": PROMPT,
+}
 
 # Fields that say where an adapter sits or came from; the tensors' own names carry that too.
 _PLACES = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "target_modules", "exclude_modules", "modules_to_save", "runtime_config"),
 }
+_PROMPTS = {"num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"}
 _KNOWN = {
     "LN_TUNING": _PLACES,
+    # a prefix is saved as its network gives it, and how either began is past
+    "PREFIX_TUNING": _PLACES | _PROMPTS | {"encoder_hidden_size", "prefix_projection", "init_weights"},
+    "PROMPT_TUNING": _PLACES
+    | _PROMPTS
+    | {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"},
     "IA3": _PLACES | {"feedforward_modules", "fan_in_fan_out", "init_ia3_weights"},
     "LORA": _PLACES
-    | {"r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"}
+    | {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"}
     | {"layers_to_transform", "layers_pattern", "init_lora_weights", "bias"}
     | {"megatron_core", "qalora_group_size", "eva_config"},  # without effect on the trained tensors
 }
-# Starts that leave the base as it was; pissa, olora, corda and loftq take something out of its weights.
-_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+# Starts that leave the base as it was, and the one other that is a function of it; the rest (pissa_niter_..., olora,
+# corda, loftq) take out of its weights what the file does not tell.
+_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "pissa")
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,7 @@ def read(source: str | os.PathLike[str]) -> Adapter:
     if kind not in MARKS:
         raise DeltaError(f"{folder / CONFIG}: peft_type {kind!r} cannot be read; {', '.join(MARKS)} can")
     _check_fields(folder / CONFIG, kind, config)
-    tensors = _tensors(folder / TENSORS)
+    tensors = _tensors(folder / TENSORS, _prefix(kind))
     adapter = Adapter(os.fspath(source), kind, config, tensors)
     if not adapter.added:
         raise DeltaError(f"{folder / TENSORS} holds no tensor of a {kind} adapter (found: {few(tensors)})")
@@ -87,7 +101,9 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     Raises:
         DeltaError: the folder cannot be written.
     """
-    data = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    prefix = _prefix(config["peft_type"])
+    names = {name: name if name == PROMPT else prefix + name for name in sorted(tensors)}
+    data = {names[name]: tensors[name].detach().cpu().contiguous() for name in names}
     text = json.dumps(config, indent=2, sort_keys=True).encode()
     return write_files(folder, {TENSORS: save(data, metadata={"format": "pt"}), CONFIG: text})
 
@@ -126,15 +142,19 @@ def _check_fields(path: Path, kind: str, config: Mapping[str, Any]) -> None:
     start = config.get("init_lora_weights", True)
     if start not in _STARTS:
         raise DeltaError(
-            f"{path}: init_lora_weights={start!r} changes the base's own weights; save it in PEFT as a "
-            "plain LoRA (path_initial_model_for_weight_conversion) first"
+            f"{path}: init_lora_weights={start!r} changes the base's own weights by what the file does not hold; save "
+            "it in PEFT as a plain LoRA (path_initial_model_for_weight_conversion) first"
         )
     for field in ("r", "lora_alpha"):
         if not isinstance(config.get(field), int | float) or config[field] <= 0:
             raise DeltaError(f"{path}: {field}={config.get(field)!r} is not a number above 0")
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def _prefix(kind: str) -> str:
+    return PREFIX.removesuffix("model.") if MARKS[kind] == PROMPT else PREFIX
+
+
+def _tensors(path: Path, prefix: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise DeltaError(f"{path} is missing; an adapter_model.bin is a pickle, which can run code, and is not read")
     try:
@@ -143,11 +163,11 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise DeltaError(f"{path} is corrupt or truncated ({error})") from None
     for name, tensor in tensors.items():
-        if not name.startswith(PREFIX):
-            raise DeltaError(f"{path}: {name} does not start with {PREFIX!r} as PEFT's own files do")
+        if not name.startswith(prefix) and name != PROMPT:
+            raise DeltaError(f"{path}: {name} does not start with {prefix!r} as PEFT's own files do")
         if not tensor.is_floating_point():
             raise DeltaError(f"{path}: {name} is {str(tensor.dtype)[6:]}; only floating-point tensors can be read")
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def _folder(source: str | os.PathLike[str]) -> Path:
@@ -174,3 +194,14 @@ def few(names: Iterable[str], most: int = 3) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
     return (", ".join(ordered[:most]) or "nothing") + more
+
+
+def task_type(model: nn.Module) -> str | None:
+    """PEFT's name for what the model's class does, None where it has none."""
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    if name.endswith("ForConditionalGeneration") and getattr(config, "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
+    kinds = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+    return next((kind for ending, kind in kinds.items() if name.endswith(ending)), None)

@@ -6,7 +6,6 @@ the same set; otherwise the error says what is left over.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,10 +14,9 @@ from torch import Tensor, nn
 
 from smidgen.errors import DeltaError, nearest
 from smidgen.heads import head_names
-from smidgen.method import LINEAR_ROLES, Layers, Method
+from smidgen.method import Layers, Method
 from smidgen.methods.ia3 import IA3
 from smidgen.methods.ln import LN, WHICH
-from smidgen.methods.lora import LoRA
 from smidgen.peft_format import Adapter, check_complete, few
 from smidgen.sites import Site, find_sites, shares_layers
 
@@ -29,7 +27,7 @@ class Reader:
     """An adapter beside the model that it belongs to."""
 
     def __init__(self, adapter: Adapter, model: nn.Module) -> None:
-        self.adapter = adapter
+        self.adapter, self.model = adapter, model
         self.modules = dict(model.named_modules())
         self.base = dict(model.state_dict())
         head = set(head_names(model))
@@ -143,53 +141,6 @@ def _moved_term(reader: Reader, sites: Sequence[Site], values: Values) -> str:
     return "both" if gain == bias or not any(s.bias for s in sites) else "gain" if gain else "bias"
 
 
-def read_lora(reader: Reader) -> tuple[Method, Values]:
-    """Pairs of matrices; rank from the tensors, alpha so that alpha / rank is PEFT's scale."""
-    groups = reader.grouped(".lora_")
-    values, ranks, sites = {}, set(), []
-    for path, terms in groups.items():
-        site = reader.site(path, "linear")
-        if set(terms) != {"A.weight", "B.weight"}:
-            raise reader.refusal(f"{path} holds {few(f'lora_{t}' for t in terms)}; only lora_A and lora_B are known")
-        A, B = terms["A.weight"], terms["B.weight"]
-        values[f"{path}.A"] = reader.shaped(f"{path}.lora_A", A, (len(A), site.width_in))
-        values[f"{path}.B"] = reader.shaped(f"{path}.lora_B", B, (site.width_out, len(A)))
-        ranks.add(len(A))
-        sites.append(site)
-    if len(ranks) > 1:
-        raise reader.refusal(f"rank_pattern gives the ranks {few(map(str, ranks))}; a recipe here has one rank")
-    (rank,) = ranks
-    fields = {
-        "rank": rank,
-        "alpha": _alpha(reader, rank),
-        "dropout": reader.adapter.config.get("lora_dropout", 0.0),
-    }
-    candidates = _lora_candidates(reader, sites, fields)
-    return reader.pick(candidates, set(groups), lambda m, s: (s.name,) if m.acts(s) else ()), values
-
-
-def _alpha(reader: Reader, rank: int) -> float | None:
-    config = reader.adapter.config
-    alpha = config["lora_alpha"]
-    if any(value != alpha for value in (config.get("alpha_pattern") or {}).values()):
-        raise reader.refusal(f"alpha_pattern={config['alpha_pattern']} sets several strengths; a recipe has one alpha")
-    if config.get("use_rslora"):  # scale alpha / sqrt(rank)
-        return float(alpha * math.sqrt(rank))
-    return None if alpha == rank else alpha
-
-
-def _lora_candidates(reader: Reader, sites: Sequence[Site], fields: dict[str, Any]) -> Iterator[Method]:
-    """All linear maps, roles, ever longer endings of the paths; endings that number the layers come last."""
-    roles = tuple(role for role in LINEAR_ROLES if any(role in site.roles for site in sites))
-    parts = [site.path.split(".") for site in sites]
-    lengths = range(1, max(map(len, parts)) + 1)
-    endings = [tuple(sorted({".".join(p[-n:]) for p in parts})) for n in lengths]
-    plain = [names for names in endings if not any(c.isdigit() for name in names for c in name.split("."))]
-    named = [(layers, target) for layers in reader.layer_choices(sites) for target in (("linear",), roles, *plain)]
-    for layers, target in [*named, *((None, names) for names in endings)]:
-        yield LoRA(target=target[0] if len(target) == 1 else target, layers=layers, **fields)
-
-
 def read_ia3(reader: Reader) -> tuple[Method, Values]:
     """Vectors for keys, values and the second feed-forward map; a fused projection's is cut up."""
     values: dict[str, tuple[Site, Tensor]] = {}
@@ -221,10 +172,3 @@ def _ia3_parts(reader: Reader, site: Site, vector: Tensor) -> Iterator[tuple[Sit
         raise reader.refusal(
             f"ia3_l of {site.path} scales what is neither key, value nor ff_out; IA3() trains only those"
         )
-
-
-READERS: dict[str, Callable[[Reader], tuple[Method, Values]]] = {
-    "LN_TUNING": read_ln,
-    "LORA": read_lora,
-    "IA3": read_ia3,
-}

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from smidgen.delta import Delta
 from smidgen.errors import DeltaError
 from smidgen.method import Method
-from smidgen.methods.ia3 import IA3
-from smidgen.methods.ln import LN
-from smidgen.methods.lora import LoRA
+from smidgen.peft_format import task_type
 from smidgen.plan import Plan
-from smidgen.recipe import Term
+from smidgen.rows import START
 from smidgen.sites import Site
 
 
@@ -36,10 +33,12 @@ class Placed(NamedTuple):
 
 
 def placed(delta: Delta, plan: Plan) -> list[Placed]:
-    """The delta's tensors, site by site."""
+    """The delta's tensors, site by site; a start that the formula needs is `A0` beside `A`."""
     found = []
     for row in plan.rows:
-        found.append(Placed(row.site, {term: delta.tensors[name] for term, name, _ in row.trained()}))
+        tensors = {term: delta.tensors[name] for term, name, _ in row.trained()}
+        starts = {f"{term}0": delta.tensors[row.name(term) + START] for term in row.kept}
+        found.append(Placed(row.site, tensors | starts))
     return found
 
 
@@ -55,57 +54,6 @@ def write_ln(method: Method, sites: list[Placed], model: nn.Module) -> Parts:
     return Parts(tensors, {"peft_type": "LN_TUNING", "target_modules": targets(paths, model)})
 
 
-def write_lora(method: Method, sites: list[Placed], model: nn.Module) -> Parts:
-    """Pairs of matrices; the pairs of a fused projection's slices become one pair of block form.
-
-    A: the slices' A stacked, (k rank, width_in). B: their B on the rows of their slice, zero elsewhere,
-    (all rows, k rank). So B A is the slices' products one under the other, exactly.
-    """
-    assert isinstance(method, LoRA)
-    groups: dict[str, list[Placed]] = {}
-    for entry in sites:
-        groups.setdefault(entry.site.path, []).append(entry)
-    counts = {len(group) for group in groups.values()}
-    if len(counts) > 1:
-        shown = ", ".join(f"{g[0].site.path}: {len(g) * method.rank}" for g in _one_of_each(groups.values()))
-        raise DeltaError(
-            f"{method}: slices of a fused projection are one pair of a higher rank in PEFT, so one rank "
-            f"does not fit all modules ({shown}); target either slices or whole maps"
-        )
-    rank = method.rank * counts.pop()
-    tensors = {}
-    for path, group in groups.items():
-        tensors[f"{path}.lora_A.weight"] = torch.cat([entry.tensors["A"] for entry in group])
-        tensors[f"{path}.lora_B.weight"] = _blocks(group, model)
-    alpha = method.scale * rank
-    fields = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": method.dropout,
-        "bias": "none",
-        "fan_in_fan_out": any(site.transposed for site, _ in sites),
-        "target_modules": targets(groups, model),
-    }
-    return Parts(tensors, fields)
-
-
-def _one_of_each(groups: Iterable[list[Placed]]) -> list[list[Placed]]:
-    return list({len(group): group for group in groups}.values())
-
-
-def _blocks(group: list[Placed], model: nn.Module) -> Tensor:
-    if group[0].site.rows is None:
-        return group[0].tensors["B"]
-    columns = []
-    for site, tensors in group:
-        column = tensors["B"].new_zeros(_width_out(site, model), tensors["B"].shape[1])
-        a, b = site.rows or (0, 0)
-        column[a:b] = tensors["B"]
-        columns.append(column)
-    return torch.cat(columns, dim=1)
-
-
 def write_ia3(method: Method, sites: list[Placed], model: nn.Module) -> Parts:
     """Vectors, as columns on outputs and rows on inputs; ones on a fused projection's other slices."""
     tensors: dict[str, Tensor] = {}
@@ -118,7 +66,7 @@ def write_ia3(method: Method, sites: list[Placed], model: nn.Module) -> Parts:
         elif site.rows is None:
             tensors[name] = vector[:, None]
         else:
-            whole = tensors.setdefault(name, vector.new_ones(_width_out(site, model), 1))
+            whole = tensors.setdefault(name, vector.new_ones(whole_width(site, model), 1))
             whole[slice(*site.rows), 0] = vector
     paths = {site.path for site, _ in sites}
     wanted, inside = _ia3_targets(paths, inner, model)
@@ -138,7 +86,7 @@ def _ia3_targets(paths: set[str], inner: set[str], model: nn.Module) -> tuple[An
     return _pattern(paths), _pattern(inner)
 
 
-def _width_out(site: Site, model: nn.Module) -> int:
+def whole_width(site: Site, model: nn.Module) -> int:
     """Output width of the whole map that a slice belongs to."""
     shape: tuple[int, ...] = tuple(model.get_submodule(site.path).get_parameter("weight").shape)
     return shape[1] if site.transposed else shape[0]
@@ -185,18 +133,3 @@ def _head_module(name: str, model: nn.Module) -> str:
     if not path:
         raise DeltaError(f"the head's {name} belongs to no module of its own, so PEFT cannot store it")
     return path
-
-
-def task_type(model: nn.Module) -> str | None:
-    """PEFT's name for what the model's class does, None where it has none."""
-    name, config = type(model).__name__, getattr(model, "config", None)
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
-        return "CAUSAL_LM"
-    if name.endswith("ForConditionalGeneration") and getattr(config, "is_encoder_decoder", False):
-        return "SEQ_2_SEQ_LM"
-    kinds = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
-    return next((kind for ending, kind in kinds.items() if name.endswith(ending)), None)
-
-
-Writer = Callable[[Method, list[Placed], nn.Module], Parts]
-WRITERS: Mapping[type[Term], Writer] = {LN: write_ln, LoRA: write_lora, IA3: write_ia3}
