@@ -112,6 +112,16 @@ def test_the_reference_agrees_but_for_the_adapter(bench):
     assert not close(result["after_the_block"] + 786_432, bench.REFERENCE[bench.PFEIFFER])
 
 
+def test_the_table_of_the_page_is_the_result():
+    result = json.loads((FOLDER / "results/activations.json").read_text())
+    page = (FOLDER.parent / "docs/speed.md").read_text().split("### What is kept for the backward pass")[1]
+    lines = [line for line in page.splitlines() if line.startswith("| `")]
+    every = [f"| `{r['recipe']}` | {r['trained']:,} | {r['bytes'] / 2**20:.2f} |" for r in result["rows"]]
+    assert len(lines) == 15
+    assert set(lines) <= set(every)
+    assert "| `SSF()` | 50,688 | 95.45 |" not in every
+
+
 def close(count, reference):
     """To the last digit that was printed."""
     return abs(count / 2**20 - reference) <= 0.05 + 1e-9
