@@ -6,21 +6,29 @@ import inspect
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 import transformers as T
 
-import smidgen.methods  # noqa: F401  (fills the registry)
+sys.path.insert(0, str(Path(__file__).parent))
+
+import peers
+from docstrings import Docstring
+
+import smidgen.method
+import smidgen.methods
+import smidgen.named
 from smidgen.errors import SmidgenError
-from smidgen.method import Method
+from smidgen.method import LINEAR_ROLES, Method
 from smidgen.named import NAMED
 from smidgen.optim import HEAD_LR
 from smidgen.plan import Plan, resolve
 from smidgen.recipe import Term
-from smidgen.sites import find_sites
+from smidgen.rows import safetensors_size
+from smidgen.sites import Site, find_sites
+from smidgen.sublayers import SUBLAYERS
 
 PAGE = Path(__file__).with_name("methods.md")
 T5 = {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
@@ -36,10 +44,24 @@ HEADER = """<!-- Written by docs/gen_catalogue.py from the docstrings and fields
 
 Counts are trained values, the task's head apart, with every field at its default. They are counted on the meta device
 (no weights are needed): `python docs/gen_catalogue.py` writes this page again. Rates are what `fit` and
-`sm.optimizer` use when no `lr` is given; the head's own is {rate}.
+`sm.optimizer` use when no `lr` is given; the head's own is {rate}. Bytes are those of a delta's safetensors file for
+BERT-base with a head of two labels, which takes {head:,} alone.
 A method of your own takes [ten minutes](new-method.md).
 
 `+` puts methods together: `LN() + LoRA(rank=4)`. Two methods that would train the same tensor are refused.
+
+"""
+PORTS = """
+## Where methods act
+
+| method | paper | port | places on BERT-base | file, bytes |
+|---|---|---|---|---:|
+"""
+PEERS = """
+## Other libraries
+
+Read in their sources at the versions above the columns; what PEFT has is compared with its registry by the tests.
+A dash means: looked for and not found.
 
 """
 LAYERS = """
@@ -53,32 +75,6 @@ a fused projection (GPT-2, Phi-3, ModernBERT) is edited by slices.
 """
 
 
-@dataclass(frozen=True)
-class Docstring:
-    """The parts of a method's docstring."""
-
-    summary: str
-    paper: str
-    formula: str
-    sections: dict[str, str]
-
-    @classmethod
-    def of(cls, method: type[Method]) -> Docstring:
-        """Paragraphs apart: indented ones are the formula, those that begin with `Name:` are sections."""
-        summary, *paragraphs = inspect.cleandoc(method.__doc__ or "").split("\n\n")
-        paper, formula, sections = [], [], {}
-        for text in paragraphs:
-            # one paragraph may hold several sections
-            for part in re.split(r"\n(?=[A-Z][a-z]+:)", text.strip("\n")):
-                if part.startswith(" "):
-                    formula.append(inspect.cleandoc(part))
-                elif match := re.match(r"(Shapes|Fields|Departures):\s*", part):
-                    sections[match.group(1)] = inspect.cleandoc(part[match.end() :])
-                else:
-                    paper.append(part)
-        return cls(summary, "\n\n".join(paper), "\n".join(formula), sections)
-
-
 @cache
 def built(model: str) -> torch.nn.Module:
     """A model of real size without content."""
@@ -87,10 +83,10 @@ def built(model: str) -> torch.nn.Module:
 
 
 @cache
-def planned(method: Method, model: str) -> Plan | str:
-    """The plan of a method on a model, or why there is none."""
+def planned(what: Method | str, model: str) -> Plan | str:
+    """The plan of a method or recipe on a model, or why there is none."""
     try:
-        return resolve(built(model), method)
+        return resolve(built(model), what)
     except SmidgenError as error:
         return str(error)
 
@@ -138,6 +134,45 @@ def places(method: Method) -> list[str]:
     return shown or ["no place of its own: only the head is trained"]
 
 
+def port(cls: type[Method]) -> str:
+    """The ports that a method uses, by the table of functions in smidgen.method."""
+    rows = re.findall(r"^\| `(\w+)\(.*?\)` \|.*\| (\w+) \|$", smidgen.method.__doc__ or "", re.MULTILINE)
+    return ", ".join(dict.fromkeys(name for function, name in rows if cls.overrides(function))) or "-"
+
+
+def parts(method: Method) -> str:
+    """The kinds of place that a method acts at on BERT-base, by role where there is one."""
+    plan = planned(method, "BERT-base")
+    sites = [] if isinstance(plan, str) else [row.site for row in plan.rows]
+    found = (sorted(site.roles & set(LINEAR_ROLES)) or [_kind(site)] for site in sites)
+    return ", ".join(dict.fromkeys(name for names in found for name in names)) or "-"
+
+
+def _kind(site: Site) -> str:
+    return f"{site.kind} sublayer" if site.kind in SUBLAYERS else site.kind
+
+
+def size(what: Method | str, form: str = "{:,}") -> str:
+    """Bytes of a delta's file on BERT-base, head included."""
+    plan = planned(what, "BERT-base")
+    return "-" if isinstance(plan, str) else form.format(plan.file_bytes)
+
+
+def head_bytes() -> int:
+    """Bytes of a file that holds BERT-base's head alone."""
+    plans = (planned(cls(), "BERT-base") for cls in methods())
+    return next(safetensors_size(dict(plan.head)) for plan in plans if not isinstance(plan, str))
+
+
+def citation(cls: type[Method]) -> str:
+    """The first paper that a docstring names: arXiv number and section."""
+    match = re.search(r"arXiv:(\d{4}\.\d{4,5})(?:, (section [\d.]+))?", " ".join(Docstring.of(cls).paper.split()))
+    if match is None:
+        return "-"
+    where = f", {match[2].rstrip('.')}" if match[2] else ""
+    return f"[{match[1]}](https://arxiv.org/abs/{match[1]}){where}"
+
+
 def resting(method: Method) -> str:
     """What may stand still in training, on BERT-base, with the reason that the method's file gives."""
     sites = find_sites(built("BERT-base"))
@@ -150,14 +185,15 @@ def resting(method: Method) -> str:
 def section(cls: type[Method]) -> str:
     """One method."""
     method, doc = cls(), Docstring.of(cls)
-    paper = re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", doc.paper)
-    lines = [f"## {cls.__name__}", "", doc.summary, "", paper, "", "```text", doc.formula, "```", ""]
+    lines = [f"## {cls.__name__}", "", doc.summary, "", linked(doc.paper), "", "```text", doc.formula, "```", ""]
     for name in ("Shapes", "Fields"):
         if text := doc.sections.get(name):
             lines += [f"**{name}**", "", "```text", text, "```", ""]
     lines += ["**Where, on BERT-base**", "", *(f"- {place}" for place in places(method)), ""]
     facts = {"Spelling": spelling(cls)}
     facts |= {"Default rate": rate(cls), "Merges": merging(cls)}
+    facts |= {"Port": port(cls), "Saves": size(method, "{:,} bytes on BERT-base, head included")}
+    facts |= {"Other libraries": elsewhere(cls)}
     facts |= {f"Excused from `{check}`": why for check, why in cls.exceptions.items()}
     if rest := resting(method):
         facts["May stand still"] = rest
@@ -181,21 +217,63 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def ports() -> str:
+    """Paper, port, places and bytes of each method."""
+    lines = [
+        f"| `{cls.__name__}()` | {citation(cls)} | {port(cls)} | {parts(cls())} | {size(cls())} |" for cls in methods()
+    ]
+    return PORTS + "\n".join(lines) + "\n"
+
+
+def in_peers() -> str:
+    """Which other libraries have each method, and each recipe with a name."""
+    lines = [f"| method or recipe | {' | '.join(peers.heads())} |", "|---" * (1 + len(peers.NAMES)) + "|"]
+    rows = [("method", cls.__name__, f"`{cls.__name__}()`") for cls in methods()]
+    rows += [("recipe", name, f"`{name}`") for name in NAMED]
+    lines += [f"| {shown} | {' | '.join(peers.cells(kind, name))} |" for kind, name, shown in rows]
+    return PEERS + "\n".join(lines) + "\n"
+
+
+def elsewhere(cls: type[Method]) -> str:
+    """Which other libraries have the method, in one line."""
+    cells = zip(peers.heads(), peers.cells("method", cls.__name__), strict=True)
+    found = [f"{head}: {cell}" for head, cell in cells if cell not in ("", "-")]
+    return "; ".join(found) or "in none of the libraries looked at"
+
+
 def named() -> str:
-    """The recipes with a name, and what each trains on BERT-base."""
+    """The recipes with a name: paper, what each trains on BERT-base, and the bytes of its file."""
     lines = ["", "## Recipes with a name", "", "`parse` and `--recipe` read the name as the sum; no brackets.", ""]
-    lines += ["| name | recipe | BERT-base |", "|---|---|---:|"]
+    lines += ["| name | recipe | paper | BERT-base | file, bytes |", "|---|---|---|---:|---:|"]
+    papers = sources()
     for name, spelled in NAMED.items():
         plan = resolve(built("BERT-base"), name)
-        lines.append(f"| `{name}` | `{spelled}` | {plan.trained:,} ({plan.share:.3%}) |")
+        counted = f"{plan.trained:,} ({plan.share:.3%}) | {plan.file_bytes:,}"
+        lines.append(f"| `{name}` | `{spelled}` | {papers[name]} | {counted} |")
     return "\n".join(lines) + "\n"
+
+
+def sources() -> dict[str, str]:
+    """Name of a recipe -> its paper, from the comment that stands above it in smidgen.named, up to a semicolon."""
+    found, comment = {}, ""
+    for line in inspect.getsource(smidgen.named).splitlines():
+        if match := re.match(r"\s+# (.*)", line):
+            comment += " " + match[1]
+        elif match := re.match(r'\s+"(\w+)":', line):
+            found[match[1]], comment = linked(comment.partition(";")[0].strip()), ""
+    return found
+
+
+def linked(text: str) -> str:
+    """A text with its arXiv numbers as links."""
+    return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
 
 
 def text() -> str:
     """The whole page."""
-    return (
-        HEADER.format(rate=HEAD_LR) + table() + LAYERS + named() + "\n" + "\n".join(section(cls) for cls in methods())
-    )
+    header = HEADER.format(rate=HEAD_LR, head=head_bytes())
+    tables = header + table() + ports() + LAYERS + named() + in_peers()
+    return tables + "\n" + "\n".join(section(cls) for cls in methods())
 
 
 def main() -> int:

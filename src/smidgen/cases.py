@@ -58,6 +58,7 @@ class Case:
     def loss(self) -> Tensor:
         """A scalar that depends on every logit, with fixed random weights."""
         logits = self.model(**self.inputs).logits.double()
+        assert logits.requires_grad, "the output depends on nothing that is trained: no function of the method uses it"
         return (logits * torch.randn(logits.shape, dtype=torch.float64, generator=_generator(3))).sum()
 
     def step(self, steps: int, lr: float) -> None:

@@ -5,7 +5,7 @@ A method says what it does by the functions that it defines; the ports read them
 | function | meaning | port |
 |---|---|---|
 | `trains(site)` | names of the site's own parameters that are trained | parameter |
-| `acts(site)` | whether it adds something here; then `init(site)` gives the tensors | module |
+| `acts(site)` | whether it adds something here; then `init(site)` gives the tensors | - |
 | `before(p, x, site)` | the new input of the site's module | module |
 | `after(p, x, y, site)` | the new output, from the input and the output so far | module |
 | `after_with(p, x, y, base, site)` | the same, for a method that reads the module's own weight | module |

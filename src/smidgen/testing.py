@@ -42,6 +42,9 @@ def run_check(name: str, recipe: str | Term | Recipe, model: str) -> None:
         if reason is None:
             raise AssertionError(f"{subject.recipe} on {model} fails {name}: {error}") from error
         return
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise AssertionError(f"{subject.recipe} on {model} fails {name}: {what}") from error
     if reason is not None:
         raise AssertionError(f"{subject.recipe} on {model} passes {name}, yet declares an exception: {reason}")
 

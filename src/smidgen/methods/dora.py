@@ -47,8 +47,10 @@ class DoRA(LoRA):
         v = weight + self.scale * (p["B"] @ p["A"]).to(weight.dtype)
         ratio = p["m"] / _lengths(v.detach())
         unbiased = y if bias is None else y - bias
-        # so written that y is left as it is where the ratio is 1 and B is zero
-        return y + (ratio - 1) * unbiased + ratio * self.scale * F.linear(F.linear(x, p["A"]), p["B"])
+        low = self.scale * F.linear(F.linear(x, p["A"]), p["B"])
+        # so written that y is left as it is where the ratio is 1 and B is zero, and that one product with the ratio is
+        # kept for its gradient
+        return y + (ratio - 1) * (unbiased + low) + low
 
     def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
         v = weight + self.scale * (p["B"] @ p["A"])
