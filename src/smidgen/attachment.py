@@ -173,6 +173,12 @@ def is_attached(model: nn.Module) -> bool:
     return "_smidgen" in model.__dict__
 
 
+def refuse_attached(model: nn.Module) -> None:
+    """Raises AttachError if something is attached to the model."""
+    if is_attached(model):
+        raise AttachError(f"{attachment(model).plan.recipe} is attached already; detach it first")
+
+
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Saved name -> master of every trained tensor of an attached model, head included."""
     return dict(attachment(model).trained())
