@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from smidgen.arithmetic import Sum
-from smidgen.attachment import attachment, is_attached, trained_parameters
+from smidgen.attachment import attachment, refuse_attached, trained_parameters
 from smidgen.casts import drop_casts
 from smidgen.delta import Delta
 from smidgen.errors import AttachError
@@ -53,19 +53,22 @@ def attach(
         PlanError: the recipe does not fit the model.
         DeltaError: the delta belongs to another base or head.
     """
-    if is_attached(model):
-        raise AttachError(f"{attachment(model).plan.recipe} is attached already; detach it first")
+    refuse_attached(model)
     if isinstance(what, Sum):
         what = what.on(model, verify=verify)
     if isinstance(what, Delta):
-        plan = fitted(model, what, verify)
+        put(model, fitted(model, what, verify), what)
     else:
-        plan = _narrowed(model, resolve(model, what, pooling), selection, seed, verify)
-    place(model, plan, seed, compute=not isinstance(what, Delta))
-    if isinstance(what, Delta):
-        _fill(model, what)
-    torch.compiler.reset()  # compiled code does not notice new hooks
+        place(model, _narrowed(model, resolve(model, what, pooling), selection, seed, verify), seed)
+        torch.compiler.reset()
     return model
+
+
+def put(model: nn.Module, plan: Plan, delta: Delta) -> None:
+    """Attach a delta whose plan is at hand; `attach` without a look at the base."""
+    place(model, plan, compute=False)
+    fill(model, delta)
+    torch.compiler.reset()  # compiled code does not notice new hooks
 
 
 def detach(model: nn.Module) -> Delta:
@@ -148,7 +151,7 @@ def _narrowed(model: nn.Module, plan: Plan, selection: Selection | None, seed: i
     return narrow(plan, selection.indices)
 
 
-def _fill(model: nn.Module, delta: Delta) -> None:
+def fill(model: nn.Module, delta: Delta) -> None:
     """Copy a delta's values, and the starts that it brings, into what is attached."""
     with torch.no_grad():
         for name, parameter in trained_parameters(model).items():

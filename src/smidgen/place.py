@@ -17,7 +17,7 @@ from smidgen.inputs import add_tokens, check_tokens
 from smidgen.plan import Plan
 from smidgen.ports import Edit, add_edit, add_tap, check_editable, drop_edits
 from smidgen.rows import Row
-from smidgen.start import initial
+from smidgen.start import blank, initial
 from smidgen.sublayers import SUBLAYERS
 from smidgen.subsets import Part, add_part, check_free
 
@@ -31,7 +31,7 @@ SAVE_ERROR = (
 def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> None:
     """Put a resolved plan on a model; `attach` without checks and the compiler reset.
 
-    Without `compute`, what a method computes from the base is left out: the values are to be filled in.
+    Without `compute`, no start is drawn or computed: the values are to be filled in.
     """
     owners: dict[int, list[str]] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -42,7 +42,7 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
     added = [row for row in plan.rows if row.added]
     for row in added:
         check_at(model, row)
-    tensors = [initial(row, seed, model if compute else None) for row in added]
+    tensors = [initial(row, seed, model) if compute else blank(row) for row in added]
     partial = {row.name(t): s.indices for row in plan.rows if not row.added for t, s in row.subsets.items()}
     parts = {name: tuple(owners[id(parameters[name])]) for name in partial}
     for owner in (owner for found in parts.values() for owner in found):

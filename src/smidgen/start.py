@@ -27,3 +27,11 @@ def initial(row: Row, seed: int, model: nn.Module | None = None) -> dict[str, Te
         fresh = {k: v.to(base["weight"]) for k, v in fresh.items()}
         started = row.method.from_base(fresh, base, row.site)
         return {k: v.contiguous() for k, v in started.items()}  # another layout would round differently
+
+
+def blank(row: Row) -> dict[str, Tensor]:
+    """Tensors of an added row whose values are to be filled in, symbol -> tensor; NaN shows one that was forgotten.
+
+    A row of which a part is trained starts as `initial` says: a file need not hold the rest.
+    """
+    return initial(row, 0) if row.subsets else {symbol: torch.full(shape, torch.nan) for symbol, shape in row.terms}
