@@ -24,6 +24,7 @@ from smidgen.rows import START
 from smidgen.selection.chosen import Selection
 from smidgen.selection.narrow import narrow
 from smidgen.selection.ready import choose_ready
+from smidgen.sites import module_at
 from smidgen.subsets import drop_parts
 
 
@@ -83,13 +84,13 @@ def remove(model: nn.Module) -> None:
     record = attachment(model)
     record.unplug(model)
     for path in {path for path, _ in record.edits}:
-        drop_at(model.get_submodule(path))
+        drop_at(module_at(model, path))
     for path in record.tapped:
-        drop_tap(model.get_submodule(path))
+        drop_tap(module_at(model, path))
     for path, _, _ in record.low_modules():
-        drop_casts(model.get_submodule(path))
+        drop_casts(module_at(model, path))
     for path in record.subset_modules():
-        drop_parts(model.get_submodule(path))
+        drop_parts(module_at(model, path))
     for handle in record.handles:
         handle.remove()
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -17,6 +17,7 @@ from smidgen.inputs import add_tokens, check_tokens
 from smidgen.plan import Plan
 from smidgen.ports import Edit, add_edit, add_tap, check_editable, drop_edits
 from smidgen.rows import Row
+from smidgen.sites import module_at
 from smidgen.start import blank, initial
 from smidgen.sublayers import SUBLAYERS
 from smidgen.subsets import Part, add_part, check_free
@@ -46,7 +47,7 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
     partial = {row.name(t): s.indices for row in plan.rows if not row.added for t, s in row.subsets.items()}
     parts = {name: tuple(owners[id(parameters[name])]) for name in partial}
     for owner in (owner for found in parts.values() for owner in found):
-        check_free(model.get_submodule(owner.rpartition(".")[0]), owner)
+        check_free(module_at(model, owner.rpartition(".")[0]), owner)
     record = Attachment(plan, _swaps(plan, parameters, owners), [], flags, dtype, parts=parts)
     for parameter in parameters.values():
         parameter.requires_grad_(False)
@@ -55,7 +56,7 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
     for name, index in partial.items():
         _place_part(model, name, index, parameters[name], record)
     for path, terms, norm in record.low_modules():
-        place_casts(model.get_submodule(path), terms, dtype, norm)
+        place_casts(module_at(model, path), terms, dtype, norm)
     record.plug(model)
     record.handles.append(model.register_forward_pre_hook(refuse_cast))
     if plan.pooling is not None:
@@ -67,7 +68,7 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
 
 def check_at(model: nn.Module, row: Row) -> None:
     """Raises AttachError, before anything is touched, if a row's module cannot carry its edit."""
-    module = model.get_submodule(row.site.path)
+    module = module_at(model, row.site.path)
     if row.site.heads:
         check_attention(module, row.site)
     elif row.site.kind == "input":
@@ -85,7 +86,7 @@ def drop_at(module: nn.Module) -> None:
 
 
 def _place_edit(model: nn.Module, row: Row, fresh: Mapping[str, Tensor], record: Attachment) -> None:
-    module = model.get_submodule(row.site.path)
+    module = module_at(model, row.site.path)
     device = next(module.parameters()).device
     fresh = {k: v.to(device=device, dtype=master_dtype(record.dtype)) for k, v in fresh.items()}
     edit = Edit(row.method, row.site, fresh, {term: subset.indices for term, subset in row.subsets.items()})
@@ -95,7 +96,7 @@ def _place_edit(model: nn.Module, row: Row, fresh: Mapping[str, Tensor], record:
         record.handles += add_tokens(model, row.key, edit)
     else:
         add_edit(module, row.key, edit)
-    if row.site.kind in SUBLAYERS and (handle := add_tap(model.get_submodule(row.site.entry), module)):
+    if row.site.kind in SUBLAYERS and (handle := add_tap(module_at(model, row.site.entry), module)):
         record.handles.append(handle)
         record.tapped += [row.site.entry, row.site.path]
     record.edits.append((row.site.path, row.key))
@@ -106,7 +107,7 @@ def _place_part(model: nn.Module, name: str, index: Tensor, parameter: nn.Parame
     part = Part(parameter, index, master_dtype(parameter.dtype))
     for owner in record.parts[name]:
         path, _, term = owner.rpartition(".")
-        add_part(model.get_submodule(path), term, part)
+        add_part(module_at(model, path), term, part)
     record.added[name] = part.values
 
 
