@@ -24,6 +24,7 @@ RECIPES = {
     "rank 3": ("LoRA(rank=3, layers='top:1')", {}),
     "both": ("LN(which='output') + LoRA(rank=2) + IA3()", {}),
     "base": ("PiSSA(rank=2)", {}),
+    "base again": ("PiSSA(rank=2)", {}),
     "dora": ("DoRA(rank=2) + SSF()", {}),
     "adapter": ("Adapter(site='attention', width=3)", {}),
     "prefix": ("Prefix(length=3)", {}),
@@ -163,7 +164,7 @@ def test_masters_that_share_memory_with_the_delta_would_be_seen(monkeypatch):
 def test_other_architectures(kind):
     model, expected = tiny(kind), {}
     deltas = sm.Deltas(model)
-    for seed, recipe in enumerate(("LN()", "LoRA(rank=2)", "Prefix(length=2)", "PromptTuning(length=2)", "LN()")):
+    for seed, recipe in enumerate(("LN()", "LoRA(rank=2)", "Prefix(length=2)", "PromptTuning(length=2)", "LN()", "Full()")):
         name = f"{recipe} {seed}"
         deltas[name] = trained(model, recipe, seed=seed)
         expected[name] = logits(sm.attach(tiny(kind), deltas[name]), kind)
@@ -342,6 +343,16 @@ def test_a_place_that_cannot_be_edited_is_told_when_the_delta_is_put_in():
         deltas["prefix"] = zoo()[0]["prefix"]
     assert list(deltas) == ["ln"]
     assert not is_attached(deltas.model)
+
+
+def test_a_place_that_cannot_be_edited_any_more_leaves_the_base():
+    deltas = shelf("ln", "prefix")
+    deltas.use("ln")
+    deltas.model.bert.encoder.layer[0].attention.self.edits = None
+    with pytest.raises(AttachError, match="already has an attribute 'edits'"):
+        deltas.use("prefix")
+    assert not is_attached(deltas.model)
+    check_uses(deltas, [None, "ln"])
 
 
 def test_training_what_is_in_use(tmp_path):

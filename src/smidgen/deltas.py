@@ -73,7 +73,8 @@ class Deltas(MutableMapping[str, Delta]):
 
         Raises:
             DeltaError: no delta has this name.
-            AttachError: something else is attached, the model was cast, or `disabled` is under way.
+            AttachError: something else is attached, the model was cast, `disabled` is under way; or a place cannot be
+                edited any more, which leaves the untouched base.
         """
         entry = None if name is None else self._entry(name)
         self._check_free()
