@@ -164,7 +164,9 @@ def test_masters_that_share_memory_with_the_delta_would_be_seen(monkeypatch):
 def test_other_architectures(kind):
     model, expected = tiny(kind), {}
     deltas = sm.Deltas(model)
-    for seed, recipe in enumerate(("LN()", "LoRA(rank=2)", "Prefix(length=2)", "PromptTuning(length=2)", "LN()", "Full()")):
+    for seed, recipe in enumerate(
+        ("LN()", "LoRA(rank=2)", "Prefix(length=2)", "PromptTuning(length=2)", "LN()", "Full()")
+    ):
         name = f"{recipe} {seed}"
         deltas[name] = trained(model, recipe, seed=seed)
         expected[name] = logits(sm.attach(tiny(kind), deltas[name]), kind)
