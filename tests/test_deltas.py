@@ -198,6 +198,15 @@ def test_modes_stay_and_edits_follow():
     assert deltas.model.bert.encoder.layer[1].attention.self.query.edits["0"].training
 
 
+def test_what_is_in_use_can_be_merged():
+    deltas = shelf("ln", "prefix")
+    deltas.use("ln")
+    merged = sm.merge(deltas.model)
+    assert not is_attached(merged)
+    torch.testing.assert_close(logits(merged), zoo()[1]["ln"], rtol=0, atol=1e-12)
+    check_uses(deltas, ["ln", "prefix"])
+
+
 # The mapping
 
 
