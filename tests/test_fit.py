@@ -14,7 +14,8 @@ import torch
 import smidgen as sm
 from smidgen.attachment import trained_parameters
 from smidgen.batches import ShuffledBatches
-from smidgen.errors import ModelError, TrainError
+from smidgen.cases import shake
+from smidgen.errors import AttachError, ModelError, TrainError
 from smidgen.evaluate import Scores
 from smidgen.objective import Objective, StayClose, TaskLoss
 from smidgen.plan import resolve
@@ -272,6 +273,15 @@ def test_settings_that_cannot_be(settings, said, task):
     model = h.bert()
     with h.untouched(model), pytest.raises(TrainError, match=said):
         fit(task, "LN()", model, **settings)
+
+
+def test_what_is_attached_already_stays(task):
+    model = sm.attach(h.bert(), "LN()")
+    shake(trained_parameters(model).values(), 0.1)
+    before = sm.Delta.of(model)
+    with pytest.raises(AttachError, match=r"LN\(\) is attached already; detach it first"):
+        sm.fit(model, "IA3()", task, tokenizer=h.tokenizer(), epochs=1)
+    h.same(sm.detach(model), before)
 
 
 def test_a_model_without_a_tokenizer(task):

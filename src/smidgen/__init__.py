@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from smidgen.attach import attach, attached, detach, disabled, print_trainable_parameters
     from smidgen.data import Task
     from smidgen.delta import Delta
+    from smidgen.deltas import Deltas
     from smidgen.errors import SmidgenError
     from smidgen.estimate import plan
     from smidgen.evaluate import evaluate
@@ -62,6 +63,7 @@ _HOMES = {
     "attach": ("attach", "attached", "detach", "disabled", "print_trainable_parameters"),
     "data": ("Task",),
     "delta": ("Delta",),
+    "deltas": ("Deltas",),
     "errors": ("SmidgenError",),
     "events": ("after_step",),
     "estimate": ("plan",),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from smidgen.arithmetic import Sum
-from smidgen.attachment import attachment, is_attached, trained_parameters
+from smidgen.attachment import attachment, refuse_attached, trained_parameters
 from smidgen.casts import drop_casts
 from smidgen.delta import Delta
 from smidgen.errors import AttachError
@@ -24,6 +24,7 @@ from smidgen.rows import INDICES, START
 from smidgen.selection.chosen import Selection
 from smidgen.selection.narrow import narrow
 from smidgen.selection.ready import choose_ready
+from smidgen.sites import module_at
 from smidgen.subsets import drop_parts
 
 
@@ -53,19 +54,22 @@ def attach(
         PlanError: the recipe does not fit the model.
         DeltaError: the delta belongs to another base or head.
     """
-    if is_attached(model):
-        raise AttachError(f"{attachment(model).plan.recipe} is attached already; detach it first")
+    refuse_attached(model)
     if isinstance(what, Sum):
         what = what.on(model, verify=verify)
     if isinstance(what, Delta):
-        plan = fitted(model, what, verify)
+        put(model, fitted(model, what, verify), what)
     else:
-        plan = _narrowed(model, resolve(model, what, pooling), selection, seed, verify)
-    place(model, plan, seed, compute=not isinstance(what, Delta))
-    if isinstance(what, Delta):
-        _fill(model, what)
-    torch.compiler.reset()  # compiled code does not notice new hooks
+        place(model, _narrowed(model, resolve(model, what, pooling), selection, seed, verify), seed)
+        torch.compiler.reset()
     return model
+
+
+def put(model: nn.Module, plan: Plan, delta: Delta) -> None:
+    """Attach a delta whose plan is at hand; `attach` without a look at the base."""
+    place(model, plan, compute=False)
+    fill(model, delta)
+    torch.compiler.reset()  # compiled code does not notice new hooks
 
 
 def detach(model: nn.Module) -> Delta:
@@ -80,13 +84,13 @@ def remove(model: nn.Module) -> None:
     record = attachment(model)
     record.unplug(model)
     for path in {row.site.path for row in record.plan.rows if row.added}:
-        drop_at(model.get_submodule(path))
+        drop_at(module_at(model, path))
     for path in record.tapped:
-        drop_tap(model.get_submodule(path))
+        drop_tap(module_at(model, path))
     for path, _, _ in record.low_modules():
-        drop_casts(model.get_submodule(path))
+        drop_casts(module_at(model, path))
     for path in record.subset_modules():
-        drop_parts(model.get_submodule(path))
+        drop_parts(module_at(model, path))
     for handle in record.handles:
         handle.remove()
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -148,7 +152,7 @@ def _narrowed(model: nn.Module, plan: Plan, selection: Selection | None, seed: i
     return narrow(plan, selection.indices)
 
 
-def _fill(model: nn.Module, delta: Delta) -> None:
+def fill(model: nn.Module, delta: Delta) -> None:
     """Copy a delta's values, and the starts that it brings, into what is attached."""
     with torch.no_grad():
         for name, parameter in trained_parameters(model).items():
@@ -157,6 +161,6 @@ def _fill(model: nn.Module, delta: Delta) -> None:
             if name.endswith(START):
                 tensor.copy_(delta.tensors[name])
         for row in attachment(model).plan.rows:
-            module: Any = model.get_submodule(row.site.path)
             for symbol, _ in row.routes:
+                module: Any = module_at(model, row.site.path)
                 getattr(module.edits[row.key], symbol).copy_(delta.tensors[row.name(symbol) + INDICES])

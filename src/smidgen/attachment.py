@@ -15,6 +15,7 @@ from smidgen.method import Method
 from smidgen.plan import Plan
 from smidgen.recipe import Recipe
 from smidgen.rows import INDICES, START
+from smidgen.sites import module_at
 from smidgen.subsets import Part
 
 
@@ -61,17 +62,17 @@ class Attachment:
 
     def _switch(self, model: nn.Module, on: bool) -> None:
         for path, key in self.edits:
-            edits: Any = model.get_submodule(path).edits
+            edits: Any = module_at(model, path).edits
             edits[key].enabled = on
         for owners in self.parts.values():
             self._part(model, owners[0]).enabled = on
         for path, _, _ in self.low_modules():
-            model.get_submodule(path)._casting = on  # type: ignore[assignment]
+            module_at(model, path)._casting = on  # type: ignore[assignment]
         self.active = on
 
     def _part(self, model: nn.Module, owner: str) -> Part:
         path, _, term = owner.rpartition(".")
-        subsets: Any = model.get_submodule(path).subsets
+        subsets: Any = module_at(model, path).subsets
         part: Part = subsets[term]
         return part
 
@@ -90,7 +91,9 @@ class Attachment:
     def fixed(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Saved name and tensor of what a file needs beside the trained values: indices, starts drawn at random."""
         for row in self.plan.rows:
-            module: Any = model.get_submodule(row.site.path)
+            if not (row.subsets or row.kept):
+                continue
+            module: Any = module_at(model, row.site.path)
             for term, subset in row.subsets.items():
                 if len(subset.indices):
                     yield row.name(term) + INDICES, subset.indices.to(torch.int32)
@@ -148,7 +151,7 @@ class Attachment:
 def _set(model: nn.Module, swap: Swap, parameter: nn.Parameter) -> None:
     for owner in swap.owners:
         path, _, term = owner.rpartition(".")
-        model.get_submodule(path)._parameters[term] = parameter
+        module_at(model, path)._parameters[term] = parameter
 
 
 def attachment(model: nn.Module) -> Attachment:
@@ -174,6 +177,12 @@ def check_masters(model: nn.Module) -> None:
 def is_attached(model: nn.Module) -> bool:
     """Whether something is attached to the model."""
     return "_smidgen" in model.__dict__
+
+
+def refuse_attached(model: nn.Module) -> None:
+    """Raises AttachError if something is attached to the model."""
+    if is_attached(model):
+        raise AttachError(f"{attachment(model).plan.recipe} is attached already; detach it first")
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from smidgen.attachment import Attachment, Swap, check_masters
@@ -19,7 +18,8 @@ from smidgen.plan import Plan
 from smidgen.pools import pool_key
 from smidgen.ports import Edit, add_edit, add_pool, add_tap, check_editable, check_pool, drop_edits
 from smidgen.rows import SHARED, Row
-from smidgen.start import initial, routes
+from smidgen.sites import module_at
+from smidgen.start import blank, initial, routes
 from smidgen.sublayers import SUBLAYERS
 from smidgen.subsets import Part, add_part, check_free
 
@@ -33,7 +33,7 @@ SAVE_ERROR = (
 def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> None:
     """Put a resolved plan on a model; `attach` without checks and the compiler reset.
 
-    Without `compute`, what a method computes from the base is left out: the values are to be filled in.
+    Without `compute`, no start is drawn or computed: the values are to be filled in.
     """
     owners: dict[int, list[str]] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -44,11 +44,11 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
     added = [row for row in plan.rows if row.added]
     for row in added:
         check_at(model, row)
-    tensors = [_fresh(row, seed, model if compute else None) for row in added]
+    tensors = [initial(row, seed, model) if compute else blank(row) for row in added]
     partial = {row.name(t): s.indices for row in plan.rows if not row.added for t, s in row.subsets.items()}
     parts = {name: tuple(owners[id(parameters[name])]) for name in partial}
     for owner in (owner for found in parts.values() for owner in found):
-        check_free(model.get_submodule(owner.rpartition(".")[0]), owner)
+        check_free(module_at(model, owner.rpartition(".")[0]), owner)
     record = Attachment(plan, _swaps(plan, parameters, owners), [], flags, dtype, parts=parts)
     for parameter in parameters.values():
         parameter.requires_grad_(False)
@@ -57,7 +57,7 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
     for name, index in partial.items():
         _place_part(model, name, index, parameters[name], record)
     for path, terms, norm in record.low_modules():
-        place_casts(model.get_submodule(path), terms, dtype, norm)
+        place_casts(module_at(model, path), terms, dtype, norm)
     record.plug(model)
     record.handles.append(model.register_forward_pre_hook(refuse_cast))
     if plan.pooling is not None:
@@ -69,7 +69,7 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
 
 def check_at(model: nn.Module, row: Row) -> None:
     """Raises AttachError, before anything is touched, if a row's module cannot carry its edit."""
-    module = model.get_submodule(row.site.path)
+    module = module_at(model, row.site.path)
     if row.site.kind == SHARED:
         check_pool(module, row.sites, row.method)
     elif row.site.heads:
@@ -88,14 +88,8 @@ def drop_at(module: nn.Module) -> None:
         drop_edits(module)
 
 
-def _fresh(row: Row, seed: int, model: nn.Module | None) -> dict[str, Tensor]:
-    if row.grown:  # to be filled in
-        return {term: torch.zeros(shape) for term, shape in row.terms}
-    return initial(row, seed, model)
-
-
 def _place_edit(model: nn.Module, row: Row, fresh: Mapping[str, Tensor], record: Attachment, seed: int) -> None:
-    module = model.get_submodule(row.site.path)
+    module = module_at(model, row.site.path)
     device = next(module.parameters()).device
     fresh = {k: v.to(device=device, dtype=master_dtype(record.dtype)) for k, v in fresh.items()}
     edit = Edit(row.method, row.site, fresh, {term: subset.indices for term, subset in row.subsets.items()})
@@ -110,7 +104,7 @@ def _place_edit(model: nn.Module, row: Row, fresh: Mapping[str, Tensor], record:
         record.handles += add_tokens(model, row.key, edit)
     else:
         add_edit(module, row.key, edit)
-    if row.site.kind in SUBLAYERS and (handle := add_tap(model.get_submodule(row.site.entry), module)):
+    if row.site.kind in SUBLAYERS and (handle := add_tap(module_at(model, row.site.entry), module)):
         record.handles.append(handle)
         record.tapped += [row.site.entry, row.site.path]
     if row.site.kind != SHARED:
@@ -122,7 +116,7 @@ def _place_part(model: nn.Module, name: str, index: Tensor, parameter: nn.Parame
     part = Part(parameter, index, master_dtype(parameter.dtype))
     for owner in record.parts[name]:
         path, _, term = owner.rpartition(".")
-        add_part(model.get_submodule(path), term, part)
+        add_part(module_at(model, path), term, part)
     record.added[name] = part.values
 
 

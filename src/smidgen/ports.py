@@ -199,7 +199,7 @@ def check_editable(module: Any, site: Site, method: Method) -> None:
         raise AttachError(f"{method} edits the input of the {site.kind} at {site.name}, which several maps share")
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         raise AttachError(f"{site.name} belongs to nn.MultiheadAttention, which never calls it: hooks cannot reach it")
-    if "edits" in dir(module) and not isinstance(getattr(module, "edits", None), Edits):
+    if hasattr(module, "edits") and not isinstance(module.edits, Edits):
         raise AttachError(f"{type(module).__name__} at {site.name} already has an attribute 'edits'")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -213,3 +214,12 @@ def _nearest(path: str, stacks: Iterable[str]) -> list[str]:
     """The stacks in the module at this path, or in the nearest one around it that has any."""
     near = [stack for stack in stacks if within(stack, path)]
     return near if near or not path else _nearest(path.rpartition(".")[0], stacks)
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """`get_submodule` for a path that is known to exist: a switch of deltas looks up a hundred."""
+    found: Any = model
+    for name in path.split(".") if path else ():
+        found = found._modules[name]
+    module: nn.Module = found
+    return module

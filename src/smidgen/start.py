@@ -42,3 +42,11 @@ def routes(row: Row, seed: int) -> dict[str, Tensor]:
     """Which parts of what its sites share a row uses, symbol -> (n,) int64."""
     with seeded(seed, row.site.path, row.key, "routes"):
         return {symbol: index.long() for symbol, index in row.method.routes(row.site, row.sites).items()}
+
+
+def blank(row: Row) -> dict[str, Tensor]:
+    """Tensors of an added row whose values are to be filled in, symbol -> tensor; NaN shows one that was forgotten.
+
+    A row of which a part is trained starts as `initial` says: a file need not hold the rest.
+    """
+    return initial(row, 0) if row.subsets else {symbol: torch.full(shape, torch.nan) for symbol, shape in row.terms}

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from smidgen.attach import remove
-from smidgen.attachment import attachment, is_attached, trained_parameters
+from smidgen.attachment import attachment, is_attached, refuse_attached, trained_parameters
 from smidgen.events import put
 
 
@@ -50,7 +50,12 @@ def unpack(
 
 @contextmanager
 def borrowed(model: nn.Module) -> Iterator[None]:
-    """Whatever happens inside: afterwards nothing is attached, modes are as before, and no gradient is left."""
+    """Whatever happens inside: afterwards nothing is attached, modes are as before, and no gradient is left.
+
+    Raises:
+        AttachError: something is attached already, which stays.
+    """
+    refuse_attached(model)
     mode = {module: module.training for module in model.modules()}
     own = dict(model.__dict__)
     try:
