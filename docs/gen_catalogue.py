@@ -21,12 +21,13 @@ import smidgen.method
 import smidgen.methods
 import smidgen.named
 from smidgen.errors import SmidgenError
-from smidgen.method import LINEAR_ROLES, Method
+from smidgen.fields import LINEAR_ROLES
+from smidgen.method import Method
 from smidgen.named import NAMED
 from smidgen.optim import HEAD_LR
 from smidgen.plan import Plan, resolve
 from smidgen.recipe import Term
-from smidgen.rows import safetensors_size
+from smidgen.rows import SHARED, safetensors_size
 from smidgen.sites import Site, find_sites
 from smidgen.sublayers import SUBLAYERS
 
@@ -143,7 +144,7 @@ def port(cls: type[Method]) -> str:
 def parts(method: Method) -> str:
     """The kinds of place that a method acts at on BERT-base, by role where there is one."""
     plan = planned(method, "BERT-base")
-    sites = [] if isinstance(plan, str) else [row.site for row in plan.rows]
+    sites = [] if isinstance(plan, str) else [row.site for row in plan.rows if row.site.kind != SHARED]
     found = (sorted(site.roles & set(LINEAR_ROLES)) or [_kind(site)] for site in sites)
     return ", ".join(dict.fromkeys(name for names in found for name in names)) or "-"
 

@@ -24,7 +24,7 @@ def t5_base():
     [("Compacter(site='feed_forward') + LN()", 104_704), ("Compacter() + LN()", 161_728)],
 )
 def test_compacter_has_the_counts_of_its_paper(recipe, values):
-    assert sm.plan(t5_base(), recipe).trained == values  # arXiv:2106.04647, table 1: 0.047 % and 0.073 %
+    assert sm.plan(t5_base(), recipe).trained == values  # arXiv:2106.04647, abstract: 0.047 %
 
 
 def test_kronecker_sum_is_torch_kron():

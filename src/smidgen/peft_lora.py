@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.errors import DeltaError
+from smidgen.fields import LINEAR_ROLES
 from smidgen.fold import stored
-from smidgen.method import LINEAR_ROLES, Method
+from smidgen.method import Method
 from smidgen.methods.dora import DoRA
 from smidgen.methods.lora import LoRA
 from smidgen.methods.pissa import PiSSA

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.errors import DeltaError, nearest
+from smidgen.fields import Layers
 from smidgen.heads import head_names
-from smidgen.method import Layers, Method
+from smidgen.method import Method
 from smidgen.methods.ia3 import IA3
 from smidgen.methods.ln import LN, WHICH
 from smidgen.peft_format import Adapter, check_complete, few

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smidgen.errors import PlanError, RecipeError
-from smidgen.method import Layers, Method, Tensors, at_least, in_layers, layers_field, one_of
+from smidgen.fields import Layers, at_least, in_layers, layers_field, one_of
+from smidgen.method import Method, Tensors
 from smidgen.sites import Site
 from smidgen.sublayers import SUBLAYERS, check_sublayers
 from smidgen.tensors import ACTIVATIONS, glorot, kronecker_sum

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from smidgen.method import Layers, Method, in_layers, layers_field
+from smidgen.fields import Layers, in_layers, layers_field
+from smidgen.method import Method
 from smidgen.sites import Site
 
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from smidgen.method import Layers, Method, Tensors, in_layers, layers_field
+from smidgen.fields import Layers, in_layers, layers_field
+from smidgen.method import Method, Tensors
 from smidgen.sites import Site
 
 

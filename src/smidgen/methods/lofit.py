@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from smidgen.method import Layers, Method, Tensors, at_least, in_layers, layers_field, one_of
+from smidgen.fields import Layers, at_least, in_layers, layers_field, one_of
+from smidgen.method import Method, Tensors
 from smidgen.sites import Site
 
 

@@ -12,18 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smidgen.errors import RecipeError
-from smidgen.method import (
-    Layers,
-    Method,
-    Tensors,
-    as_names,
-    at_least,
-    check_targets,
-    in_layers,
-    layers_field,
-    one_of,
-    targeted,
-)
+from smidgen.fields import Layers, as_names, at_least, check_targets, in_layers, layers_field, one_of, targeted
+from smidgen.method import Method, Tensors
 from smidgen.sites import Site
 
 

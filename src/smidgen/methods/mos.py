@@ -12,18 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smidgen.errors import PlanError, RecipeError
-from smidgen.method import (
-    LINEAR_ROLES,
-    Layers,
-    Method,
-    Tensors,
-    as_names,
-    at_least,
-    check_targets,
-    in_layers,
-    layers_field,
-    targeted,
-)
+from smidgen.fields import LINEAR_ROLES, Layers, as_names, at_least, check_targets, in_layers, layers_field, targeted
+from smidgen.method import Method, Tensors
 from smidgen.sites import Site
 
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smidgen.method import Layers, Method, Tensors, at_least, in_layers, layers_field
+from smidgen.fields import Layers, at_least, in_layers, layers_field
+from smidgen.method import Method, Tensors
 from smidgen.sites import Site
 
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from smidgen.method import Method, Tensors, at_least, one_of
+from smidgen.fields import at_least, one_of
+from smidgen.method import Method, Tensors
 from smidgen.sites import Site
 
 

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from smidgen.method import Layers, Method, Tensors, check_targets, in_layers, layers_field, targeted
+from smidgen.fields import Layers, check_targets, in_layers, layers_field, targeted
+from smidgen.method import Method, Tensors
 from smidgen.sites import Site
 
 

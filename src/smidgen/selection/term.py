@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from smidgen.errors import RecipeError
-from smidgen.method import at_least, one_of
+from smidgen.fields import at_least, one_of
 from smidgen.recipe import Filter
 
 SCORES = ("fisher", "gradient", "change", "movement", "scout", "magnitude", "random")

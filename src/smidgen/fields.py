@@ -1,0 +1,80 @@
+"""What fields of methods say: layers, target roles, sizes; and the mistakes in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from smidgen.errors import PlanError, RecipeError, nearest
+from smidgen.layers import layer_indices
+from smidgen.sites import Site
+
+Layers = str | int | tuple[int, ...] | None
+
+
+def in_layers(site: Site, layers: Layers) -> bool:
+    """Whether the site lies in one of the wanted layers; sites outside all blocks only count when `layers` is None."""
+    if layers is None:
+        return True
+    if site.layer is None:
+        return False
+    return site.layer in (layer_indices(layers, site.depth) or ())
+
+
+def check_targets(method: str, field: str, names: Sequence[str], sites: Sequence[Site]) -> None:
+    """Raise PlanError, naming the nearest, unless each name stands for at least one linear map."""
+    for name in names:
+        if not any(targeted(site, (name,)) for site in sites):
+            endings = {site.path.rpartition(".")[2] for site in sites if site.kind == "linear"}
+            known = {role for site in sites for role in site.roles if role in LINEAR_ROLES} | endings | {"linear"}
+            raise PlanError(
+                f"{method}: {field} names {name!r}, which this model does not have{nearest(name, known)}; "
+                f"it has {', '.join(sorted(known))}"
+            )
+
+
+def as_names(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    """One name or several, as several."""
+    return (value,) if isinstance(value, str) else value
+
+
+def targeted(site: Site, target: Sequence[str]) -> bool:
+    """Whether a linear site has one of the roles, or lies at a module path ending in one of the names."""
+    if site.kind != "linear":
+        return False
+    return any(_matches(site, name) for name in target)
+
+
+def _matches(site: Site, name: str) -> bool:
+    if name == "linear":
+        return site.rows is None and "block" in site.roles
+    if name in site.roles and name in LINEAR_ROLES:
+        return True
+    return site.rows is None and (site.path == name or site.path.endswith("." + name))
+
+
+LINEAR_ROLES = ("query", "key", "value", "attention_out", "ff_in", "ff_out")
+
+
+def one_of(method: str, field: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raise RecipeError, naming the nearest, unless `value` is among `allowed`."""
+    if value not in allowed:
+        hint = nearest(str(value), allowed)
+        raise RecipeError(f"{method}: {field}={value!r} is not one of {', '.join(allowed)}{hint}")
+
+
+def at_least(method: str, field: str, value: Any, least: float, kind: type = int) -> None:
+    """Raise RecipeError unless `value` is a number of the kind and not below `least`."""
+    good = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if not good or value < least:
+        raise RecipeError(f"{method}: {field}={value!r} must be a {'whole ' * (kind is int)}number of at least {least}")
+
+
+def layers_field(method: str, value: Layers) -> None:
+    """Raise RecipeError unless `value` can name layers: None, 3, (0, 5), "top:2", "bottom:2" or "2:5"."""
+    if value is None:
+        return
+    try:
+        layer_indices(value, 1_000_000)
+    except ValueError as error:
+        raise RecipeError(f"{method}: {error}") from None
