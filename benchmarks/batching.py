@@ -1,4 +1,4 @@
-"""LN() on SST-2 with shuffled batches, batches of like length and batches of so many tokens: accuracy and time.
+"""LN() on SST-2: shuffled batches, batches of like length, of so many tokens, and a bfloat16 base: accuracy and time.
 
 python benchmarks/batching.py --data ../shared/data/glue/sst2
 
@@ -35,12 +35,12 @@ class Clock:
             this.begin = time.perf_counter()
             epoch(loop, number)
 
-        def counted_step(loop, batch, *args):
+        def counted_step(loop, places, batch):
             now = this.epochs[-1]
             now["steps"] += 1
             now["tokens"] += int(batch["attention_mask"].sum())
             now["padded"] += batch["attention_mask"].numel()
-            step(loop, batch, *args)
+            step(loop, places, batch)
 
         def timed_validate(loop, number):
             this.epochs[-1]["seconds"] = time.perf_counter() - this.begin
@@ -58,11 +58,13 @@ def arms(options):
         "shuffle": {"batching": "shuffle"},
         "length": {"batching": "length"},
         "tokens": {"batch_tokens": options.batch_tokens},
+        "bfloat16": {"dtype": "bfloat16"},
     }
 
 
 def one(settings, task, options, seed):
-    model, tokenizer = sm.load("minilm", task=task, seed=seed)
+    settings = dict(settings)
+    model, tokenizer = sm.load("minilm", task=task, seed=seed, dtype=settings.pop("dtype", "float32"))
     common = {"seed": seed, "epochs": options.epochs, "batch_size": options.batch_size, "tokenizer": tokenizer}
     clock = Clock()
     with clock.watching():

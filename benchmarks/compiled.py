@@ -2,8 +2,8 @@
 
 python benchmarks/compiled.py
 
-Random batches of MiniLM's width, 32 x 24 tokens, in float32 and bfloat16; AdamW on what is trained. The compile time is
-that of the first step. `length` 16 to 32 in turn shows what changing shapes cost (dynamic shapes, as batches have them).
+Random batches of MiniLM's width, 32 x 24 tokens, in float32 and bfloat16; AdamW on what is trained. Compile time is
+that of the first three steps. Lengths 16 to 32 in turn show what changing shapes cost (dynamic shapes).
 """
 
 import argparse
