@@ -93,7 +93,7 @@ class Row:
     @property
     def kept(self) -> tuple[str, ...]:
         """The added tensors whose start the formula needs."""
-        return self.method.keeps if self.added else ()
+        return self.method.keeps if self.added and self.site.kind != SHARED else ()
 
     @property
     def values(self) -> int:

@@ -24,7 +24,7 @@ class Compacter(Method):
     """Add bottlenecks made of Kronecker products whose outer factors all sites share.
 
     Karimi Mahabadi et al. 2021, Compacter: Efficient Low-Rank Hypercomplex Adapter Layers, arXiv:2106.04647,
-    sections 3.2 and 3.3. Compacter++ is site="feed_forward"; both train the norms as well: add LN().
+    section 3.3. Compacter++ is site="feed_forward"; both train the norms as well: add LN().
 
         y = f + act(f D + d) U + u          f leaves the sublayer, before residual and norm
         D = sum_i S_i x (s_i t_i)           x is the Kronecker product, s_i t_i a matrix of the given rank
