@@ -35,9 +35,10 @@ METHODS = {
 RATES, SEEDS = (1e-3, 3e-3, 1e-2), (1, 2, 3)
 
 
-def arms():
+def arms(methods):
     """(method, with LN or not) -> recipe."""
-    for name, spelling in METHODS.items():
+    for name in methods:
+        spelling = METHODS[name]
         yield name, False, spelling
         yield name, True, "LN()" if name == "none" else f"{spelling} + LN()"
 
@@ -70,6 +71,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--out", default=str(HERE / "results.json"))
     options = parser.parse_args()
@@ -86,7 +88,7 @@ def study(data, results, options, out):
     task = sm.Task.load(data, limit={"train": options.limit, "validation": options.validation})
     name = Path(data).name
     for seed, split in ((0, "validation"), *((seed, "test") for seed in SEEDS)):
-        for method, norm, recipe in arms():
+        for method, norm, recipe in arms(options.methods):
             for lr in RATES if seed == 0 else (best(results, name, method, norm),):
                 key = {"task": name, "method": method, "ln": norm, "lr": lr, "seed": seed}
                 if any(key.items() <= run.items() for run in results["runs"]):
