@@ -24,8 +24,8 @@ def is_conv(module: nn.Module) -> bool:
     """Whether a module is a convolution that is linear in a weight of its own.
 
     Not so: one whose weight is made of other tensors (weight norm) or in a forward of its own (weight
-    standardisation), and a transposed one, whose rows are its inputs. Nor is a causal depthwise Conv1d:
-    Mamba's mixers read its weight without calling it, in decoding and in fused kernels.
+    standardisation), and a transposed one, whose rows are its inputs. Nor is a causal depthwise Conv1d: Mamba's
+    mixers, and others like them, read its weight and do not call it.
     """
     if not isinstance(module, CONVOLUTIONS) or "weight" not in module._parameters:
         return False
