@@ -469,32 +469,31 @@ def photographs(folder, count, test):
     return torch.tensor(found).permute(0, 3, 1, 2) / 255, torch.tensor(labels).long()
 
 
-def test_a_pretrained_model_learns_negatives(shared):
-    """Colours inverted, which a pretrained ViT reads badly; the patch embedding alone could undo it."""
+def measured(model, images, labels):
+    """Loss and accuracy."""
+    logits = h.logits(model, pixel_values=images)
+    return nn.functional.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
+
+
+def test_a_pretrained_model_learns_to_see_in_fog(shared):
+    """Images with a third of their contrast, which it reads badly: SSF gets some of the accuracy back in 32 steps."""
     model = pretrained(shared)
-    x, y = photographs(shared, 512, 0)
-    seen, truth = photographs(shared, 256, 1)
-
-    def measured(model, images):
-        logits = h.logits(model, pixel_values=images)
-        return nn.functional.cross_entropy(logits, truth).item(), (logits.argmax(1) == truth).float().mean().item()
-
-    assert measured(model, seen)[1] > 0.6
-    start = measured(model, 1 - seen)
+    (x, y), (clear, truth) = photographs(shared, 1024, 0), photographs(shared, 512, 1)
+    train, held = 0.3 * x + 0.6, 0.3 * clear + 0.6
+    assert measured(model, clear, truth)[1] > 0.5
+    start = measured(model, held, truth)
     sm.attach(model, "SSF()")
-    adam = sm.optimizer(model, lr=3e-3, head_lr=1e-3)
+    adam = sm.optimizer(model, lr=1e-2, head_lr=1e-3)
     for step in range(32):
-        part = slice(64 * step % 512, 64 * step % 512 + 64)
+        part = slice(64 * step % 1024, 64 * step % 1024 + 64)
         adam.zero_grad()
-        model(pixel_values=1 - x[part], labels=y[part]).loss.backward()
+        model(pixel_values=train[part], labels=y[part]).loss.backward()
         adam.step()
-    end = measured(model, 1 - seen)
-    print(f"loss and accuracy on negatives: {start} before, {end} after")
-    assert end[0] < 0.8 * start[0]
-    assert end[1] > start[1] + 0.05
-    moved = [p for n, p in trained_parameters(model).items() if "projection.edits" in n]
-    assert len(moved) == 2
-    assert all(not torch.equal(p, torch.full_like(p, p.numel() and round(p.mean().item()))) for p in moved)
-    merged = sm.merge(model)
-    wanted = h.logits(model, pixel_values=seen)
-    torch.testing.assert_close(h.logits(merged, pixel_values=seen), wanted, rtol=1e-5, atol=1e-5)
+    end = measured(model, held, truth)
+    print(f"loss and accuracy on held-out images: {start} before, {end} after")
+    assert end[0] < 0.5 * start[0]
+    assert end[1] > start[1] + 0.1
+    g, t = (p for n, p in trained_parameters(model).items() if "projection.edits" in n)
+    assert (g - 1).abs().max() > 0.01 < t.abs().max()
+    wanted = h.logits(model, pixel_values=held)
+    torch.testing.assert_close(h.logits(sm.merge(model), pixel_values=held), wanted, rtol=1e-5, atol=1e-5)

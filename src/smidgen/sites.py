@@ -24,7 +24,8 @@ class Site:
     """A module that owns parameters, a run of output rows of one (`rows`), a sublayer (`entry`), or heads (`heads`).
 
     A slice has its one own role (query, key, value, ff_in) and nothing else; what covers the whole fused map
-    (attention, ff, block) is on the whole site, so that no role selects the same weights twice.
+    (attention, ff, block) is on the whole site, so that no role selects the same weights twice. `axis` is where the
+    module's input and output have their widths; methods see them last.
     """
 
     path: str
