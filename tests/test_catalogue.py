@@ -177,16 +177,15 @@ def test_a_prefix_is_saved_without_its_network(bert):
     assert sum(torch.Size(shape).numel() for name, shape in saved.items() if name not in head) == L * 2 * 30 * D
 
 
-def test_ssf_on_vit_b16_is_the_papers_count_less_the_patch_convolution():
-    """The paper scales and shifts what the patch convolution gives as well; SSF's docstring says that it does not."""
+def test_ssf_on_vit_b16_has_the_papers_count():
     with torch.device("meta"):
         model = T.ViTForImageClassification(T.ViTConfig())
     plan = resolve(model, "SSF()")
-    paper = 22 * D * L + 4 * D
-    assert paper == 205_824
-    assert plan.trained == paper - 2 * D
-    assert "convolution that makes patches" in Term.registry["SSF"].__doc__.replace("\n    ", " ")
-    assert not any("patch" in row.site.path for row in plan.rows)
+    assert plan.trained == 22 * D * L + 4 * D == 205_824
+    assert [row.site.path for row in plan.rows if "patch" in row.site.path] == [
+        "vit.embeddings.patch_embeddings.projection"
+    ]
+    assert resolve(model, "SSF(convs=False)").trained == 205_824 - 2 * D
 
 
 def test_the_methods_of_the_catalogue_are_methods():

@@ -1,4 +1,5 @@
-"""A module's stored weight as its sites see it, and back: Conv1D stores the transpose, slices are runs of rows."""
+"""A module's tensors as its sites see them, and back: Conv1D stores the transpose, slices are runs of rows, a
+convolution's weight has more axes than two and its channels lie before the places of an image."""
 
 from __future__ import annotations
 
@@ -22,8 +23,11 @@ def stored(module: Any) -> Pair:
 
 
 def seen_from(site: Site, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-    """What a site sees of them: "weight" (width_out, width_in), "bias" (width_out,) if there is one."""
-    oriented = weight.T if site.transposed else weight
+    """What a site sees of them: "weight" (width_out, width_in), "bias" (width_out,) if there is one.
+
+    Of a convolution the weight is (width_out, width_in / groups * kernel size).
+    """
+    oriented = _oriented(site, weight)
     a, b = site.rows or (0, oriented.shape[0])
     return {"weight": oriented[a:b]} | ({} if bias is None else {"bias": bias[a:b]})
 
@@ -31,12 +35,29 @@ def seen_from(site: Site, weight: Tensor, bias: Tensor | None) -> dict[str, Tens
 def put_back(site: Site, whole: Pair, part: Pair) -> Pair:
     """The stored tensors with a site's part of them replaced."""
     weight, bias = whole
-    oriented = weight.T if site.transposed else weight
+    oriented = _oriented(site, weight)
     a, b = site.rows or (0, oriented.shape[0])
     oriented = torch.cat((oriented[:a], part[0], oriented[b:]))
     if bias is not None and part[1] is not None:
         bias = torch.cat((bias[:a], part[1], bias[b:]))
-    return oriented.T.contiguous() if site.transposed else oriented, bias
+    return oriented.T.contiguous() if site.transposed else oriented.view(weight.shape), bias
+
+
+def _oriented(site: Site, weight: Tensor) -> Tensor:
+    """Output rows first, and for a convolution everything else in one axis."""
+    if site.kind == "conv":
+        return weight.flatten(1)
+    return weight.T if site.transposed else weight
+
+
+def channels_last(site: Site, t: Tensor) -> Tensor:
+    """What enters or leaves a site's module, with its channels at the end, where methods expect them."""
+    return t if site.axis == -1 else t.movedim(site.axis, -1)
+
+
+def channels_back(site: Site, t: Tensor) -> Tensor:
+    """The inverse of `channels_last`."""
+    return t if site.axis == -1 else t.movedim(-1, site.axis)
 
 
 def overlap(one: Site, other: Site) -> bool:

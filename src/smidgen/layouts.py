@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
+
+from smidgen.kinds import kind_of, widths
 
 
 @dataclass(frozen=True)
@@ -138,39 +139,6 @@ NORM_ROLES: dict[tuple[str, str], str] = {
     ("Glm4DecoderLayer", "post_self_attn_layernorm"): "attention",
 }
 Roles = dict[str, frozenset[str]]
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation without running statistics; it may have no parameters (OLMo 1)."""
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
-        return True
-    name = type(module).__name__.lower()
-    running = "batchnorm" in name or "instancenorm" in name or hasattr(module, "running_mean")
-    leaf = next(module.children(), None) is None
-    shapes = {tuple(p.shape) for p in module.parameters(recurse=False)}
-    return "norm" in name and leaf and not running and all(len(s) == 1 for s in shapes)
-
-
-def kind_of(module: nn.Module) -> str:
-    """One of "norm" (one or two vectors of one size), "linear", "embedding" and "other"."""
-    shapes = [tuple(p.shape) for p in module.parameters(recurse=False)]
-    if is_norm(module) and 1 <= len(shapes) <= 2 and len(set(shapes)) == 1 and len(shapes[0]) == 1:
-        return "norm"
-    # nn.MultiheadAttention reads its out_proj's weight without calling it, so no hook on it ever fires
-    if isinstance(module, nn.Linear | Conv1D) and not isinstance(module, NonDynamicallyQuantizableLinear):
-        return "linear"
-    return "embedding" if isinstance(module, nn.Embedding) else "other"
-
-
-def widths(module: nn.Module) -> tuple[int, int]:
-    """(input, output) of a linear map, (size, size) of a norm, (rows, width) of an embedding, else (0, 0)."""
-    kind = kind_of(module)
-    if kind == "other":
-        return 0, 0
-    shape = next(tuple(p.shape) for p in module.parameters(recurse=False))
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    return shape[0], shape[-1]
 
 
 def linear_parts(block: nn.Module) -> tuple[Roles, dict[str, list[tuple[str, int, int]]]]:

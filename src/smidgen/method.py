@@ -94,7 +94,8 @@ class Method(Term, abstract=True):
     def from_base(self, p: Tensors, base: Tensors, site: Site) -> dict[str, Tensor]:
         """The tensors of `init` as they start at a site whose own tensors are `base`, for a method that looks at them.
 
-        base: "weight" (width_out, width_in) and, where there is one, "bias" (width_out,), in master precision.
+        base: "weight" (width_out, width_in) and, where there is one, "bias" (width_out,), in master precision. A
+            convolution's weight has all inputs of a channel in one axis.
         """
         return dict(p)
 
@@ -166,7 +167,10 @@ class Method(Term, abstract=True):
         raise NotImplementedError
 
     def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
-        """The formula once more, folded. weight: (width_out, width_in), a norm's gain (width,); bias: or None."""
+        """The formula once more, folded. weight: (width_out, width_in), a norm's gain (width,); bias: or None.
+
+        A convolution's weight is (width_out, width_in / groups * kernel size).
+        """
         return weight, bias
 
     def unmergeable(self, site: Site) -> str | None:

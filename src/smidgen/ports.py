@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from smidgen.errors import AttachError
-from smidgen.fold import Pair, overlap, put_back, seen_from, stored
+from smidgen.fold import Pair, channels_back, channels_last, overlap, put_back, seen_from, stored
 from smidgen.method import Method, Tensors
 from smidgen.sites import Site
 from smidgen.subsets import Part
@@ -73,7 +73,8 @@ class Edit(nn.Module):
 
     def before(self, x: Tensor) -> Tensor:
         """The edited input, in the dtype of x."""
-        return self.method.before(self.cast(x), x, self.site).to(x.dtype)
+        found = self.method.before(self.cast(x), channels_last(self.site, x), self.site)
+        return channels_back(self.site, found.to(x.dtype))
 
     def after(self, x: Tensor, y: Tensor, base: Tensors | None = None) -> Tensor:
         """The edited output, in the dtype of y; only the site's rows of a fused projection change."""
@@ -83,6 +84,7 @@ class Edit(nn.Module):
 
     def formula(self, p: Tensors, x: Tensor, y: Tensor, base: Tensors | None) -> Tensor:
         """`after` of the given tensors, a pure function."""
+        x, y = channels_last(self.site, x), channels_last(self.site, y)
         a, b = self.site.rows or (0, y.shape[-1])
         part = y if self.site.rows is None else y[..., a:b]
         if self.reads_base:
@@ -90,7 +92,8 @@ class Edit(nn.Module):
         else:
             found = self.method.after(p, x, part, self.site)
         found = found.to(y.dtype)
-        return found if self.site.rows is None else torch.cat((y[..., :a], found, y[..., b:]), dim=-1)
+        whole = found if self.site.rows is None else torch.cat((y[..., :a], found, y[..., b:]), dim=-1)
+        return channels_back(self.site, whole)
 
     def keys_values(self, key: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (heads, length, head_dim), in the dtype of `key`."""

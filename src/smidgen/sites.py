@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from smidgen.layouts import NORM_ROLES, is_norm, kind_of, linear_parts, norm_roles, widths, within
+from smidgen.kinds import channel_axis, is_norm, kind_of, widths
+from smidgen.layouts import NORM_ROLES, linear_parts, norm_roles, within
 
 _ATTENTION = ("attention", "query", "key", "value", "attention_out")
 ROLES = ("embedding", *_ATTENTION, "ff_in", "ff_out", "ff", "block", "norm", "final", "qk", "output")
@@ -23,7 +24,8 @@ class Site:
     """A module that owns parameters, a run of output rows of one (`rows`), a sublayer (`entry`), or heads (`heads`).
 
     A slice has its one own role (query, key, value, ff_in) and nothing else; what covers the whole fused map
-    (attention, ff, block) is on the whole site, so that no role selects the same weights twice.
+    (attention, ff, block) is on the whole site, so that no role selects the same weights twice. `axis` is where the
+    module's input and output have their widths; methods see them last.
     """
 
     path: str
@@ -42,6 +44,7 @@ class Site:
     entry: str = ""
     heads: int = 0
     head_dim: int = 0
+    axis: int = -1
 
     @property
     def name(self) -> str:
@@ -128,6 +131,7 @@ def _site(path: str, module: nn.Module, part: _Part, roles: frozenset[str]) -> S
         transposed=isinstance(module, Conv1D),
         gain=next((name for name in terms if name != bias), None) if kind == "norm" else None,
         bias=bias,
+        axis=channel_axis(module),
     )
 
 

@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from smidgen.errors import PlanError
-from smidgen.layouts import Layout, is_norm, matching, widths, within
+from smidgen.kinds import is_norm, widths
+from smidgen.layouts import Layout, matching, within
 from smidgen.sites import Site, find_blocks
 
 HEAD_DIMS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")

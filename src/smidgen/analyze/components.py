@@ -31,7 +31,8 @@ LINEARS = {
 # In the order in which a token meets them; a norm of both sublayers is one that feeds both (Phi, Falcon).
 COMPONENTS = (
     "embedding", "embedding LN", "attention LN", "q/k norm", "query", "key", "value", "attention", "attention out",
-    "shared LN", "output LN", "ff in", "ff out", "final LN", "pooler", "output embedding", "other", "head",
+    "shared LN", "output LN", "ff in", "ff out", "convolution", "final LN", "pooler", "output embedding", "other",
+    "head",
 )  # fmt: skip
 TERMS = ("weight", "gain", "bias")
 KEYS = ("component", "term", "stack", "layer", "name")
@@ -189,12 +190,16 @@ def _label(site: Site, places: _Places) -> str:
         if role in site.roles:
             return label
     if site.layer is not None or "block" in site.roles:
-        return "attention" if "attention" in site.roles else "other"
+        return "attention" if "attention" in site.roles else _elsewhere(site)
     if places.output is not None and site.path == places.output:
         return "output embedding"
     if places.pooler is not None and within(site.path, places.pooler):
         return "pooler"
-    return "embedding" if site.kind == "embedding" or site.path in places.before else "other"
+    return "embedding" if site.kind == "embedding" or site.path in places.before else _elsewhere(site)
+
+
+def _elsewhere(site: Site) -> str:
+    return "convolution" if site.kind == "conv" else "other"
 
 
 def _norm(site: Site) -> str:

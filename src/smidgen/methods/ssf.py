@@ -16,12 +16,12 @@ from smidgen.sites import Site
 
 @dataclass(frozen=True)
 class SSF(Method):
-    """Scale and shift the outputs of linear maps and norms.
+    """Scale and shift the outputs of linear maps, convolutions and norms.
 
     Lian et al. 2022, Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning, arXiv:2210.08823,
     section 3.2; section 3.3 for the merged weight.
 
-        y = g * (W x + b) + t
+        y = g * (W x + b) + t                            (a convolution: g, t by channel)
         W_merged = diag(g) W,  b_merged = g * b + t      (a norm: gain g * gain, bias g * bias + t)
 
     Shapes:
@@ -31,16 +31,19 @@ class SSF(Method):
     Fields:
         target: as in LoRA; "linear" is every linear map in the blocks.
         norms: LayerNorms in the blocks and behind them as well.
+        convs: convolutions as well, that of an image's patches among them; not those with a weight made of others.
         shift: whether there is a t. Maps without a bias (Llama, T5) merge without it only.
         layers: as in LN.
 
     Departures: the paper draws g and t close to one and zero (standard deviation 0.02), so that training starts beside
-    the pretrained model; here it starts at it. The convolution that makes patches of an image and norms without a bias
-    (RMSNorm) are left alone.
+    the pretrained model; here it starts at it. Norms before the blocks, norms without a bias (RMSNorm) and BatchNorm
+    (the paper's models have none) are left alone. A BatchNorm in training mode undoes what is done right before it:
+    keep it in eval mode.
     """
 
     target: str | tuple[str, ...] = "linear"
     norms: bool = True
+    convs: bool = True
     shift: bool = True
     layers: Layers = None
 
@@ -54,11 +57,13 @@ class SSF(Method):
         return (self.target,) if isinstance(self.target, str) else self.target
 
     def check(self, sites: Sequence[Site]) -> None:
-        check_targets("SSF", "target", self._names(), sites)
+        # A model of convolutions has no maps in blocks; what the default asks for is there all the same.
+        if self._names() != ("linear",) or not any(map(self.acts, sites)):
+            check_targets("SSF", "target", self._names(), sites)
 
     def acts(self, site: Site) -> bool:
         norm = site.kind == "norm" and (site.gain, site.bias) == ("weight", "bias")
-        wanted = self.norms and norm and bool(site.roles & {"block", "final"})
+        wanted = (self.norms and norm and bool(site.roles & {"block", "final"})) or (self.convs and site.kind == "conv")
         return (wanted or targeted(site, self._names())) and in_layers(site, self.layers)
 
     def init(self, site: Site) -> dict[str, Tensor]:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 
+from smidgen.kinds import channel_axis
+
 Tensors = dict[str, Tensor]
 CACHE_BYTES = 2 * 2**20  # products of this size are squared before they leave a core's cache
 
@@ -152,9 +154,7 @@ def _normalised(call: Call, gain: Tensor) -> Tensor:
 
 def _tokens(t: Tensor, module: nn.Module) -> Tensor:
     """(B, tokens, width) of a norm's output, whose width lies last, or behind the batch."""
-    first = isinstance(module, nn.GroupNorm) or getattr(module, "data_format", "") == "channels_first"
-    t = t.movedim(1, -1) if first else t
-    return _flat(t)
+    return _flat(t.movedim(channel_axis(module), -1))
 
 
 def _flat(t: Tensor) -> Tensor:

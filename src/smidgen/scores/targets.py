@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from smidgen.attachment import attachment
-from smidgen.layouts import kind_of
+from smidgen.kinds import kind_of
 from smidgen.ports import Edit
 from smidgen.rows import SHARED
 from smidgen.scores.rules import RULES, Call, Rule, Tensors, general
