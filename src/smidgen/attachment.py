@@ -91,7 +91,7 @@ class Attachment:
     def fixed(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Saved name and tensor of what a file needs beside the trained values: indices, starts drawn at random."""
         for row in self.plan.rows:
-            if not (row.subsets or row.kept):
+            if not (row.subsets or row.kept or row.routes):
                 continue
             module: Any = module_at(model, row.site.path)
             for term, subset in row.subsets.items():
