@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from smidgen.analyze.numbers import plain
+from smidgen.method import folds
 
 if TYPE_CHECKING:
     from smidgen.data import Task
@@ -175,11 +176,12 @@ def tuned(delta: Delta, out: Path, data: str, already: bool) -> RenderableType:
     """A finished run: scores, files, what to do next."""
     done = "was already finished; this is its result" if already else "finished"
     head = f", head {delta.head_values:,}" if delta.head else ""
+    merge = [MERGE.format(out, out)] * folds(delta.recipe, delta.pooling)
     return Group(
         Text(f"{delta.recipe} {done}: {delta.trained:,} values{head}", style="bold"),
         scores(delta.info.get("scores", {})),
         listing(out),
-        _next(f"evaluate --delta {out} --data {data}", PREDICT.format(out), MERGE.format(out, out)),
+        _next(f"evaluate --delta {out} --data {data}", PREDICT.format(out), *merge),
     )
 
 
