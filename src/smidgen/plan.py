@@ -19,7 +19,7 @@ from smidgen.recipe import Recipe, Term, as_recipe
 from smidgen.rows import SHARED, Row, Shape, safetensors_size
 from smidgen.sites import Site, find_sites
 from smidgen.sublayers import find_heads, find_sublayers
-from smidgen.unfit import no_match, refuse_part, refuse_twice, refuse_unfoldable, refuse_unsupported
+from smidgen.unfit import no_match, refuse_no_room, refuse_part, refuse_twice, refuse_unfoldable, refuse_unsupported
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ def resolve(model: nn.Module, recipe: str | Term | Recipe, pooling: str | None =
         if not found and _wants_sites(method):
             raise PlanError(no_match(method, model, sites))
         rows += with_pools(found) if method.overrides("shared") else found
+    refuse_no_room(model, rows)
     refuse_twice(rows, parameters)
     refuse_unfoldable(rows)
     outside = {id(parameters[name]) for name in head_names(model)}

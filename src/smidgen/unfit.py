@@ -8,6 +8,7 @@ from torch import nn
 
 from smidgen.errors import PlanError
 from smidgen.fields import LINEAR_ROLES
+from smidgen.inputs import position_limit, prompt_length
 from smidgen.method import Method
 from smidgen.recipe import Recipe
 from smidgen.rows import Row
@@ -75,6 +76,18 @@ def refuse_part(recipe: Recipe, index: int, method: Method) -> None:
         raise PlanError(f"{method} grows while it trains, so no part of it can be kept; leave out the Select")
     if why := by.refuses(method):
         raise PlanError(why)
+
+
+def refuse_no_room(model: nn.Module, rows: Sequence[Row]) -> None:
+    """Raises PlanError if a prompt, or several, take all positions that a model has."""
+    prompts = [row for row in rows if row.site.kind == "input"]
+    limit = position_limit(model, prompts[0].site) if prompts else None
+    taken = sum(prompt_length(row.method, row.site) for row in prompts)
+    if limit is not None and taken >= limit:
+        raise PlanError(
+            f"{' and '.join(str(row.method) for row in prompts)}: the model has {limit} positions, so {taken} vectors "
+            "leave none for a text; a shorter prompt fits"
+        )
 
 
 def refuse_twice(rows: Sequence[Row], parameters: Mapping[str, nn.Parameter]) -> None:

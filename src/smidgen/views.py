@@ -19,7 +19,6 @@ from rich.table import Table
 from rich.text import Text
 
 from smidgen.analyze.numbers import plain
-from smidgen.method import folds
 
 if TYPE_CHECKING:
     from smidgen.data import Task
@@ -130,10 +129,11 @@ def _grouped(rows: Sequence[Row]) -> Iterator[tuple[object, ...]]:
     for row in rows:
         place = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.site.name)
         tensors = ", ".join(f"{term} {_shape(shape)}" for term, shape in row.terms)
-        key = (str(row.method), place, " ".join(sorted(row.site.roles - {"block"})), tensors)
+        key = (str(row.method), place or "(shared)", " ".join(sorted(row.site.roles - {"block"})), tensors)
         groups.setdefault(key, []).append(row)
     for (method, place, roles, tensors), members in groups.items():
-        yield method, place, roles, len(members), tensors, sum(row.values for row in members)
+        short = method if len(method) <= 30 else f"{type(members[0].method).__name__}(...)"  # whole in the title
+        yield short, place, roles, len(members), tensors, sum(row.values for row in members)
 
 
 def _shape(shape: Sequence[int]) -> str:
@@ -172,11 +172,11 @@ def evaluated(result: Scores, delta: Delta, data: str, split: str) -> Renderable
     return Group(title, scores(result.values), Text(cut))
 
 
-def tuned(delta: Delta, out: Path, data: str, already: bool) -> RenderableType:
+def tuned(delta: Delta, out: Path, data: str, already: bool, can_merge: bool) -> RenderableType:
     """A finished run: scores, files, what to do next."""
     done = "was already finished; this is its result" if already else "finished"
     head = f", head {delta.head_values:,}" if delta.head else ""
-    merge = [MERGE.format(out, out)] * folds(delta.recipe, delta.pooling)
+    merge = [MERGE.format(out, out)] if can_merge else []
     return Group(
         Text(f"{delta.recipe} {done}: {delta.trained:,} values{head}", style="bold"),
         scores(delta.info.get("scores", {})),
