@@ -1,4 +1,4 @@
-"""What a user gets wrong is told in one line, in Python and the shell: what was wrong, what was found, what would work."""
+"""A mistake of a user's is told in one line: what was wrong, what was found, what would work."""
 
 import copy
 from contextlib import redirect_stderr, redirect_stdout

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import smidgen as sm
-from smidgen import cli_analyze, cli_search, views
+from smidgen import cli_analyze, cli_search, views, views_plan
 from smidgen.errors import DeltaError, SmidgenError
 from smidgen.options import (
     AnyData,
@@ -93,7 +93,7 @@ def plan(
     task = None if data is None else open_task(data, text, label, kind)
     network, _ = sm.load(model, task=task, dtype=dtype.value)
     result = sm.plan(network, wanted, pooling=pooling, batch_size=batch_size, length=max_length or 128)
-    views.show(result.to_json(), views.plan(result, every), as_json)
+    views.show(result.to_json(), views_plan.plan(result, every), as_json)
 
 
 @app.command()
