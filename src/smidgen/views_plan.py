@@ -22,6 +22,7 @@ def plan(result: Plan, every: bool = False) -> RenderableType:
         sites = table(("tensor", "shape"), rows)
     else:
         sites = table(("method", "place", "role", "#sites", "tensors", "#values"), _grouped(result.rows))
+        sites.columns[1].no_wrap = True  # names of tensors break between words, paths do not
     sums = {
         "trains": f"{result.trained:,} of {result.pretrained:,} values ({result.share:.4%})",
         "of these": _later(result) if result.pending else None,
@@ -44,12 +45,17 @@ def _grouped(rows: Sequence[Row]) -> Iterator[tuple[object, ...]]:
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         place = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.site.name)
-        tensors = ", ".join(f"{term} {_shape(shape)}" for term, shape in row.terms)
+        tensors = ", ".join(f"{term} {_shape(shape)}" for term, shape in row.terms) or _uses(row)
         key = (str(row.method), place or "(shared)", " ".join(sorted(row.site.roles - {"block"})), tensors)
         groups.setdefault(key, []).append(row)
     for (method, place, roles, tensors), members in groups.items():
-        short = method if len(method) <= 30 else f"{type(members[0].method).__name__}(...)"  # whole in the title
+        short = method if len(method) <= 20 else f"{type(members[0].method).__name__}(...)"  # whole in the title
         yield short, _in_lines(place), roles, len(members), tensors, sum(row.values for row in members)
+
+
+def _uses(row: Row) -> str:
+    """What stands for tensors where a site has none of its own."""
+    return f"shared, at {', '.join(symbol for symbol, _ in row.routes)}"
 
 
 def _shape(shape: Sequence[int]) -> str:
@@ -68,7 +74,7 @@ def _costs(costs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield key, number(value)
 
 
-def _in_lines(place: str, width: int = 44) -> str:
+def _in_lines(place: str, width: int = 48) -> str:
     """A long path broken behind a dot, not within a name."""
     if len(place) <= width:
         return place
