@@ -162,7 +162,7 @@ def test_the_table_of_what_merges_is_what_merges():
         name for name, cls in Term.registry.items()
         if issubclass(cls, Method) and cls.__module__.startswith("smidgen.methods") and name != "Head"
     }  # fmt: skip
-    for names, merges in ((always, True), ([n for n in bias[:2]], False), (never, False)):
+    for names, merges in ((always, True), (bias[:2], False), (never, False)):
         for name, fields in names:
             recipe = "MoS(rank=3)" if name == "MoS" else name + (fields or "()")
             found = [row for row in resolve(tiny("bert" if name == "BitFit" else "llama"), recipe).rows if row.added]
