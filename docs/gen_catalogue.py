@@ -129,7 +129,8 @@ def places(method: Method) -> list[str]:
     for row in plan.rows:
         terms = ", ".join(f"{term} {tuple(shape)}" for term, shape in row.terms)
         path = re.sub(r"[.]\d+[.]", ".*.", row.site.name)
-        rows[f"`{path}`: {terms}"] += 1
+        place = f"`{path}`" if path else f"shared, {', '.join(row.site.roles)}"
+        rows[f"{place}: {terms or 'none of its own'}"] += 1
     lines = [f"{number} x {text}" for text, number in rows.items()]
     shown = lines if len(lines) <= 9 else [*lines[:8], f"and {len(lines) - 8} more kinds of place"]
     return shown or ["no place of its own: only the head is trained"]

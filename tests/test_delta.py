@@ -82,7 +82,7 @@ def test_with_info(made):
 def test_the_card(made, saved):
     text = (saved / CARD).read_text()
     delta = made[1]
-    assert text.startswith("---\nlibrary_name: smidgen\nbase_model: unnamed\ntags: [smidgen, peft, layernorm]\n---\n")
+    assert text.startswith("---\nlibrary_name: smidgen\nbase_model: unnamed\ntags: [smidgen, peft]\n---\n")
     assert "# LN() + LoRA(rank=2)\n" in text
     assert f"{delta.trained:,} trained values and a head of 34" in text
     assert f"fingerprint `{delta.base.content}`, taken in float32" in text

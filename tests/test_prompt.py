@@ -189,13 +189,13 @@ def test_it_starts_at_rows_of_the_vocabulary():
 
 
 def test_a_prompt_takes_positions():
-    with pytest.raises(AttachError, match="a prompt of 40 and a text of 1 tokens need 41 positions, the model has 40"):
+    with pytest.raises(PlanError, match="the model has 40 positions, so 40 vectors leave none for a text"):
         sm.attach(h.bert(), "PromptTuning(length=40)")
     model = sm.attach(h.bert(), "PromptTuning(length=34)")
     with pytest.raises(AttachError, match="34 and a text of 7 tokens need 41 positions.*max_length=6"):
         h.logits(model)
     roberta = h.build("roberta")  # of 40 rows, positions begin at 1 behind the padding
-    with pytest.raises(AttachError, match="the model has 39"):
+    with pytest.raises(PlanError, match="the model has 39"):
         sm.attach(roberta, "PromptTuning(length=39)")
     sm.attach(h.causal(), "PromptTuning(length=100)")  # rotary positions have no table
 

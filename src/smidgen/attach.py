@@ -58,6 +58,8 @@ def attach(
     if isinstance(what, Sum):
         what = what.on(model, verify=verify)
     if isinstance(what, Delta):
+        if pooling is not None or selection is not None:
+            raise AttachError("a delta brings its own pooling and selection; leave pooling= and selection= out")
         put(model, fitted(model, what, verify), what)
     else:
         place(model, _narrowed(model, resolve(model, what, pooling), selection, seed, verify), seed)

@@ -180,7 +180,9 @@ def is_attached(model: nn.Module) -> bool:
 
 
 def refuse_attached(model: nn.Module) -> None:
-    """Raises AttachError if something is attached to the model."""
+    """Raises AttachError if something is attached to the model, or if it is none."""
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"the model is of type {type(model).__name__}, {model!r:.40}; smidgen.load gives one")
     if is_attached(model):
         raise AttachError(f"{attachment(model).plan.recipe} is attached already; detach it first")
 

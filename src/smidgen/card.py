@@ -5,30 +5,36 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from smidgen.method import folds
+from smidgen.recipe import Recipe
+
 TEMPLATE = """---
 library_name: smidgen
 base_model: {base}
-tags: [smidgen, peft, layernorm]
+tags: [smidgen, peft]
 ---
 
 # {recipe}
 
 {trained:,} trained values and a head of {head:,}, for `{base}` (fingerprint `{content}`, taken in {dtype}).
 
-{metrics}
-```python
+{metrics}```python
 import smidgen as sm
 
 delta = sm.Delta.load("path/to/this/folder")
-model, tokenizer = sm.load("{base}", delta=delta)
+{load}
 with sm.attached(model, delta):
     ...
-merged = sm.merge(model, delta)  # a plain {architecture} model
+{merge}
 ```
 """
+LOAD = 'model, tokenizer = sm.load("{base}", delta=delta)'
+UNNAMED = "model = ...  # the base, with a head of the same shape; its fingerprint is checked"
+MERGE = "merged = sm.merge(model, delta)  # a plain {architecture} model"
+KEPT = "# stays attached: not all of it can be folded into weights"
 
 
-def text(recipe: str, trained: int, head: int, meta: Mapping[str, Any]) -> str:
+def text(recipe: Recipe, trained: int, head: int, meta: Mapping[str, Any]) -> str:
     """The card of a delta, in Markdown with the hub's front matter. meta: the content of delta.json."""
     base = meta["base"]
     rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in meta["info"].get("scores", {}).items())
@@ -39,6 +45,7 @@ def text(recipe: str, trained: int, head: int, meta: Mapping[str, Any]) -> str:
         head=head,
         content=base["content"],
         dtype=base["dtype"],
-        architecture=base["architecture"],
         metrics=f"| metric | value |\n|---|---|\n{rows}\n" if rows else "",
+        load=LOAD.format(base=base["name"]) if base["name"] else UNNAMED,
+        merge=MERGE.format(architecture=base["architecture"]) if folds(recipe, meta["pooling"]) else KEPT,
     )

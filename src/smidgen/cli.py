@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import smidgen as sm
-from smidgen import cli_analyze, cli_search, views
+from smidgen import cli_analyze, cli_search, views, views_plan
 from smidgen.errors import DeltaError, SmidgenError
 from smidgen.options import (
     AnyData,
@@ -93,7 +93,7 @@ def plan(
     task = None if data is None else open_task(data, text, label, kind)
     network, _ = sm.load(model, task=task, dtype=dtype.value)
     result = sm.plan(network, wanted, pooling=pooling, batch_size=batch_size, length=max_length or 128)
-    views.show(result.to_json(), views.plan(result, every), as_json)
+    views.show(result.to_json(), views_plan.plan(result, every), as_json)
 
 
 @app.command()
@@ -113,10 +113,10 @@ def tune(
     selection: Annotated[str | None, Option(help="keep what this selection, or this delta, keeps")] = None,
 ) -> None:  # fmt: skip
     """Train a recipe on a task. Stopped at any moment, the same command goes on from there."""
+    from smidgen.method import folds
     from smidgen.runs import RunFolder
 
-    wanted = sm.parse(recipe)
-    task = open_task(data, text, label, kind, metric, limit)
+    wanted, task = sm.parse(recipe), open_task(data, text, label, kind, metric, limit)
     network, tokenizer = sm.load(model, task=task, dtype=dtype_of(dtype, out), seed=seed)
     settings: dict[str, Any] = {"seed": seed, "epochs": epochs, "lr": lr, "head_lr": head_lr}
     settings |= {"batch_size": batch_size, "max_length": max_length, "pooling": pooling, "batching": batching.value}
@@ -131,7 +131,7 @@ def tune(
         views.note(f"stopped at step {step}; the same command goes on from there")
         raise typer.Exit(130) from None
     report = {**_summary(delta), "out": str(out), "already_finished": already, "files": views.sizes(out)}
-    views.show(report, views.tuned(delta, out, data, already), as_json)
+    views.show(report, views.tuned(delta, out, data, already, folds(delta.recipe, delta.pooling)), as_json)
 
 
 app.command()(cli_search.search)

@@ -140,7 +140,7 @@ class Delta(Operand):
         data = {
             TENSORS: save({n: t.contiguous() for n, t in sorted(pack_indices(self.tensors).items())}),
             META: json.dumps(meta, indent=1, sort_keys=True, ensure_ascii=False).encode(),
-            CARD: card.text(str(self.recipe), self.trained, self.head_values, meta).encode(),
+            CARD: card.text(self.recipe, self.trained, self.head_values, meta).encode(),
         }
         return write_files(Path(folder), data)
 

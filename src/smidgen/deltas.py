@@ -101,6 +101,10 @@ class Deltas(MutableMapping[str, Delta]):
         if not isinstance(name, str):
             raise DeltaError(f"a delta's name is a string, not {name!r}")
         self._check_idle(name)
+        if not isinstance(what, Delta | Sum | str | os.PathLike):
+            raise DeltaError(
+                f"{name!r} is of type {type(what).__name__}; put in a Delta, its folder or hub id, or a sum"
+            )
         found = what if isinstance(what, Delta | Sum) else Delta.load(what)
         with torch.inference_mode(False), self.using(None):
             delta = found.on(self.model) if isinstance(found, Sum) else found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,12 +14,19 @@ Layers = str | int | tuple[int, ...] | None
 
 
 def in_layers(site: Site, layers: Layers) -> bool:
-    """Whether the site lies in one of the wanted layers; sites outside all blocks only count when `layers` is None."""
+    """Whether the site lies in one of the wanted layers; sites outside all blocks only count when `layers` is None.
+
+    Raises:
+        PlanError: the stack has no such layer.
+    """
     if layers is None:
         return True
     if site.layer is None:
         return False
-    return site.layer in (layer_indices(layers, site.depth) or ())
+    try:
+        return site.layer in (layer_indices(layers, site.depth) or ())
+    except ValueError as error:
+        raise PlanError(f"{error}; layers are counted from the input of each stack") from None
 
 
 def check_targets(method: str, field: str, names: Sequence[str], sites: Sequence[Site]) -> None:
@@ -26,10 +34,11 @@ def check_targets(method: str, field: str, names: Sequence[str], sites: Sequence
     for name in names:
         if not any(targeted(site, (name,)) for site in sites):
             endings = {site.path.rpartition(".")[2] for site in sites if site.kind == "linear"}
-            known = {role for site in sites for role in site.roles if role in LINEAR_ROLES} | endings | {"linear"}
+            known = {role for site in sites for role in site.roles if role in LINEAR_ROLES} | endings
+            known |= {"linear"} if any(targeted(site, ("linear",)) for site in sites) else set()
             raise PlanError(
                 f"{method}: {field} names {name!r}, which this model does not have{nearest(name, known)}; "
-                f"it has {', '.join(sorted(known))}"
+                f"it has {', '.join(sorted(known)) or 'no linear map'}"
             )
 
 
@@ -68,6 +77,34 @@ def at_least(method: str, field: str, value: Any, least: float, kind: type = int
     good = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     if not good or value < least:
         raise RecipeError(f"{method}: {field}={value!r} must be a {'whole ' * (kind is int)}number of at least {least}")
+
+
+def above(method: str, field: str, value: Any, least: float) -> None:
+    """Raise RecipeError unless `value` is a finite number above `least`."""
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (good and value > least and math.isfinite(value)):
+        raise RecipeError(f"{method}: {field}={value!r} must be a number above {least}")
+
+
+def share_field(method: str, field: str, value: Any) -> None:
+    """Raise RecipeError unless `value` is a number in [0, 1)."""
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (good and 0 <= value < 1):
+        raise RecipeError(f"{method}: {field}={value!r} must lie in [0, 1)")
+
+
+def flag(method: str, field: str, value: Any) -> None:
+    """Raise RecipeError unless `value` is True or False: 'no' would count as yes."""
+    if not isinstance(value, bool):
+        raise RecipeError(f"{method}: {field}={value!r} must be True or False")
+
+
+def names_field(method: str, field: str, value: Any, least: int = 1) -> None:
+    """Raise RecipeError unless `value` is a name or a tuple of at least `least` names."""
+    names = as_names(value) if isinstance(value, str | tuple) else (None,)
+    if len(names) < least or not all(isinstance(name, str) for name in names):
+        example = ("attention", "feed_forward") if field == "site" else ("query", "value")
+        raise RecipeError(f"{method}: {field}={value!r} must be a name or a tuple of names, such as {example}")
 
 
 def layers_field(method: str, value: Layers) -> None:

@@ -118,6 +118,12 @@ def _limit(entry: Any, embedding: nn.Embedding) -> int | None:
     return None
 
 
+def position_limit(model: nn.Module, site: Site) -> int | None:
+    """How many positions the model around an embedding has, if it looks them up in a table."""
+    module: Any = model.get_submodule(site.path)
+    return _limit(model.get_submodule(site.entry), module)
+
+
 def make_room(
     entry: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -166,9 +172,10 @@ def _put_in(edits: InputEdits, prompt: Tensor, given: dict[str, Any]) -> None:
 def check_room(limit: int | None, n: int, tokens: int) -> None:
     """Raises AttachError if prompt and text are longer than the model's table of positions."""
     if limit is not None and n + tokens > limit:
+        shorter = f"max_length={limit - n} or a shorter prompt fits" if limit - n > 2 else "a shorter prompt fits"
         raise AttachError(
             f"a prompt of {n} and a text of {tokens} tokens need {n + tokens} positions, the model has {limit}; "
-            f"max_length={max(limit - n, 0)} or a shorter prompt fits"
+            f"{shorter}"
         )
 
 
@@ -181,7 +188,7 @@ def prompt_length(method: Method, site: Site) -> int:
 def check_tokens(model: nn.Module, site: Site, method: Method) -> None:
     """Raises AttachError, before anything is touched, if an embedding cannot take a method's vectors."""
     module: Any = model.get_submodule(site.path)
-    check_room(_limit(model.get_submodule(site.entry), module), prompt_length(method, site), 1)
+    check_room(position_limit(model, site), prompt_length(method, site), 1)
     if hasattr(module, "edits"):
         raise AttachError(f"{type(module).__name__} at {site.path} already has an attribute 'edits'")
 

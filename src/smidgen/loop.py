@@ -25,6 +25,7 @@ from smidgen.errors import DivergedError, TrainError
 from smidgen.evaluate import Scores, run, scores, tokenizer_of
 from smidgen.events import after_step, put
 from smidgen.feed import Feed
+from smidgen.lengths import check_lengths, longest
 from smidgen.objective import Objective
 from smidgen.optim import optimizer
 from smidgen.penalties import penalty
@@ -77,8 +78,10 @@ class Loop:
             return Delta.load(self.folder.path)
         earlier = record["chosen"] if record else {}
         limit = earlier.get("max_length", self.settings.max_length)
+        limit = longest(self.model, self.recipe, self.tokenizer) if limit is None else limit
         self.rows = self.task.encode(self.tokenizer, "train", max_length=limit)
         self.held = self.task.encode(self.tokenizer, "validation", max_length=limit)
+        check_lengths(self.model, self.recipe, [*self.rows.lengths, *self.held.lengths])
         self.collate = self.task.collator(self.tokenizer)
         rank, device = self.accelerator.process_index, self.accelerator.device
         self.mine = [self.held[i] for i in range(rank, len(self.held), self.world)]

@@ -21,9 +21,9 @@ A method says what it does by the functions that it defines; the ports read them
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -181,3 +181,8 @@ class Method(Term, abstract=True):
     def overrides(cls, function: str) -> bool:
         """Whether the method defines `function` itself."""
         return getattr(cls, function) is not getattr(Method, function)
+
+
+def folds(recipe: Iterable[Any], pooling: str | None) -> bool:
+    """Whether all of a trained result states a merged weight or trains in place; a single site may still refuse."""
+    return pooling is None and all(term.overrides("merge") or not term.overrides("acts") for term in recipe)

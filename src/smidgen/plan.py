@@ -17,8 +17,9 @@ from smidgen.method import Method
 from smidgen.pools import with_pools
 from smidgen.recipe import Recipe, Term, as_recipe
 from smidgen.rows import SHARED, Row, Shape, safetensors_size
-from smidgen.sites import Site, find_sites, roles_found, shares_layers
-from smidgen.sublayers import SUBLAYERS, find_heads, find_sublayers, no_interface
+from smidgen.sites import Site, find_sites
+from smidgen.sublayers import find_heads, find_sublayers
+from smidgen.unfit import no_match, refuse_no_room, refuse_part, refuse_twice, refuse_unfoldable, refuse_unsupported
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,8 @@ def resolve(model: nn.Module, recipe: str | Term | Recipe, pooling: str | None =
             are named on a model that shares them.
     """
     recipe = as_recipe(recipe)
+    refuse_unsupported(model, recipe)
     pooling = check_pooling(model, pooling)
-    _refuse_unsupported(model, recipe)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     idle = set(unused_under(model, pooling))
     head = [name for name in head_names(model) if name not in idle]
@@ -133,17 +134,15 @@ def resolve(model: nn.Module, recipe: str | Term | Recipe, pooling: str | None =
     for index, method in enumerate(recipe):
         if not isinstance(method, Method):
             raise PlanError(f"{method} is not a method")
-        if recipe.narrows(index) and method.settled() != method:
-            raise PlanError(f"{method} saves {method.settled()}, so no part of it can be kept; leave out the Select")
-        if recipe.narrows(index) and method.overrides("event"):
-            raise PlanError(f"{method} grows while it trains, so no part of it can be kept; leave out the Select")
+        refuse_part(recipe, index, method)
         method.check(sites)
         found = list(_rows(index, method, sites, parameters, closed))
         if not found and _wants_sites(method):
-            raise PlanError(_no_match(method, model, sites))
+            raise PlanError(no_match(method, model, sites))
         rows += with_pools(found) if method.overrides("shared") else found
-    _refuse_twice(rows, parameters)
-    _refuse_unfoldable(rows)
+    refuse_no_room(model, rows)
+    refuse_twice(rows, parameters)
+    refuse_unfoldable(rows)
     outside = {id(parameters[name]) for name in head_names(model)}
     pretrained = sum(p.numel() for n, p in model.named_parameters() if id(p) not in outside)
     shapes = tuple((name, tuple(parameters[name].shape)) for name in head)
@@ -175,62 +174,3 @@ def _rows(
 
 def _shapes(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, Shape], ...]:
     return tuple((symbol, tuple(tensor.shape)) for symbol, tensor in tensors.items())
-
-
-def _no_match(method: Method, model: nn.Module, sites: list[Site]) -> str:
-    name = type(model).__name__
-    roles = ", ".join(roles_found(sites)) or "none"
-    text = f"{method} matches no site of {name}; roles found: {roles}"
-    if kinds := dict.fromkeys(site.kind for site in sites if site.kind in SUBLAYERS):
-        text += f"; sublayers found: {', '.join(kinds)}"
-    if method.overrides("tokens"):
-        text += "; it does not embed the tokens of one text, so none can be added"
-    if not any(site.kind == "norm" for site in sites):
-        text += "; its norms have no parameters, so there is no gain or bias to tune"
-    if method.overrides("keys_values") and (classes := no_interface(model, sites)):
-        text += f"; {', '.join(classes)} does not go through transformers' AttentionInterface, so no keys can be added"
-    stacked = [site.path for site in sites if any(len(shape) == 3 for _, shape in site.terms)]
-    if stacked:
-        text += f"; {stacked[0]} holds stacked 3-D expert weights, which hooks cannot reach"
-    return text
-
-
-def _refuse_unsupported(model: nn.Module, recipe: Recipe) -> None:
-    if getattr(model, "is_quantized", False) or any(not _float(p) for p in model.parameters()):
-        raise PlanError(
-            f"{type(model).__name__} is quantised; load it in float32, bfloat16 or float16 (quantised bases are "
-            "not supported yet)"
-        )
-    named = [term for term in recipe if getattr(term, "layers", None) is not None]
-    if named and shares_layers(model):
-        raise PlanError(
-            f"{named[0]}: {type(model).__name__} uses the same layers at every depth, so layers= cannot pick some; "
-            "leave it out"
-        )
-
-
-def _float(parameter: nn.Parameter) -> bool:
-    return parameter.is_floating_point() and parameter.element_size() > 1
-
-
-def _refuse_twice(rows: list[Row], parameters: dict[str, nn.Parameter]) -> None:
-    owner: dict[int, tuple[Row, str]] = {}
-    for row in rows:
-        for name, _ in row.names() if not row.added else ():
-            other, first = owner.setdefault(id(parameters[name]), (row, name))
-            if other.index != row.index:
-                raise PlanError(f"{first} would be trained twice: by {other.method} and by {row.method}")
-
-
-def _refuse_unfoldable(rows: list[Row]) -> None:
-    """A method that reads its module's weight needs the edits before it as part of that weight."""
-    for row in rows:
-        if not row.method.overrides("after_with"):
-            continue
-        for other in rows:
-            below = other.added and other.site.path == row.site.path and other.index < row.index
-            if below and (why := other.method.unmergeable(other.site)):
-                raise PlanError(
-                    f"{row.method} reads the weight at {row.site.name}, where {other.method} cannot be folded in "
-                    f"({why}); write {row.method} first"
-                )

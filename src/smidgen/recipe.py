@@ -39,7 +39,7 @@ class Term:
     def __add__(self, other: Term | Recipe) -> Recipe:
         return as_recipe(self) + other
 
-    def __or__(self, by: Filter) -> Recipe:
+    def __or__(self, by: Term) -> Recipe:
         return as_recipe(self) | by
 
     def __str__(self) -> str:
@@ -65,6 +65,10 @@ class Term:
 
 class Filter(Term, abstract=True):
     """A term that narrows what stands before `|`; it trains nothing by itself."""
+
+    def refuses(self, term: Any) -> str | None:
+        """Why no part of what a term trains can be chosen so; None if it can."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class Recipe:
         moved = (replace(span, start=span.start + n, stop=span.stop + n) for span in other.narrowed)
         return Recipe(self.terms + other.terms, (*self.narrowed, *moved))
 
-    def __or__(self, by: Filter) -> Recipe:
+    def __or__(self, by: Term) -> Recipe:
         if not isinstance(by, Filter):
             what = by if isinstance(by, Term | Recipe) else type(by).__name__
             raise RecipeError(f"{what} does not narrow; after '|' comes Select(...), methods are joined by '+'")
@@ -151,18 +155,12 @@ class Recipe:
     def from_json(cls, data: Sequence[Mapping[str, Any]]) -> Recipe:
         """The inverse of `to_json`."""
         parts = [
-            cls.from_json(entry["narrow"]) | _filter(Term.from_json(entry["by"]))
+            cls.from_json(entry["narrow"]) | Term.from_json(entry["by"])
             if "narrow" in entry
             else as_recipe(Term.from_json(entry))
             for entry in data
         ]
         return reduce(add, parts) if parts else cls(())
-
-
-def _filter(term: Term) -> Filter:
-    if not isinstance(term, Filter):
-        raise RecipeError(f"{term} does not narrow; after '|' comes Select(...)")
-    return term
 
 
 def as_recipe(value: str | Term | Recipe) -> Recipe:
@@ -173,7 +171,8 @@ def as_recipe(value: str | Term | Recipe) -> Recipe:
         return Recipe((value,))
     if isinstance(value, str):
         return parse(value)
-    raise RecipeError(f"a recipe is a string, a method or a sum of methods, not {type(value).__name__}")
+    found = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+    raise RecipeError(f"a recipe is a string, a method or a sum of methods such as LN() + LoRA(), not {found}")
 
 
 def parse(text: str) -> Recipe:
@@ -198,20 +197,21 @@ def registry() -> dict[str, type[Term]]:
 
 def build(name: str, args: tuple[Any, ...], fields: Mapping[str, Any]) -> Term:
     """Make the registered term `name`; unknown names and fields are errors that name the nearest."""
-    known = registry()
-    cls = known.get(name)
+    cls = (known := registry()).get(name)
+    if name in NAMED:
+        raise RecipeError(f"{name} is a recipe with a name, not a method: write {name}, without brackets")
     if cls is None:
         names = sorted([*known, *NAMED])
         raise RecipeError(f"no method is called {name!r}{nearest(name, names)}; known: {', '.join(names)}")
-    allowed = list(inspect.signature(cls).parameters)
-    for field in fields:
-        if field not in allowed:
-            has = ", ".join(allowed) or "no fields"
-            raise RecipeError(f"{name} has no field {field!r}{nearest(field, allowed)}; it has: {has}")
+    signature = inspect.signature(cls)
+    allowed, has = list(signature.parameters), ", ".join(signature.parameters) or "no fields"
+    if wrong := [field for field in fields if field not in allowed]:
+        raise RecipeError(f"{name} has no field {wrong[0]!r}{nearest(wrong[0], allowed)}; it has: {has}")
     try:
-        return cls(*args, **fields)
+        given = signature.bind(*args, **fields)
+        return cls(*given.args, **given.kwargs)
     except TypeError as error:
-        raise RecipeError(f"{name}: {error}") from None
+        raise RecipeError(f"{name}: {error}; it has: {has}") from None
 
 
 def _recipe(node: ast.expr) -> Recipe:
@@ -220,7 +220,7 @@ def _recipe(node: ast.expr) -> Recipe:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         if not isinstance(node.right, ast.Call):
             raise RecipeError(f"{ast.unparse(node.right)!r} does not narrow; after '|' comes Select(...)")
-        return _recipe(node.left) | _filter(_term(node.right))
+        return _recipe(node.left) | _term(node.right)
     return parse(NAMED[node.id]) if isinstance(node, ast.Name) and node.id in NAMED else as_recipe(_term(node))
 
 
@@ -228,8 +228,8 @@ def _term(node: ast.expr) -> Term:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         if any(keyword.arg is None for keyword in node.keywords):
             raise RecipeError(f"'**' is not understood in {ast.unparse(node)!r}")
-        args = tuple(_literal(value) for value in node.args)
-        return build(node.func.id, args, {str(k.arg): _literal(k.value) for k in node.keywords})
+        fields = {str(k.arg): _literal(k.value) for k in node.keywords}
+        return build(node.func.id, tuple(map(_literal, node.args)), fields)
     if isinstance(node, ast.Name) and node.id in registry():
         raise RecipeError(f"{node.id} needs brackets: write {node.id}()")
     if isinstance(node, ast.Name):

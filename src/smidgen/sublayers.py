@@ -20,6 +20,7 @@ from smidgen.sites import Site, find_blocks
 
 HEAD_DIMS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 SUBLAYERS = ("attention", "cross_attention", "feed_forward")
+UNKNOWN = "the layout of its blocks is not known; methods for norms work, and target= with endings of module paths"
 
 
 def check_sublayers(method: str, names: Sequence[str], sites: Sequence[Site]) -> None:
@@ -27,7 +28,7 @@ def check_sublayers(method: str, names: Sequence[str], sites: Sequence[Site]) ->
     known = list(dict.fromkeys(site.kind for site in sites if site.kind in SUBLAYERS))
     missing = next((name for name in names if name not in known), None)
     if missing:
-        has = ", ".join(known) or "none"
+        has = ", ".join(known) or f"none: {UNKNOWN}"
         raise PlanError(f"{method}: site names {missing!r}, which is not found in this model; it has {has}")
 
 

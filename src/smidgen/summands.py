@@ -65,14 +65,17 @@ def check_linear(plan: Plan, how: str) -> None:
         if not row.method.linear and row.method.joined([row.method]) is None:
             raise DeltaError(
                 f"{row.method} does not add up: what it does is not linear in its tensors, and no method does the same "
-                "as the sum; what is trained in place, IA3, SSF and LoRA add up"
+                "as the sum; what is trained in place, IA3, SSF, LoFiT and LoRA add up"
             )
         if not row.method.linear and how != "sum":
             raise DeltaError(
                 f"{how} looks at single values, but what {row.method} does is not linear in them; add or average"
             )
         if row.method.linear and (other := _beside(row, plan.rows)):
-            raise DeltaError(f"{row.method} and {other.method} both act at {row.site.name}: their changes multiply")
+            raise DeltaError(
+                f"{row.method} and {other.method} both act at {row.site.name}: their changes multiply, so no sum of "
+                "such deltas is one; add up deltas of one of the two"
+            )
 
 
 def _beside(row: Row, rows: Sequence[Row]) -> Row | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from smidgen.delta import Delta
     from smidgen.demo import Demonstration
     from smidgen.evaluate import Scores
-    from smidgen.plan import Plan, Row
     from smidgen.predict import Prediction
 
 WIDTH = 120  # of output that goes to a file or a pipe
@@ -99,58 +97,6 @@ def facts(entries: Mapping[str, object]) -> Table:
     return result
 
 
-def plan(result: Plan, every: bool = False) -> RenderableType:
-    """A plan: its sites grouped by place in the block (or every tensor), its sums, its costs."""
-    if every:
-        rows: Any = [(name, _shape(shape)) for row in result.rows for name, shape in row.names()]
-        sites = table(("tensor", "shape"), rows)
-    else:
-        sites = table(("method", "place", "role", "#sites", "tensors", "#values"), _grouped(result.rows))
-    sums = {
-        "trains": f"{result.trained:,} of {result.pretrained:,} values ({result.share:.4%})",
-        "of these": _later(result) if result.pending else None,
-        "head": f"{result.head_values:,} values, always trained, counted apart" if result.head else "none",
-        "pooling": result.pooling or result.reads,
-        "file": size(result.file_bytes) + (" before choosing" if result.pending else ""),
-        "lowest edit": f"{result.lowest} (no gradient below)",
-        **{name.replace("_", " "): text for name, text in _costs(result.costs or {})},
-    }
-    title = Text(f"{result.recipe} on {result.model}", style="bold")
-    return Group(title, sites, facts({k: v for k, v in sums.items() if v is not None}))
-
-
-def _later(result: Plan) -> str:
-    """What a selection that needs data will leave."""
-    return "; ".join(f"what {span.by} keeps, chosen on data in training" for span in result.recipe.narrowed)
-
-
-def _grouped(rows: Sequence[Row]) -> Iterator[tuple[object, ...]]:
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        place = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.site.name)
-        tensors = ", ".join(f"{term} {_shape(shape)}" for term, shape in row.terms)
-        key = (str(row.method), place, " ".join(sorted(row.site.roles - {"block"})), tensors)
-        groups.setdefault(key, []).append(row)
-    for (method, place, roles, tensors), members in groups.items():
-        yield method, place, roles, len(members), tensors, sum(row.values for row in members)
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return "x".join(str(n) for n in shape) or "1"
-
-
-def _costs(costs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for key, value in costs.items():
-        if key == "unknown":
-            yield "memory", f"not estimated ({value})"
-        elif key.endswith("_bytes"):
-            yield f"{key[:-6]} memory", size(value)
-        elif "flops" in key and isinstance(value, int | float):
-            yield key, f"{value / 1e6:,.1f} M"
-        else:
-            yield key, number(value)
-
-
 def described(task: Task) -> str:
     """A task in one line, with what was told from the data."""
     rows = ", ".join(f"{len(split):,} {name}" for name, split in task.splits.items())
@@ -171,15 +117,16 @@ def evaluated(result: Scores, delta: Delta, data: str, split: str) -> Renderable
     return Group(title, scores(result.values), Text(cut))
 
 
-def tuned(delta: Delta, out: Path, data: str, already: bool) -> RenderableType:
+def tuned(delta: Delta, out: Path, data: str, already: bool, can_merge: bool) -> RenderableType:
     """A finished run: scores, files, what to do next."""
     done = "was already finished; this is its result" if already else "finished"
     head = f", head {delta.head_values:,}" if delta.head else ""
+    merge = [MERGE.format(out, out)] if can_merge else []
     return Group(
         Text(f"{delta.recipe} {done}: {delta.trained:,} values{head}", style="bold"),
         scores(delta.info.get("scores", {})),
         listing(out),
-        _next(f"evaluate --delta {out} --data {data}", PREDICT.format(out), MERGE.format(out, out)),
+        _next(f"evaluate --delta {out} --data {data}", PREDICT.format(out), *merge),
     )
 
 

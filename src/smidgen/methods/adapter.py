@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smidgen.errors import RecipeError
-from smidgen.fields import Layers, at_least, in_layers, layers_field, one_of
+from smidgen.fields import Layers, above, as_names, at_least, in_layers, layers_field, names_field, one_of
 from smidgen.method import Method, Tensors
 from smidgen.sites import Site
 from smidgen.sublayers import SUBLAYERS, check_sublayers
@@ -61,17 +60,17 @@ class Adapter(Method):
     lr: ClassVar[float] = 1e-3
 
     def __post_init__(self) -> None:
+        names_field("Adapter", "site", self.site)
         for name in self._sites():
             one_of("Adapter", "site", name, SUBLAYERS)
         one_of("Adapter", "form", self.form, ("sequential", "parallel"))
         one_of("Adapter", "activation", self.activation, tuple(ACTIVATIONS))
         at_least("Adapter", "width", self.width, 1)
         layers_field("Adapter", self.layers)
-        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not self.scale > 0:
-            raise RecipeError(f"Adapter: scale={self.scale!r} must be a number above 0")
+        above("Adapter", "scale", self.scale, 0)
 
     def _sites(self) -> tuple[str, ...]:
-        return (self.site,) if isinstance(self.site, str) else self.site
+        return as_names(self.site)
 
     def check(self, sites: Sequence[Site]) -> None:
         check_sublayers("Adapter", self._sites(), sites)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from smidgen.fields import Layers, in_layers, layers_field
+from smidgen.fields import Layers, flag, in_layers, layers_field
 from smidgen.method import Method
 from smidgen.sites import Site
 
@@ -34,6 +34,7 @@ class BitFit(Method):
     lr: ClassVar[float] = 1e-3
 
     def __post_init__(self) -> None:
+        flag("BitFit", "norms", self.norms)
         layers_field("BitFit", self.layers)
 
     def trains(self, site: Site) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smidgen.errors import PlanError, RecipeError
-from smidgen.fields import Layers, at_least, in_layers, layers_field, one_of
+from smidgen.fields import Layers, as_names, at_least, in_layers, layers_field, names_field, one_of
 from smidgen.method import Method, Tensors
 from smidgen.sites import Site
 from smidgen.sublayers import SUBLAYERS, check_sublayers
@@ -61,6 +61,7 @@ class Compacter(Method):
     def __post_init__(self) -> None:
         for name in ("width", "blocks", "rank"):
             at_least("Compacter", name, getattr(self, name), 1)
+        names_field("Compacter", "site", self.site)
         for name in self._sites():
             one_of("Compacter", "site", name, SUBLAYERS)
         one_of("Compacter", "activation", self.activation, tuple(ACTIVATIONS))
@@ -69,7 +70,7 @@ class Compacter(Method):
             raise RecipeError(f"Compacter: blocks={self.blocks} does not divide width={self.width}")
 
     def _sites(self) -> tuple[str, ...]:
-        return (self.site,) if isinstance(self.site, str) else self.site
+        return as_names(self.site)
 
     def check(self, sites: Sequence[Site]) -> None:
         check_sublayers("Compacter", self._sites(), sites)
@@ -84,6 +85,9 @@ class Compacter(Method):
         n, r, width = self.blocks, self.rank, site.width_out
         if width % n:
             raise PlanError(f"Compacter: blocks={n} does not divide the width of {site.name}, {width}")
+        if r > min(width, self.width) // n:
+            most = min(width, self.width) // n
+            raise PlanError(f"Compacter: rank={r} is above the smaller side of its factors; at most {most} works")
         gain = math.sqrt(2)
         return {
             "s": glorot(n, width // n, r, gain=gain),

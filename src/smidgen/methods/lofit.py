@@ -45,6 +45,7 @@ class LoFiT(Method):
     layers: Layers = None
 
     lr: ClassVar[float] = 1e-2
+    linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         one_of("LoFiT", "form", self.form, ("offset", "gain"))

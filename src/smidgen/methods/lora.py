@@ -12,7 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smidgen.errors import RecipeError
-from smidgen.fields import Layers, as_names, at_least, check_targets, in_layers, layers_field, one_of, targeted
+from smidgen.fields import (
+    Layers,
+    above,
+    as_names,
+    at_least,
+    check_targets,
+    in_layers,
+    layers_field,
+    names_field,
+    one_of,
+    share_field,
+    targeted,
+)
 from smidgen.method import Method, Tensors
 from smidgen.sites import Site
 
@@ -59,13 +71,16 @@ class LoRA(Method):
     lr: ClassVar[float] = 1e-3
 
     def __post_init__(self) -> None:
-        at_least("LoRA", "rank", self.rank, 1)
-        layers_field("LoRA", self.layers)
-        one_of("LoRA", "scaling", self.scaling, ("lora", "rslora"))
-        if not self.lr_ratio > 0:
-            raise RecipeError(f"LoRA: lr_ratio={self.lr_ratio!r} must be above 0")
-        if not 0 <= self.dropout < 1:
-            raise RecipeError(f"LoRA: dropout={self.dropout!r} must lie in [0, 1)")
+        name = type(self).__name__
+        at_least(name, "rank", self.rank, 1)
+        if self.alpha is not None:
+            above(name, "alpha", self.alpha, 0)
+        names_field(name, "target", self.target)
+        layers_field(name, self.layers)
+        names_field(name, "exclude", self.exclude, least=0)
+        share_field(name, "dropout", self.dropout)
+        one_of(name, "scaling", self.scaling, ("lora", "rslora"))
+        above(name, "lr_ratio", self.lr_ratio, 0)
 
     @property
     def scale(self) -> float:
@@ -77,8 +92,8 @@ class LoRA(Method):
         return self.lr_ratio if term == "B" else 1.0
 
     def check(self, sites: Sequence[Site]) -> None:
-        check_targets("LoRA", "target", as_names(self.target), sites)
-        check_targets("LoRA", "exclude", as_names(self.exclude), sites)
+        for field, names in (("target", self.target), ("exclude", self.exclude)):
+            check_targets(type(self).__name__, field, as_names(names), sites)
 
     def input_dropout(self) -> float:
         return self.dropout
@@ -90,7 +105,7 @@ class LoRA(Method):
     def init(self, site: Site) -> dict[str, Tensor]:
         if self.rank > min(site.width_in, site.width_out):
             raise RecipeError(
-                f"LoRA: rank={self.rank} is above the smaller side of {site.name} "
+                f"{type(self).__name__}: rank={self.rank} is above the smaller side of {site.name} "
                 f"({site.width_out} x {site.width_in}); at most {min(site.width_in, site.width_out)} works"
             )
         bound = 1 / math.sqrt(site.width_in)

@@ -12,7 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smidgen.errors import PlanError, RecipeError
-from smidgen.fields import LINEAR_ROLES, Layers, as_names, at_least, check_targets, in_layers, layers_field, targeted
+from smidgen.fields import (
+    LINEAR_ROLES,
+    Layers,
+    above,
+    as_names,
+    at_least,
+    check_targets,
+    in_layers,
+    layers_field,
+    names_field,
+    share_field,
+    targeted,
+)
 from smidgen.method import Method, Tensors
 from smidgen.sites import Site
 
@@ -64,9 +76,12 @@ class MoS(Method):
     def __post_init__(self) -> None:
         for name, least in (("rank", 1), ("equivalent", 1), ("shards", 1), ("private", 0)):
             at_least("MoS", name, getattr(self, name), least)
+        if self.alpha is not None:
+            above("MoS", "alpha", self.alpha, 0)
+        names_field("MoS", "target", self.target)
         layers_field("MoS", self.layers)
-        if not 0 <= self.dropout < 1:
-            raise RecipeError(f"MoS: dropout={self.dropout!r} must lie in [0, 1)")
+        names_field("MoS", "exclude", self.exclude, least=0)
+        share_field("MoS", "dropout", self.dropout)
         if self.private > min(self.equivalent, self.rank):
             least = min(self.equivalent, self.rank)
             raise RecipeError(f"MoS: private={self.private} is above rank or equivalent; at most {least} works")

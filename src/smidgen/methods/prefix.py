@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smidgen.fields import Layers, at_least, in_layers, layers_field
+from smidgen.fields import Layers, at_least, flag, in_layers, layers_field
 from smidgen.method import Method, Tensors
 from smidgen.sites import Site
 
@@ -58,6 +58,7 @@ class Prefix(Method):
         at_least("Prefix", "length", self.length, 1)
         if self.mlp is not None:
             at_least("Prefix", "mlp", self.mlp, 1)
+        flag("Prefix", "cross", self.cross)
         layers_field("Prefix", self.layers)
 
     def acts(self, site: Site) -> bool:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from smidgen.fields import Layers, check_targets, in_layers, layers_field, targeted
+from smidgen.fields import Layers, as_names, check_targets, flag, in_layers, layers_field, names_field, targeted
 from smidgen.method import Method, Tensors
 from smidgen.sites import Site
 
@@ -51,10 +51,13 @@ class SSF(Method):
     linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        names_field("SSF", "target", self.target)
+        flag("SSF", "norms", self.norms)
+        flag("SSF", "shift", self.shift)
         layers_field("SSF", self.layers)
 
     def _names(self) -> tuple[str, ...]:
-        return (self.target,) if isinstance(self.target, str) else self.target
+        return as_names(self.target)
 
     def check(self, sites: Sequence[Site]) -> None:
         # A model of convolutions has no maps in blocks; what the default asks for is there all the same.

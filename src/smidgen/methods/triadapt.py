@@ -12,7 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smidgen.errors import PlanError, RecipeError
-from smidgen.fields import Layers, as_names, at_least, check_targets, in_layers, layers_field, targeted
+from smidgen.fields import (
+    Layers,
+    above,
+    as_names,
+    at_least,
+    check_targets,
+    in_layers,
+    layers_field,
+    names_field,
+    share_field,
+    targeted,
+)
 from smidgen.method import Method, Tensors
 from smidgen.sites import Site
 
@@ -73,14 +84,18 @@ class TriAdaptLoRA(Method):
         if self.growth is not None:
             at_least("TriAdaptLoRA", "growth", self.growth, 1)
         at_least("TriAdaptLoRA", "orthogonality", self.orthogonality, 0, float)
+        if self.alpha is not None:
+            above("TriAdaptLoRA", "alpha", self.alpha, 0)
+        names_field("TriAdaptLoRA", "target", self.target)
         layers_field("TriAdaptLoRA", self.layers)
+        names_field("TriAdaptLoRA", "exclude", self.exclude, least=0)
+        for name in ("begin", "dropout"):
+            share_field("TriAdaptLoRA", name, getattr(self, name))
+        above("TriAdaptLoRA", "every", self.every, 0)
         if self.start > self.rank:
             raise RecipeError(f"TriAdaptLoRA: start={self.start} is above rank={self.rank}, to which maps grow")
-        if not (0 <= self.begin < 1 and 0 < self.every <= 1 and 0 <= self.dropout < 1):
-            raise RecipeError(
-                f"TriAdaptLoRA: begin={self.begin!r}, every={self.every!r} and dropout={self.dropout!r} are shares; "
-                "every must be above 0, the others below 1"
-            )
+        if self.every > 1:
+            raise RecipeError(f"TriAdaptLoRA: every={self.every!r} is a share of the steps: above 0, at most 1")
 
     @property
     def step(self) -> int:
@@ -106,7 +121,8 @@ class TriAdaptLoRA(Method):
     def init(self, site: Site) -> dict[str, Tensor]:
         r, most = self.start, min(site.width_in, site.width_out)
         if self.rank > most:
-            raise PlanError(f"TriAdaptLoRA: rank={self.rank} is above the smaller side of {site.name}; at most {most}")
+            where = f"above the smaller side of {site.name}"
+            raise PlanError(f"TriAdaptLoRA: rank={self.rank} is {where}; at most {most} works")
         drawn = {"A": (r, site.width_in), "L": (r * r,), "U": (r * r,)}
         return {"B": torch.zeros(site.width_out, r)} | {k: SPREAD * torch.randn(shape) for k, shape in drawn.items()}
 

@@ -13,7 +13,7 @@ from smidgen.plan import Plan
 from smidgen.recipe import Narrowing
 from smidgen.rows import Row
 from smidgen.selection.term import Select
-from smidgen.selection.units import Candidate, candidates, label_units
+from smidgen.selection.units import Candidate, candidates, check_heads, label_units
 
 
 class SelectionWarning(UserWarning):
@@ -23,6 +23,21 @@ class SelectionWarning(UserWarning):
 def rows_of(plan: Plan, span: Narrowing) -> list[Row]:
     """The rows that a narrowing is about."""
     return [row for row in plan.rows if span.start <= row.index < span.stop]
+
+
+def check_choice(model: nn.Module, plan: Plan) -> None:
+    """Raises PlanError, before any data is read, if a Select has nothing to choose from, or its units are not there."""
+    for span in plan.recipe.narrowed:
+        found = _found(plan, span)
+        if isinstance(span.by, Select) and span.by.granularity == "head":
+            check_heads(model, found)
+
+
+def _found(plan: Plan, span: Narrowing) -> list[Candidate]:
+    found = candidates(rows_of(plan, span))
+    if not found:
+        raise PlanError(f"{span.by} has nothing to choose from: what stands before it trains nothing but the head")
+    return found
 
 
 def choose(model: nn.Module, plan: Plan, span: Narrowing, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -38,9 +53,7 @@ def choose(model: nn.Module, plan: Plan, span: Narrowing, scores: Mapping[str, T
     by = span.by
     if not isinstance(by, Select):
         raise PlanError(f"{by} does not say how to choose")
-    found = candidates(rows_of(plan, span))
-    if not found:
-        raise PlanError(f"{by} has nothing to choose from: what stands before it trains nothing but the head")
+    found = _found(plan, span)
     values = torch.cat([_score(scores, c) for c in found])
     unit, count = label_units(model, found, by.granularity)
     score = values if by.granularity == "element" else _means(values, unit, count)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from smidgen.errors import DeltaError
 from smidgen.plan import Plan
 from smidgen.rows import SHARED, Row, Subset
+from smidgen.selection.budget import check_choice
 from smidgen.selection.chosen import narrowed_shapes
 from smidgen.selection.ready import choose_ready, needs_data
 from smidgen.start import initial
@@ -38,6 +39,8 @@ def narrow(plan: Plan, indices: Mapping[str, Tensor]) -> Plan:
 
 def settle(model: nn.Module, plan: Plan, seed: int = 0) -> Plan:
     """The plan as it will be attached, if that can be told without data; else as it is, `pending`."""
+    if plan.pending:
+        check_choice(model, plan)
     empty = any(parameter.is_meta for parameter in model.parameters())
     if not plan.pending or needs_data(plan) or empty:
         return plan

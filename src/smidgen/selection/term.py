@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from smidgen.errors import RecipeError
 from smidgen.fields import at_least, one_of
@@ -79,6 +80,12 @@ class Select(Filter):
             )
         if self.score in READY and self.warmup:
             raise RecipeError(f"Select: {self.score!r} looks at the start alone; leave warmup= out")
+
+    def refuses(self, term: Any) -> str | None:
+        """A scout is for methods that have one."""
+        if self.score == SCOUT and term.scout() is None:
+            return f"Select('scout'): {term} has no method that looks for it; use 'fisher' or 'change'"
+        return None
 
     @property
     def needs_data(self) -> bool:

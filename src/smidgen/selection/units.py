@@ -61,7 +61,19 @@ def layer_key(site: Site) -> str:
     return site.path if site.layer is None else f"{site.stack}.{site.layer}"
 
 
+def check_heads(model: nn.Module, found: Sequence[Candidate]) -> None:
+    """Raises PlanError unless some of the candidates are heads' own, and the model says how many heads it has."""
+    head_count(model)
+    slices = [site for site in find_sites(model) if site.rows is not None]
+    if not any(_runs(c, slices) for c in found):
+        raise PlanError(
+            "granularity='head' needs tensors of query, key, value or attention output, such as those of BitFit() or "
+            "LoRA(); the recipe has none (norms belong to no head)"
+        )
+
+
 def _heads(model: nn.Module, found: Sequence[Candidate]) -> tuple[Tensor, int]:
+    check_heads(model, found)
     out = all("attention_out" in c.row.site.roles for c in found)
     count = head_count(model, OWN if out else GROUPED)
     slices = [site for site in find_sites(model) if site.rows is not None]
@@ -75,11 +87,6 @@ def _heads(model: nn.Module, found: Sequence[Candidate]) -> tuple[Tensor, int]:
         if (local >= 0).any():
             local[local >= 0] += numbers.setdefault(key, len(numbers) * count)
         parts.append(local.flatten())
-    if not numbers:
-        raise PlanError(
-            "granularity='head' needs tensors of query, key, value or attention output, such as those of BitFit() or "
-            "LoRA(); the recipe has none (norms belong to no head)"
-        )
     return torch.cat(parts), len(numbers) * count
 
 

@@ -1,0 +1,114 @@
+"""Why a recipe does not fit a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from smidgen.errors import PlanError
+from smidgen.fields import LINEAR_ROLES
+from smidgen.inputs import position_limit, prompt_length
+from smidgen.method import Method
+from smidgen.recipe import Recipe
+from smidgen.rows import Row
+from smidgen.sites import Site, roles_found, shares_layers
+from smidgen.sublayers import SUBLAYERS, UNKNOWN, no_interface
+
+
+def no_match(method: Method, model: nn.Module, sites: Sequence[Site]) -> str:
+    """What to say of a method that matches no site."""
+    name = type(model).__name__
+    roles = ", ".join(roles_found(sites)) or "none"
+    text = f"{method} matches no site of {name}; roles found: {roles}"
+    if kinds := dict.fromkeys(site.kind for site in sites if site.kind in SUBLAYERS):
+        text += f"; sublayers found: {', '.join(kinds)}"
+    if method.overrides("tokens"):
+        text += "; it does not embed the tokens of one text, so none can be added"
+    if not any(site.kind == "norm" for site in sites):
+        text += "; its norms have no parameters, so there is no gain or bias to tune"
+    if method.overrides("trains") and not any(site.bias for site in sites):
+        text += "; none of its maps and norms has a bias: LN() trains gains"
+    if method.overrides("keys_values") and (classes := no_interface(model, sites)):
+        text += f"; {', '.join(classes)} does not go through transformers' AttentionInterface, so no keys can be added"
+        text += ": choose a method that adds none"
+    if not any(site.roles & set(LINEAR_ROLES) for site in sites):
+        text += f"; {UNKNOWN}"
+    if stacked := [site.path for site in sites if _stacked(model, site)]:
+        text += f"; {stacked[0]} holds stacked 3-D weights (of experts or heads), which hooks cannot reach"
+    return text
+
+
+def _stacked(model: nn.Module, site: Site) -> bool:
+    convolution = hasattr(model.get_submodule(site.path), "kernel_size")
+    return not convolution and any(len(shape) == 3 and shape[0] > 1 for _, shape in site.terms)
+
+
+def refuse_unsupported(model: nn.Module, recipe: Recipe) -> None:
+    """Raises PlanError unless the model is one that can be edited, and has layers to name if some are named."""
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"the model is of type {type(model).__name__}, {model!r:.40}; smidgen.load gives one")
+    if getattr(model, "is_quantized", False) or any(not _float(p) for p in model.parameters()):
+        raise PlanError(
+            f"{type(model).__name__} is quantised; load it in float32, bfloat16 or float16 (quantised bases are "
+            "not supported yet)"
+        )
+    named = [term for term in recipe if getattr(term, "layers", None) is not None]
+    if named and shares_layers(model):
+        raise PlanError(
+            f"{named[0]}: {type(model).__name__} uses the same layers at every depth, so layers= cannot pick some; "
+            "leave it out"
+        )
+
+
+def _float(parameter: nn.Parameter) -> bool:
+    return parameter.is_floating_point() and parameter.element_size() > 1
+
+
+def refuse_part(recipe: Recipe, index: int, method: Method) -> None:
+    """Raises PlanError if a term is narrowed of which no part can be kept."""
+    by = next((span.by for span in recipe.narrowed if span.start <= index < span.stop), None)
+    if by is None:
+        return
+    if method.settled() != method:
+        raise PlanError(f"{method} saves {method.settled()}, so no part of it can be kept; leave out the Select")
+    if method.overrides("event"):
+        raise PlanError(f"{method} grows while it trains, so no part of it can be kept; leave out the Select")
+    if why := by.refuses(method):
+        raise PlanError(why)
+
+
+def refuse_no_room(model: nn.Module, rows: Sequence[Row]) -> None:
+    """Raises PlanError if a prompt, or several, take all positions that a model has."""
+    prompts = [row for row in rows if row.site.kind == "input"]
+    limit = position_limit(model, prompts[0].site) if prompts else None
+    taken = sum(prompt_length(row.method, row.site) for row in prompts)
+    if limit is not None and taken >= limit:
+        raise PlanError(
+            f"{' and '.join(str(row.method) for row in prompts)}: the model has {limit} positions, so {taken} vectors "
+            "leave none for a text; a shorter prompt fits"
+        )
+
+
+def refuse_twice(rows: Sequence[Row], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises PlanError if two terms train one tensor."""
+    owner: dict[int, tuple[Row, str]] = {}
+    for row in rows:
+        for name, _ in row.names() if not row.added else ():
+            other, first = owner.setdefault(id(parameters[name]), (row, name))
+            if other.index != row.index:
+                raise PlanError(f"{first} would be trained twice: by {other.method} and by {row.method}; leave one out")
+
+
+def refuse_unfoldable(rows: Sequence[Row]) -> None:
+    """Raises PlanError if a method reads a weight of which an edit before it cannot become a part."""
+    for row in rows:
+        if not row.method.overrides("after_with"):
+            continue
+        for other in rows:
+            below = other.added and other.site.path == row.site.path and other.index < row.index
+            if below and (why := other.method.unmergeable(other.site)):
+                raise PlanError(
+                    f"{row.method} reads the weight at {row.site.name}, where {other.method} cannot be folded in "
+                    f"({why}); write {row.method} first"
+                )
