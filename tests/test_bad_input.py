@@ -112,7 +112,7 @@ SPELLED = [
     ("bert", "Mam", RecipeError, "did you mean 'MAM'?"),
     ("bert", "MAM()", RecipeError, "write MAM, without brackets"),
     ("bert", "LoRA", RecipeError, "write LoRA()"),
-    ("bert", "SSF(shfit=True)", RecipeError, "'shfit'", "did you mean 'shift'?", "target, norms, shift, layers"),
+    ("bert", "SSF(shfit=True)", RecipeError, "'shfit'", "did you mean 'shift'?", "target, norms, convs, shift, layers"),
     ("bert", "LoRA(8, rank=8)", RecipeError, "multiple values for argument 'rank'", "it has: rank, alpha"),
     ("bert", "IA3(1, 2)", RecipeError, "too many positional arguments", "it has: layers"),
     ("bert", "LN() | Select()", RecipeError, "missing a required argument: 'score'", "it has: score, keep"),

@@ -22,7 +22,7 @@ SUMS = [
         "MoS(rank=3, shards=2) + LN()",
         "MoS(rank=2, equivalent=2, private=2, shards=1, target='query')",
         "TriAdaptLoRA(rank=4) + LoFiT() + LN()",
-        "LN() + Compacter(width=8, blocks=2, site='attention', layers=1) + Compacter(width=4, rank=2)",
+        "LN() + Compacter(width=8, blocks=2, site='attention', layers=1) + Compacter(width=8, rank=2)",
     )
 ]
 
