@@ -50,7 +50,7 @@ SPELLED = [
     ("bert", "DoRA(rank=17)", RecipeError, "DoRA: rank=17", "at most 16 works"),
     ("bert", "PiSSA(rank=17)", RecipeError, "PiSSA: rank=17", "at most 16 works"),
     ("bert", "MoS(rank=9)", PlanError, "MoS: rank=9", "2 maps", "at most 3 works"),
-    ("bert", "TriAdaptLoRA(rank=17)", PlanError, "rank=17", "at most 16 works"),
+    ("bert", "TriAdaptLoRA(rank=17)", RecipeError, "rank=17", "at most 16 works"),
     ("bert", "Compacter(rank=9)", PlanError, "rank=9", "at most 4 works"),
     ("bert", "Compacter(width=6)", RecipeError, "blocks=4 does not divide width=6"),
     ("bert", "Compacter(width=6, blocks=3)", PlanError, "blocks=3 does not divide the width of", "16"),

@@ -5,32 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smidgen.errors import RecipeError
-from smidgen.fields import (
-    Layers,
-    above,
-    as_names,
-    at_least,
-    check_targets,
-    in_layers,
-    layers_field,
-    names_field,
-    one_of,
-    share_field,
-    targeted,
-)
+from smidgen.fields import above, one_of
+from smidgen.lowrank import LowRank
 from smidgen.method import Method, Tensors
 from smidgen.sites import Site
 
 
 @dataclass(frozen=True)
-class LoRA(Method):
+class LoRA(LowRank):
     """Add a product of two thin matrices to a linear map.
 
     Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685, section 4.1.
@@ -59,26 +46,12 @@ class LoRA(Method):
     one above. Slices of a fused projection (GPT-2, Phi-3) each get a pair of their own.
     """
 
-    rank: int = 8
-    alpha: float | None = None
-    target: str | tuple[str, ...] = ("query", "value")
-    layers: Layers = None
-    exclude: str | tuple[str, ...] = ()
-    dropout: float = 0.0
     scaling: str = "lora"
     lr_ratio: float = 1.0
 
-    lr: ClassVar[float] = 1e-3
-
     def __post_init__(self) -> None:
+        super().__post_init__()
         name = type(self).__name__
-        at_least(name, "rank", self.rank, 1)
-        if self.alpha is not None:
-            above(name, "alpha", self.alpha, 0)
-        names_field(name, "target", self.target)
-        layers_field(name, self.layers)
-        names_field(name, "exclude", self.exclude, least=0)
-        share_field(name, "dropout", self.dropout)
         one_of(name, "scaling", self.scaling, ("lora", "rslora"))
         above(name, "lr_ratio", self.lr_ratio, 0)
 
@@ -91,23 +64,8 @@ class LoRA(Method):
     def rate(self, term: str) -> float:
         return self.lr_ratio if term == "B" else 1.0
 
-    def check(self, sites: Sequence[Site]) -> None:
-        for field, names in (("target", self.target), ("exclude", self.exclude)):
-            check_targets(type(self).__name__, field, as_names(names), sites)
-
-    def input_dropout(self) -> float:
-        return self.dropout
-
-    def acts(self, site: Site) -> bool:
-        wanted = targeted(site, as_names(self.target)) and not targeted(site, as_names(self.exclude))
-        return wanted and in_layers(site, self.layers)
-
     def init(self, site: Site) -> dict[str, Tensor]:
-        if self.rank > min(site.width_in, site.width_out):
-            raise RecipeError(
-                f"{type(self).__name__}: rank={self.rank} is above the smaller side of {site.name} "
-                f"({site.width_out} x {site.width_in}); at most {min(site.width_in, site.width_out)} works"
-            )
+        self.check_rank(site)
         bound = 1 / math.sqrt(site.width_in)
         A = torch.empty(self.rank, site.width_in).uniform_(-bound, bound)
         return {"A": A, "B": torch.zeros(site.width_out, self.rank)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,23 +13,15 @@ from torch import Tensor
 from smidgen.errors import PlanError, RecipeError
 from smidgen.fields import (
     LINEAR_ROLES,
-    Layers,
-    above,
-    as_names,
     at_least,
-    check_targets,
-    in_layers,
-    layers_field,
-    names_field,
-    share_field,
-    targeted,
 )
-from smidgen.method import Method, Tensors
+from smidgen.lowrank import LowRank
+from smidgen.method import Tensors
 from smidgen.sites import Site
 
 
 @dataclass(frozen=True)
-class MoS(Method):
+class MoS(LowRank):
     """Build the two matrices of LoRA from shards of pools that all layers share.
 
     Wang et al. 2024, MoS: Unleashing Parameter Efficiency of Low-Rank Adaptation with Mixture of Shards,
@@ -65,23 +56,11 @@ class MoS(Method):
     equivalent: int = 2
     shards: int = 4
     private: int = 1
-    alpha: float | None = None
-    target: str | tuple[str, ...] = ("query", "value")
-    layers: Layers = None
-    exclude: str | tuple[str, ...] = ()
-    dropout: float = 0.0
-
-    lr: ClassVar[float] = 1e-3
 
     def __post_init__(self) -> None:
-        for name, least in (("rank", 1), ("equivalent", 1), ("shards", 1), ("private", 0)):
+        super().__post_init__()
+        for name, least in (("equivalent", 1), ("shards", 1), ("private", 0)):
             at_least("MoS", name, getattr(self, name), least)
-        if self.alpha is not None:
-            above("MoS", "alpha", self.alpha, 0)
-        names_field("MoS", "target", self.target)
-        layers_field("MoS", self.layers)
-        names_field("MoS", "exclude", self.exclude, least=0)
-        share_field("MoS", "dropout", self.dropout)
         if self.private > min(self.equivalent, self.rank):
             least = min(self.equivalent, self.rank)
             raise RecipeError(f"MoS: private={self.private} is above rank or equivalent; at most {least} works")
@@ -90,22 +69,6 @@ class MoS(Method):
                 f"MoS: private={self.private} leaves nothing to share of equivalent={self.equivalent}, so rank must be "
                 f"{self.equivalent}, not {self.rank}"
             )
-
-    @property
-    def scale(self) -> float:
-        """alpha / rank."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
-
-    def check(self, sites: Sequence[Site]) -> None:
-        check_targets("MoS", "target", as_names(self.target), sites)
-        check_targets("MoS", "exclude", as_names(self.exclude), sites)
-
-    def input_dropout(self) -> float:
-        return self.dropout
-
-    def acts(self, site: Site) -> bool:
-        wanted = targeted(site, as_names(self.target)) and not targeted(site, as_names(self.exclude))
-        return wanted and in_layers(site, self.layers)
 
     def group(self, site: Site) -> str:
         role = next((role for role in LINEAR_ROLES if role in site.roles), site.path.rpartition(".")[2])

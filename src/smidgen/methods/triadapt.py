@@ -5,33 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smidgen.errors import PlanError, RecipeError
-from smidgen.fields import (
-    Layers,
-    above,
-    as_names,
-    at_least,
-    check_targets,
-    in_layers,
-    layers_field,
-    names_field,
-    share_field,
-    targeted,
-)
-from smidgen.method import Method, Tensors
+from smidgen.errors import RecipeError
+from smidgen.fields import above, at_least, share_field
+from smidgen.lowrank import LowRank
+from smidgen.method import Tensors
 from smidgen.sites import Site
 
 SPREAD = 0.02
 
 
 @dataclass(frozen=True)
-class TriAdaptLoRA(Method):
+class TriAdaptLoRA(LowRank):
     """LoRA whose rank grows in training where its core gains most.
 
     Liang et al. 2025, TriAdaptLoRA: Brain-Inspired Triangular Adaptive Low-Rank Adaptation, arXiv:2501.08008,
@@ -64,33 +53,19 @@ class TriAdaptLoRA(Method):
     equal, and no more than the total still takes; the last events may exceed it by less than growth.
     """
 
-    rank: int = 8
     start: int = 1
     growth: int | None = None
     begin: float = 0.1
     every: float = 0.05
     orthogonality: float = 0.5
-    alpha: float | None = None
-    target: str | tuple[str, ...] = ("query", "value")
-    layers: Layers = None
-    exclude: str | tuple[str, ...] = ()
-    dropout: float = 0.0
-
-    lr: ClassVar[float] = 1e-3
 
     def __post_init__(self) -> None:
-        for name in ("rank", "start"):
-            at_least("TriAdaptLoRA", name, getattr(self, name), 1)
+        super().__post_init__()
+        at_least("TriAdaptLoRA", "start", self.start, 1)
         if self.growth is not None:
             at_least("TriAdaptLoRA", "growth", self.growth, 1)
         at_least("TriAdaptLoRA", "orthogonality", self.orthogonality, 0, float)
-        if self.alpha is not None:
-            above("TriAdaptLoRA", "alpha", self.alpha, 0)
-        names_field("TriAdaptLoRA", "target", self.target)
-        layers_field("TriAdaptLoRA", self.layers)
-        names_field("TriAdaptLoRA", "exclude", self.exclude, least=0)
-        for name in ("begin", "dropout"):
-            share_field("TriAdaptLoRA", name, getattr(self, name))
+        share_field("TriAdaptLoRA", "begin", self.begin)
         above("TriAdaptLoRA", "every", self.every, 0)
         if self.start > self.rank:
             raise RecipeError(f"TriAdaptLoRA: start={self.start} is above rank={self.rank}, to which maps grow")
@@ -102,27 +77,9 @@ class TriAdaptLoRA(Method):
         """By how much a rank grows."""
         return max(1, self.rank // 2) if self.growth is None else self.growth
 
-    @property
-    def scale(self) -> float:
-        """alpha / rank."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
-
-    def check(self, sites: Sequence[Site]) -> None:
-        check_targets("TriAdaptLoRA", "target", as_names(self.target), sites)
-        check_targets("TriAdaptLoRA", "exclude", as_names(self.exclude), sites)
-
-    def input_dropout(self) -> float:
-        return self.dropout
-
-    def acts(self, site: Site) -> bool:
-        wanted = targeted(site, as_names(self.target)) and not targeted(site, as_names(self.exclude))
-        return wanted and in_layers(site, self.layers)
-
     def init(self, site: Site) -> dict[str, Tensor]:
-        r, most = self.start, min(site.width_in, site.width_out)
-        if self.rank > most:
-            where = f"above the smaller side of {site.name}"
-            raise PlanError(f"TriAdaptLoRA: rank={self.rank} is {where}; at most {most} works")
+        self.check_rank(site)
+        r = self.start
         drawn = {"A": (r, site.width_in), "L": (r * r,), "U": (r * r,)}
         return {"B": torch.zeros(site.width_out, r)} | {k: SPREAD * torch.randn(shape) for k, shape in drawn.items()}
 
