@@ -135,6 +135,7 @@ class Loop:
         set_seed(s.seed + self.accelerator.process_index)
         self._dry_run()
         self._resume()
+        self.trained = list(trained_parameters(self.model).values())
         step = self.state.numbers["step"]
         with Bar(self.total, step, self.show, str(self.recipe)) as self.bar, Interrupts() as self.interrupts:
             for epoch in range(self.state.numbers["epochs"], s.epochs):
@@ -173,12 +174,13 @@ class Loop:
                             "try a lower lr, or look at the data of this step"
                         )
                     self.accelerator.backward(loss)
-        nn.utils.clip_grad_norm_(list(trained_parameters(self.model).values()), self.settings.clip)
+        nn.utils.clip_grad_norm_(self.trained, self.settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         numbers["step"] += 1
         if after_step(self.model, self.optimizer, numbers["step"], self.total, self.settings.seed):
             self.prepared = self.accelerator.prepare_model(self.model)
+            self.trained = list(trained_parameters(self.model).values())
         self.bar.step(value, len(places) * self.world)
         if numbers["step"] % 10 == 0 or numbers["step"] == self.total:
             rate = round(self.bar.rate, 1)

@@ -164,8 +164,10 @@ class PrefixCache:
         starts = torch.tensor([self._layout.starts[place] for place in places])[:, None]
         token = torch.arange(length)[None] - (length - counts if self._left else 0)  # (B, T), of its example
         kept = (token >= 0) & (token < counts)
-        hidden = self._states[(starts + token).where(kept, 0)].masked_fill_(~kept[..., None], 0)
-        return hidden.to(next(self._model.parameters()).device)
+        rows = (starts + token).where(kept, 0).flatten()
+        hidden = self._states.index_select(0, rows)  # copies whole rows, as indexing by (B, T) does not
+        hidden.index_fill_(0, (~kept).flatten().nonzero().squeeze(1), 0)
+        return hidden.view(*kept.shape, -1).to(next(self._model.parameters()).device)
 
     def _shape(self, trial: Trial) -> tuple[int, int]:
         return self._layout.tokens, trial.seen.states.shape[2]
