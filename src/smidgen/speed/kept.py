@@ -10,7 +10,7 @@ from torch import nn
 from smidgen.attachment import attachment
 from smidgen.errors import TrainError
 from smidgen.speed.cache import PrefixCache
-from smidgen.speed.key import key
+from smidgen.speed.key import keys
 from smidgen.speed.layout import Rows
 
 
@@ -44,8 +44,7 @@ class Kept:
         Raises:
             TrainError: as `fill`, and again without another try.
         """
-        plan = attachment(model).plan
-        names = [key(model, plan, rows) for rows in splits]
+        names = keys(model, attachment(model).plan, splits)
         known = names if self._model is model else []
         self._model = model
         self._caches = {name: cache for name, cache in self._caches.items() if name in known}

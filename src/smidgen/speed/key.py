@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,26 @@ def key(model: nn.Module, plan: Plan, rows: Rows, cut: Cut | None = None) -> str
     What is trained, the head and the labels are left out: they may change. Without a cut, as it is not known before
     its first filling, the digest is of the whole base and of everything that is edited.
     """
+    return keys(model, plan, [rows], cut)[0]
+
+
+def keys(model: nn.Module, plan: Plan, splits: Sequence[Rows], cut: Cut | None = None) -> list[str]:
+    """The `key` of each split; the base, which is nearly all of it, is read once."""
+    base = _base(model, plan, cut)
+    found = []
+    for rows in splits:
+        digest = base.copy()
+        for i in range(len(rows)):
+            row = rows[i]
+            for name in sorted(row):
+                if name not in _LABELS:
+                    digest.update(name.encode() + _bytes(row[name]))
+        found.append(digest.hexdigest()[:32])
+    return found
+
+
+def _base(model: nn.Module, plan: Plan, cut: Cut | None) -> Any:
+    """The digest before any inputs."""
     digest = hashlib.sha256()
     base = Fingerprint.of(model, {*head_names(model), *(_above(cut) if cut else ())})
     config: Any = getattr(model, "config", None)
@@ -38,12 +59,7 @@ def key(model: nn.Module, plan: Plan, rows: Rows, cut: Cut | None = None) -> str
     for module in frozen_prefix(model, plan):
         for name, buffer in module.named_buffers():
             digest.update(name.encode() + _bytes(buffer))
-    for i in range(len(rows)):
-        row = rows[i]
-        for name in sorted(row):
-            if name not in _LABELS:
-                digest.update(name.encode() + _bytes(row[name]))
-    return digest.hexdigest()[:32]
+    return digest
 
 
 def _above(cut: Cut) -> list[str]:
