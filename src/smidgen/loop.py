@@ -28,7 +28,7 @@ from smidgen.feed import Feed
 from smidgen.lengths import check_lengths, longest
 from smidgen.objective import Objective
 from smidgen.optim import optimizer
-from smidgen.penalties import penalty
+from smidgen.penalties import penalised
 from smidgen.pieces import give_back_memory, pieces
 from smidgen.progress import Bar
 from smidgen.recipe import Recipe
@@ -193,8 +193,7 @@ class Loop:
         if self.objective.needs_reference:
             with disabled(self.model), torch.no_grad():
                 reference = self.model(**batch)
-        loss, more = self.objective(model(**batch), batch, reference), penalty(self.model)
-        return loss if more is None else loss + more
+        return penalised(self.objective(model(**batch), batch, reference), self.model)
 
     def _dry_run(self) -> None:
         """One forward and backward pass in eval mode: every trained tensor must be reached."""

@@ -99,7 +99,8 @@ def _candidates(reader: Reader, cls: type[LoRA], sites: Sequence[Site], fields: 
     plain = [names for names in endings if not any(c.isdigit() for name in names for c in name.split("."))]
     named = [(layers, target) for layers in reader.layer_choices(sites) for target in (("linear",), roles, *plain)]
     for layers, target in [*named, *((None, names) for names in endings)]:
-        yield cls(target=target[0] if len(target) == 1 else target, layers=layers, **fields)
+        if target:
+            yield cls(target=target[0] if len(target) == 1 else target, layers=layers, **fields)
 
 
 def write_lora(method: Method, sites: list[Placed], model: nn.Module) -> Parts:

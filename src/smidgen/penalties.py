@@ -22,6 +22,12 @@ def penalty(model: nn.Module) -> Tensor | None:
     return found
 
 
+def penalised(loss: Tensor, model: nn.Module) -> Tensor:
+    """The loss with the methods' penalties added to it."""
+    more = penalty(model)
+    return loss if more is None else loss + more
+
+
 def rows_of(record: Attachment, index: int) -> list[Row]:
     """Where a term of the recipe adds tensors."""
     return [row for row in record.plan.rows if row.index == index and row.added and row.site.kind != SHARED]

@@ -17,7 +17,7 @@ from smidgen.data import Task
 from smidgen.errors import TrainError
 from smidgen.objective import Objective, TaskLoss
 from smidgen.optim import optimizer
-from smidgen.penalties import penalty
+from smidgen.penalties import penalised
 from smidgen.prefix import frozen_prefix
 
 
@@ -99,8 +99,7 @@ def _loss(model: nn.Module, batch: dict[str, Tensor], objective: Objective) -> T
     if objective.needs_reference:
         with disabled(model), torch.no_grad():
             reference = model(**batch)
-    loss, more = objective(model(**batch), batch, reference), penalty(model)
-    return loss if more is None else loss + more
+    return penalised(objective(model(**batch), batch, reference), model)
 
 
 def _batches(task: Task, course: Course, tokenizer: PreTrainedTokenizerBase) -> Any:
