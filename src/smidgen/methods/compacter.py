@@ -56,7 +56,7 @@ class Compacter(Method):
     activation: str = "gelu"
     layers: Layers = None
 
-    lr: ClassVar[float] = 3e-3
+    lr: ClassVar[float] = 1e-2
 
     def __post_init__(self) -> None:
         for name in ("width", "blocks", "rank"):

@@ -34,7 +34,7 @@ class IA3(Method):
 
     layers: Layers = None
 
-    lr: ClassVar[float] = 3e-3
+    lr: ClassVar[float] = 1e-2
     linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,8 @@ class MoS(LowRank):
     equivalent: int = 2
     shards: int = 4
     private: int = 1
+
+    lr: ClassVar[float] = 3e-3
 
     def __post_init__(self) -> None:
         super().__post_init__()

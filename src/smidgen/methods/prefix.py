@@ -49,7 +49,7 @@ class Prefix(Method):
     cross: bool = True
     layers: Layers = None
 
-    lr: ClassVar[float] = 5e-3
+    lr: ClassVar[float] = 1e-2
     exceptions: ClassVar[dict[str, str]] = {
         "starts_as_identity": "any further key takes its share of the attention from the text"
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,8 @@ class TriAdaptLoRA(LowRank):
     begin: float = 0.1
     every: float = 0.05
     orthogonality: float = 0.5
+
+    lr: ClassVar[float] = 1e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()
