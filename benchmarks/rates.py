@@ -49,14 +49,14 @@ def main():
     results = json.loads(out.read_text()) if out.exists() else {"options": vars(options), **describe(), "methods": {}}
     task = sm.Task.load(options.data, limit={"train": options.limit, "validation": options.validation})
     for name in options.only:
-        entry = results["methods"].setdefault(name, {"default": methods()[name].lr, "accuracy": {}})
+        entry = results["methods"].setdefault(name, {"accuracy": {}})
         for lr in RATES:
             if f"{lr:g}" not in entry["accuracy"]:
                 found = one(methods()[name], lr, task, options)
                 entry["accuracy"][f"{lr:g}"], entry["values"] = found["accuracy"], found["values"]
                 write(out, results)
         shown = "  ".join(f"{lr}: {100 * value:.1f}" for lr, value in entry["accuracy"].items())
-        print(f"{name:14} {entry['values']:>9,} values  default {entry['default']:g}   {shown}", flush=True)
+        print(f"{name:14} {entry['values']:>9,} values  default {methods()[name].lr:g}   {shown}", flush=True)
 
 
 if __name__ == "__main__":
