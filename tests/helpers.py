@@ -164,3 +164,17 @@ def script(path, text, *args, **env):
         [sys.executable, str(path), *map(str, args)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=found, cwd=path.parent,
     )  # fmt: skip
+
+
+def peft_adapter(base, config, folder):
+    """Save an adapter of HF PEFT's with random values; gives PEFT's model, made of a copy."""
+    import peft
+
+    tuned = peft.get_peft_model(copy.deepcopy(base), config)
+    torch.manual_seed(11)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.4 * torch.randn_like(parameter))
+    tuned.save_pretrained(folder)
+    return tuned

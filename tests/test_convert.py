@@ -23,6 +23,7 @@ from smidgen.convert import MissingHeadWarning, from_peft, to_peft
 from smidgen.delta import Delta
 from smidgen.errors import DeltaError, SmidgenError
 from smidgen.merge import merge
+from tests import helpers as h
 
 peft = pytest.importorskip("peft")
 
@@ -84,13 +85,7 @@ def same(one: Tensor, other: Tensor) -> None:
 def from_theirs(name: str, config: Any, folder: Path) -> tuple[nn.Module, Tensor]:
     """Save a PEFT adapter with random values; gives the base and what PEFT computes."""
     base = model_of(name)
-    tuned = peft.get_peft_model(copy.deepcopy(base), config)
-    torch.manual_seed(11)
-    with torch.no_grad():
-        for parameter in tuned.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.4 * torch.randn_like(parameter))
-    tuned.save_pretrained(folder)
+    tuned = h.peft_adapter(base, config, folder)
     return base, logits(tuned)
 
 

@@ -9,7 +9,7 @@ import smidgen as sm
 from smidgen.attachment import attachment, trained_parameters
 from smidgen.cases import inputs_for, shake, tiny
 from smidgen.errors import PlanError, TrainError
-from smidgen.events import after_step, follow, put
+from smidgen.events import after_step, assign, follow
 from smidgen.methods.triadapt import TriAdaptLoRA
 from smidgen.penalties import penalty
 
@@ -75,7 +75,7 @@ def test_values_that_events_cannot_lead_to_are_refused():
     model = sm.attach(tiny("bert"), "TriAdaptLoRA(rank=4) + LN()")
     name = next(n for n in trained_parameters(model) if n.endswith(".A"))
     with pytest.raises(TrainError, match="cannot have tensors of the shapes"):
-        put(model, {name: torch.zeros(3, 5)})
+        assign(model, {name: torch.zeros(3, 5)})
 
 
 def test_a_part_of_what_grows_cannot_be_kept():

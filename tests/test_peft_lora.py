@@ -16,6 +16,7 @@ from smidgen.attach import attached
 from smidgen.convert import from_peft, to_peft
 from smidgen.errors import DeltaError
 from smidgen.merge import merge
+from tests import helpers as h
 from tests.test_convert import config_of, edit_config, edit_tensors, lora_config, model_of, theirs, trained
 from tests.test_convert import logits as outputs
 
@@ -42,13 +43,7 @@ def file_of(folder: Path) -> dict[str, Tensor]:
 
 def made_by_peft(base: nn.Module, folder: Path, **fields: Any) -> Tensor:
     """Save an adapter of PEFT's with random values; gives what PEFT computes after loading it."""
-    tuned = peft.get_peft_model(copy.deepcopy(base), lora_config(**fields))
-    torch.manual_seed(11)
-    with torch.no_grad():
-        for parameter in tuned.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.4 * torch.randn_like(parameter))
-    tuned.save_pretrained(folder)
+    h.peft_adapter(base, lora_config(**fields), folder)
     return outputs(theirs(base, folder))
 
 

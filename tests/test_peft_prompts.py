@@ -19,6 +19,7 @@ from smidgen.attach import attached
 from smidgen.attachment import trained_parameters
 from smidgen.convert import from_peft, to_peft
 from smidgen.errors import DeltaError
+from tests import helpers as h
 from tests.test_convert import config_of, edit_config, edit_tensors, logits, model_of, trained
 from tests.test_peft_lora import distance
 from tests.test_prefix import family
@@ -148,13 +149,7 @@ def test_another_order_is_seen(broken: str, tmp_path: Path) -> None:
 
 def made_by_peft(base: nn.Module, config: Any, folder: Path) -> Tensor:
     """Save an adapter of PEFT's; gives what its model computes after loading it, in float64."""
-    tuned = peft.get_peft_model(copy.deepcopy(base), config)
-    torch.manual_seed(11)
-    with torch.no_grad():
-        for parameter in tuned.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.4 * torch.randn_like(parameter))
-    tuned.save_pretrained(folder)
+    h.peft_adapter(base, config, folder)
     return logits(loaded(base, folder))
 
 

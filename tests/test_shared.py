@@ -7,9 +7,11 @@ import torch
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 import smidgen as sm
+from smidgen.analyze.components import components, part_of
 from smidgen.attachment import attachment, trained_parameters
 from smidgen.cases import inputs_for, shake, tiny
 from smidgen.errors import PlanError, RecipeError
+from smidgen.recipe import Term
 from smidgen.scores.targets import find_targets
 from smidgen.tensors import kronecker_sum
 
@@ -129,6 +131,22 @@ def _indices(delta):
 def test_what_is_shared_is_scored_example_by_example():
     _, rest = find_targets(sm.attach(tiny("bert"), "Compacter(width=8, layers=1)"))
     assert rest == ["edits.0-all.S"]  # a rule that looks at one module would miss the other sites
+
+
+def test_reports_know_what_is_shared():
+    model = tiny("bert")
+    parts = components(model)
+    names = sm.plan(model, "Compacter(width=8)").shapes
+    found = {part_of(parts, name)[0].component for name in names if ".edits." in f".{name}"}
+    assert found == {"attention out", "ff out", "other"}
+
+
+def test_every_method_is_reached_by_its_name():
+    for name, cls in Term.registry.items():
+        assert getattr(sm, name) is cls
+        assert cls.__module__.partition(".")[0] != "smidgen" or name in dir(sm), name
+    with pytest.raises(AttributeError, match="no attribute 'LoRa'"):
+        _ = sm.LoRa
 
 
 def test_a_part_of_what_is_shared_can_be_kept(tmp_path):

@@ -95,8 +95,8 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "IA3", "LN", "SSF", "Adapter", "BitFit", "DoRA", "Full", "Head", "LoRA", "PiSSA", "Prefix", "PromptTuning",
-    "__version__", *_HOME,
+    "IA3", "LN", "SSF", "Adapter", "BitFit", "Compacter", "DoRA", "Full", "Head", "LoFiT", "LoRA", "MoS", "PiSSA",
+    "Prefix", "PromptTuning", "TriAdaptLoRA", "__version__", *_HOME,
 ]  # fmt: skip
 
 
@@ -112,14 +112,16 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import_module("smidgen.methods")
     if name in _HOME:
         value = getattr(import_module(f"smidgen.{_HOME[name]}"), name)
-    else:
+    else:  # a method, by the name that it is registered under
         from smidgen.recipe import Term
 
+        if name not in Term.registry:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = Term.registry[name]
     globals()[name] = value
     return value

@@ -14,7 +14,7 @@ from smidgen.errors import AttachError
 from smidgen.method import Method
 from smidgen.plan import Plan
 from smidgen.recipe import Recipe
-from smidgen.rows import INDICES, START
+from smidgen.rows import INDICES, SHARED, START, Row
 from smidgen.sites import module_at
 from smidgen.subsets import Part
 
@@ -120,6 +120,14 @@ class Attachment:
         masters = {swap.name: swap.master for swap in self.swaps if swap.trained}
         for name in self.plan.shapes:
             yield name, masters[name] if name in masters else self.added[name]
+
+    def added_by(self, index: int) -> list[Row]:
+        """Where a term of the recipe adds tensors of a site's own."""
+        return [row for row in self.plan.rows if row.index == index and row.added and row.site.kind != SHARED]
+
+    def tensors_of(self, row: Row) -> dict[str, nn.Parameter]:
+        """Symbol -> what is trained, of a row that adds tensors."""
+        return {term: self.added[name] for term, name, _ in row.trained()}
 
     @property
     def result(self) -> Recipe:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from smidgen.attachment import Attachment, attachment, trained_parameters
 from smidgen.errors import TrainError
 from smidgen.method import Method
-from smidgen.penalties import rows_of, tensors_of
 from smidgen.start import seeded
 
 
@@ -34,17 +33,17 @@ def after_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, to
     for index, method in enumerate(record.plan.recipe):
         if not isinstance(method, Method) or not method.due(step, total):
             continue
-        rows = rows_of(record, index)
-        parts = [{term: p.detach() for term, p in tensors_of(record, row).items()} for row in rows]
+        rows = record.added_by(index)
+        parts = [{term: p.detach() for term, p in record.tensors_of(row).items()} for row in rows]
         with seeded(seed, step, index):
             sites = [row.site for row in rows]
             found, record.memory[index] = method.event(step, total, sites, parts, record.memory.get(index, {}))
         values = {row.name(term): t for row, part in zip(rows, found, strict=True) for term, t in part.items()}
-        changed |= put(model, values, optimizer)
+        changed |= assign(model, values, optimizer)
     return changed
 
 
-def put(model: nn.Module, values: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None = None) -> bool:
+def assign(model: nn.Module, values: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None = None) -> bool:
     """Give trained tensors these values; those of another shape are replaced, also in the optimiser.
 
     values: saved name -> tensor, for some or all trained tensors. Returns whether any was replaced.

@@ -23,7 +23,7 @@ from smidgen.data import Task
 from smidgen.delta import Delta
 from smidgen.errors import DivergedError, TrainError
 from smidgen.evaluate import Scores, run, scores, tokenizer_of
-from smidgen.events import after_step, put
+from smidgen.events import after_step, assign
 from smidgen.feed import Feed
 from smidgen.lengths import check_lengths, longest
 from smidgen.objective import Objective
@@ -240,7 +240,7 @@ class Loop:
     def _finish(self) -> Delta:
         if self.total > 1:
             check_moved(self.model, self.start, self.total)
-        put(self.model, self.best)
+        assign(self.model, self.best)
         said = outcome(self.task, self.settings, self.rows.max_length, self.state.numbers, self.selection)
         delta = replace(detach(self.model), labels=tuple(self.task.labels)).with_info(**said, steps=self.total)
         if self.folder.path is not None and self.main:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from smidgen.attach import remove
 from smidgen.attachment import attachment, is_attached, refuse_attached, trained_parameters
-from smidgen.events import put
+from smidgen.events import assign
 
 
 def pack(
@@ -33,7 +33,7 @@ def unpack(
     tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
 ) -> dict[str, Tensor]:
     """Put a packed state back; returns the best values."""
-    put(model, {name: tensors[f"trained/{name}"] for name in trained_parameters(model)}, optimizer)
+    assign(model, {name: tensors[f"trained/{name}"] for name in trained_parameters(model)}, optimizer)
     for name, value in tensors.items():
         if name.startswith("memory/"):
             _, index, key = name.split("/", 2)

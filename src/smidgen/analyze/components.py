@@ -109,6 +109,8 @@ def part_of(parts: Iterable[Part], tensor: str) -> list[Part]:
     known = [part for part in parts if part.name == tensor]
     if known:
         return known
+    if tensor.startswith("edits."):  # what sites of several layers share
+        return [Part(tensor, "other", "weight")]
     path, edits, rest = tensor.partition(".edits.")
     here = [part for part in parts if part.name.rpartition(".")[0] == path]
     inside = [part for part in parts if edits and not here and within(part.name, path)]
