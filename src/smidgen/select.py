@@ -13,10 +13,9 @@ from smidgen.attach import attached
 from smidgen.attachment import attachment, is_attached
 from smidgen.data import Task
 from smidgen.delta import Delta
-from smidgen.errors import AttachError, DataError, PlanError, RecipeError
+from smidgen.errors import AttachError, DataError, RecipeError
 from smidgen.evaluate import tokenizer_of
 from smidgen.fingerprint import Fingerprint, verify
-from smidgen.method import Method
 from smidgen.objective import Objective
 from smidgen.plan import Plan, resolve
 from smidgen.recipe import Narrowing, Recipe, Term, as_recipe
@@ -153,11 +152,8 @@ def _scouted(model: nn.Module, plan: Plan, span: Narrowing, by: Select, means: M
     """Scores of one method's values by how far those of its scout move in the same places."""
     terms = list(plan.recipe.whole)
     for index in range(span.start, span.stop):
-        method = terms[index]
-        scout = method.scout() if isinstance(method, Method) else None
-        if scout is None:
-            raise PlanError(f"Select('scout'): {method} has no method that looks for it; use 'fisher' or 'change'")
-        terms[index] = scout
+        method: Any = terms[index]
+        terms[index] = method.scout()  # Select takes no method without one
     with attached(model, Recipe(tuple(terms)), pooling=plan.pooling, seed=means.seed):
         change, _ = _course(model, by, means)
         scouts = {(row.index, row.site.name): row for row in attachment(model).plan.rows}
