@@ -112,7 +112,7 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("_"):
+    if name not in _HOME and not name[:1].isupper():  # `from smidgen import cli` asks here before it imports the module
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import_module("smidgen.methods")
     if name in _HOME:
