@@ -1,5 +1,6 @@
 """Only the rows that are read: the same numbers from one row of the last block, and what cannot be computed so."""
 
+import dataclasses
 import json
 
 import pytest
@@ -12,11 +13,11 @@ from smidgen.attach import attach
 from smidgen.attachment import attachment
 from smidgen.errors import TrainError
 from smidgen.settings import Settings
-from smidgen.speed import single
+from smidgen.speed import query, single
 from smidgen.speed.listen import resting
 from smidgen.speed.single import FirstRow
 from tests import helpers as h
-from tests.test_speed_cache import Operations, build, close, collate, examples, gradients
+from tests.test_speed_cache import build, close, collate, examples, gradients
 
 RECIPES = ("LN()", "LoRA(rank=2, target='linear')", "LN() + LoRA(rank=2, target=('key', 'value'))", "Full()")
 
@@ -48,6 +49,7 @@ def test_one_row_gives_the_same_logits_and_gradients(kind, recipe):
         close(plain, gradients(model, batch), 1e-5)
     close(plain, gradients(model, batch), 0)
     assert (row.norm is not None) == (kind == "vit")
+    assert (row.maps is not None) == (recipe == "LN()")  # where nothing is trained in them, no key or value is made
 
 
 def test_low_precision_stays_within_its_rounding():
@@ -61,9 +63,10 @@ def test_low_precision_stays_within_its_rounding():
     assert (fed - true).abs().max() < 2 * (plain - true).abs().max() + 1e-2
 
 
-def test_the_last_block_works_on_one_row():
+@pytest.mark.parametrize(("recipe", "keys"), [("LN()", 1), ("LoRA(rank=2, target='key')", 8)])
+def test_the_last_block_works_on_one_row(recipe, keys):
     model = build()
-    attach(model, "LN()")
+    attach(model, recipe)
     batch, shapes = collate(examples()[:4]), []
     row = FirstRow.of(model, batch)
     layer = model.bert.encoder.layer[2]
@@ -71,12 +74,91 @@ def test_the_last_block_works_on_one_row():
         part.register_forward_hook(lambda module, args, output: shapes.append(output.shape[1]))
     with resting(model), row.reading():
         model(**batch)
-    assert shapes == [1, 8, 1]
-    with Operations() as all_rows:
-        model(**batch)
-    with Operations() as one, row.reading():
-        model(**batch)
-    assert sum("mm" in name for name in one.names) <= sum("mm" in name for name in all_rows.names)
+    assert shapes == [1, keys, 1]
+
+
+def plain_attention(x, q, maps, mask, share_of):
+    """Keys and values of all tokens, head by head."""
+    batch, heads, _, width = q.shape
+    out = torch.zeros_like(q)
+    for b in range(batch):
+        for i in range(heads):
+            rows = slice(i * width, (i + 1) * width)
+            keys, values = x[b] @ maps.key[rows].T + 3.0, x[b] @ maps.value[rows].T + maps.bias[rows]
+            scores = keys @ q[b, i, 0] / width**0.5
+            scores = scores.masked_fill(~mask[b], float("-inf"))
+            out[b, i, 0] = share_of(torch.softmax(scores, 0)) @ values
+    return out
+
+
+def the_parts():
+    generator = torch.Generator().manual_seed(3)
+    x, q = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((2, 5, 6), (2, 3, 1, 4)))
+    maps = query.Maps(*(torch.randn(s, generator=generator, dtype=torch.float64) for s in ((12, 6), (12, 6), (12,))))
+    return x, q, maps, torch.tensor([[True] * 5, [True, True, True, False, False]])
+
+
+@pytest.mark.parametrize("additive", [True, False])
+def test_attention_without_keys_is_attention_with_keys(additive):
+    """A bias on all keys (3.0) changes nothing; masks of both kinds."""
+    x, q, maps, mask = the_parts()
+    given = mask[:, None, None]
+    given = torch.zeros(given.shape, dtype=x.dtype).masked_fill(~given, torch.finfo(x.dtype).min) if additive else given
+    wanted = plain_attention(x, q, maps, mask, lambda share: share)
+    torch.testing.assert_close(maps.attend(x, q, given), wanted, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(maps.attend(x, q), wanted)
+
+
+def test_the_bias_of_the_values_counts_as_often_as_the_shares_sum_to(monkeypatch):
+    x, q, maps, mask = the_parts()
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda share, p: share * 0.5 if p else share)
+    wanted = plain_attention(x, q, maps, mask, lambda share: share * 0.5)
+    torch.testing.assert_close(maps.attend(x, q, mask[:, None, None], 0.1), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_both_ways_draw_the_same_dropout():
+    model = build(attention_probs_dropout_prob=0.5)
+    attach(model, "LN()")
+    batch = collate(examples()[:4])
+    row = FirstRow.of(model, batch)
+    model.train()
+    found = []
+    for each in (row, dataclasses.replace(row, maps=None)):
+        torch.manual_seed(0)
+        with each.reading():
+            found.append(model(**batch).logits)
+    assert row.maps is not None
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_keys_that_attention_reads_turned_are_made():
+    """What rotary positions would do: the product with the weight is not what attention gets."""
+    made = [torch.ones(2, 1, 6), torch.ones(2, 1, 6)]
+    as_read = [x.view(2, 1, 3, 2).transpose(1, 2) for x in made]
+    query.check_unchanged(made, *as_read)
+    for wrong in ([as_read[0] * 1, as_read[1]], [as_read[1], as_read[0]], [as_read[0][:1], as_read[1]]):
+        with pytest.raises(TrainError, match="does not get what its maps"):
+            query.check_unchanged(made, *wrong)
+    with pytest.raises(TrainError, match="does not get what its maps"):
+        query.check_unchanged(made[:1], *as_read)
+
+
+@pytest.mark.parametrize("change", ["hook", "forward", "trained", "subclass"])
+def test_maps_that_do_more_are_called(change):
+    key, value = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    for p in (*key.parameters(), *value.parameters()):
+        p.requires_grad_(False)
+    assert query.Maps.of(key, value) is not None
+    assert query.Maps.of(key, key) is None
+    if change == "hook":
+        value.register_forward_hook(lambda *a: None)
+    elif change == "forward":
+        key.forward = lambda x: x
+    elif change == "trained":
+        value.bias.requires_grad_(True)
+    else:
+        key = type("Other", (torch.nn.Linear,), {})(4, 4).requires_grad_(False)
+    assert query.Maps.of(key, value) is None
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -119,14 +201,19 @@ def test_checkpointing_is_refused():
 
 
 def test_a_block_that_mixes_the_wrong_rows_is_caught(monkeypatch):
+    """Attention without keys is left if it gives other logits; if that with keys does too, both are."""
     model = build()
     attach(model, "LN()")
-    plain = single._attend
+    batch = collate(examples()[:4])
+    right = query.Maps.attend
+    monkeypatch.setattr(query.Maps, "attend", lambda self, x, *rest, **more: right(self, x.flip(0), *rest, **more))
+    assert FirstRow.of(model, batch).maps is None
+    plain = single.attend
     monkeypatch.setattr(
-        single, "_attend", lambda tokens, q, k, *rest, **more: plain(tokens, q, k.flip(1), *rest, **more)
+        single, "attend", lambda tokens, q, k, *rest, **more: plain(tokens, q, k.flip(1), *rest, **more)
     )
     with pytest.raises(TrainError, match="logits from one row differ"):
-        FirstRow.of(model, collate(examples()[:4]))
+        FirstRow.of(model, batch)
 
 
 @pytest.mark.parametrize("recipe", ["LN()", "LN(layers='top:2')", "LN(layers='top:1')", "Head()"])

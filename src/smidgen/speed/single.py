@@ -1,14 +1,15 @@
 """Only the rows that are read: where the head reads the first token, the last block is computed for it alone.
 
-Keys and values are those of all tokens; query, attention output, feed-forward and norms are those of one. The block is
-called with one row, and the projections of keys and values with all of them.
+Query, attention output, feed-forward and norms are those of one token. The block is called with one row; its attention
+sees all tokens, either by keys and values that the projections make of them, or, where these are frozen and attention
+reads what they make as it is, without keys and values (see `query`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from smidgen.errors import TrainError
 from smidgen.sites import find_blocks, find_sites
 from smidgen.speed.cut import irregular
 from smidgen.speed.listen import Batch, entering, resting, result_of
+from smidgen.speed.query import Maps, attend, check_unchanged
 from smidgen.speed.trial import check_logits
 
 _BROKEN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
@@ -33,11 +35,13 @@ class FirstRow:
         block: the last block.
         projections: its maps to keys and values.
         norm: what stands between the block's input and them; None if nothing does.
+        maps: what makes their keys and values needless; None if these are made.
     """
 
     block: nn.Module
     projections: tuple[nn.Module, ...]
     norm: nn.Module | None
+    maps: Maps | None = None
 
     @classmethod
     def of(cls, model: nn.Module, batch: Batch) -> FirstRow:
@@ -56,10 +60,12 @@ class FirstRow:
             wanted = result_of(model(**batch))[0]
             _reads_first(model, blocks[-1], batch, wanted)
             found = _found(model, len(blocks) - 1, blocks[-1], batch)
-            found._check(model, batch, wanted)
-        return found
+            if found.maps is not None:
+                with suppress(TrainError):
+                    return found._checked(model, batch, wanted)
+            return replace(found, maps=None)._checked(model, batch, wanted)
 
-    def _check(self, model: nn.Module, batch: Batch, wanted: Tensor) -> None:
+    def _checked(self, model: nn.Module, batch: Batch, wanted: Tensor) -> FirstRow:
         try:
             with self.reading():
                 result = result_of(model(**batch))[0]
@@ -67,16 +73,21 @@ class FirstRow:
             said = next(iter(str(error).splitlines()), type(error).__name__)
             raise TrainError(f"{type(self.block).__name__} cannot be computed for one token ({said})") from error
         check_logits(result, wanted, f"{type(self.block).__name__}: logits from one row")
+        return self
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Inside, a forward pass computes one row of the last block; all is restored on exit."""
-        call = _Call(self.norm)
+        call = _Call(self.norm, self.maps)
         handles = [
             self.block.register_forward_pre_hook(call.enter, with_kwargs=True),
             self.block.register_forward_hook(call.leave, always_call=True),
-            *(p.register_forward_pre_hook(call.widen, prepend=True) for p in self.projections),
         ]
+        for module in self.projections:
+            if self.maps is None:
+                handles.append(module.register_forward_pre_hook(call.widen, prepend=True))
+            else:
+                handles.append(module.register_forward_hook(call.note))
         try:
             yield
         finally:
@@ -93,31 +104,45 @@ class _Call:
     """
 
     norm: nn.Module | None
+    maps: Maps | None
     rows: Tensor | None = None
     inputs: Tensor | None = field(default=None, init=False)
+    made: list[Tensor] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        self.heads = _Heads(self)
+        self.attention = _Attention(self)
 
     def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.rows, self.inputs = entering(args, kwargs), None
-        self.heads.__enter__()
+        self.made.clear()
+        self.attention.__enter__()
         first = self.rows[:, :1].contiguous()
         return ((first, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": first})
 
     def leave(self, *args: Any) -> None:
         if self.rows is not None:
-            self.heads.__exit__(None, None, None)
+            self.attention.__exit__(None, None, None)
         self.rows = self.inputs = None
+        self.made.clear()
 
-    def widen(self, projection: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def normed(self) -> Tensor:
+        """(B, T, d), what keys and values are made of."""
+        assert self.rows is not None
         if self.inputs is None:
             self.inputs = self.rows if self.norm is None else self.norm(self.rows)
-        return (self.inputs, *args[1:])
+        return self.inputs
+
+    def widen(self, projection: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Pre-hook of a projection: all rows enter."""
+        return (self.normed(), *args[1:])
+
+    def note(self, projection: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Hook of a projection that stays with one row."""
+        self.made.append(output)
 
 
-class _Heads(TorchFunctionMode):
-    """Keys and values of T tokens were taken for one token with T times the heads: give them their shape back."""
+class _Attention(TorchFunctionMode):
+    """Attention of the row to all tokens; keys of T tokens, if any, were taken for one token with T times the heads."""
 
     def __init__(self, call: _Call) -> None:
         super().__init__()
@@ -127,36 +152,10 @@ class _Heads(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention or self.call.rows is None:
             return func(*args, **kwargs)
-        return _attend(self.call.rows.shape[1], *args, **kwargs)
-
-
-def _attend(
-    tokens: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    **rest: Any,
-) -> Tensor:
-    """Attention of one query per head (B, H, 1, n) to keys and values (B, T * H, 1, n): (B, H, 1, n).
-
-    Written as sums over (B, T, H, n): as products of matrices, each would be one row.
-    """
-    if query.shape[2] != 1 or key.shape[2] != 1 or key.shape[1] != tokens * query.shape[1] or is_causal:
-        raise TrainError("attention does not get the keys of one row")
-    shape = (query.shape[0], tokens, *query.shape[1::2])
-    wide = torch.promote_types(query.dtype, torch.float32)
-    scaled = query.transpose(1, 2) * (scale or query.shape[-1] ** -0.5)  # (B, 1, H, n)
-    scores = (key.reshape(shape) * scaled).sum(-1, dtype=wide).transpose(1, 2)  # (B, H, T)
-    if attn_mask is not None:
-        mask = attn_mask[..., 0, :]
-        lowest = torch.finfo(wide).min
-        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-    share = F.dropout(torch.softmax(scores, -1), dropout_p).transpose(1, 2)[..., None]  # (B, T, H, 1)
-    return (share.to(value.dtype) * value.reshape(shape)).sum(1, dtype=wide).to(value.dtype)[:, :, None]
+        if self.call.maps is None:
+            return attend(self.call.rows.shape[1], *args, **kwargs)
+        check_unchanged(self.call.made, *args[1:3])
+        return self.call.maps.attend(self.call.normed(), args[0], *args[3:], **kwargs)
 
 
 def _reads_first(model: nn.Module, block: nn.Module, batch: Batch, wanted: Tensor) -> None:
@@ -184,16 +183,18 @@ def _found(model: nn.Module, layer: int, block: nn.Module, batch: Batch) -> Firs
     if any(site.rows is not None for site in wide) or {r for s in wide for r in s.roles} < {"key", "value"}:
         raise TrainError(f"{name} has no maps of their own to keys and to values")
     projections = tuple(model.get_submodule(path) for path in dict.fromkeys(site.path for site in wide))
+    key, value = (next(s.path for s in wide if role in s.roles) for role in ("key", "value"))
+    maps = Maps.of(model.get_submodule(key), model.get_submodule(value))
     start, inputs, made = _inputs(model, block, projections, batch)
     sources = {id(x): x for x in inputs}
     if len(inputs) != len(projections) or len(sources) != 1:
         raise TrainError(f"keys and values of {name} are not made of the same rows, once each")
     source = inputs[0]
     if source is start:
-        return FirstRow(block, projections, None)
+        return FirstRow(block, projections, None, maps)
     for module, given, output in made:
         if output is source and given is start:
-            return FirstRow(block, projections, module)
+            return FirstRow(block, projections, module, maps)
     raise TrainError(f"more than a norm stands between what enters {name} and its keys")
 
 
