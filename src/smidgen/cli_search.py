@@ -37,6 +37,7 @@ def search(
     data: Data, out: Out, model: Model = "minilm", recipe: RecipeText = "LN()",
     lr: Annotated[list[float] | None, Option(help="a rate to try; may be given again; default: around its own")] = None,
     trials: Annotated[int, Option(help="so many rates, where none is named")] = 10,
+    jobs: Annotated[int, Option(min=1, help="so many trials at once, each in a process of its own")] = 1,
     seed: Annotated[list[int] | None, Option(help="each rate with each seed; may be given again; default: 0")] = None,
     epochs: Annotated[int, Option(min=1)] = 3,
     head_lr: Annotated[float | None, Option(help="learning rate of the head")] = None,
@@ -60,7 +61,7 @@ def search(
         "only_read": only_read,
     }
     settings |= {"max_length": max_length, "pooling": pooling, "batching": batching.value}
-    settings |= {"lr": lr or None, "seeds": seeds, "trials": trials, "say": views.note}
+    settings |= {"lr": lr or None, "seeds": seeds, "trials": trials, "jobs": jobs, "say": views.note}
     settings["progress"] = None if sys.stderr.isatty() else False  # a line per trial is enough for a file
     try:
         found = sm.search(network, wanted, task, out=out, tokenizer=tokenizer, **settings)

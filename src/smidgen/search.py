@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -17,17 +17,16 @@ from transformers import PreTrainedTokenizerBase
 
 from smidgen.account import asked
 from smidgen.data import Task
-from smidgen.delta import Delta
-from smidgen.errors import DivergedError, TrainError
+from smidgen.errors import TrainError
+from smidgen.jobs import Work
+from smidgen.jobs import trials as run_trials
 from smidgen.ledger import Ledger
-from smidgen.loop import Loop
 from smidgen.method import Method
 from smidgen.objective import Objective, TaskLoss
 from smidgen.optim import HEAD_LR
 from smidgen.plan import resolve
 from smidgen.recipe import Recipe, Term, as_recipe
 from smidgen.settings import Settings
-from smidgen.speed.kept import Kept
 from smidgen.trials import Search, Trial
 
 SPAN = 10.0  # the default rates reach from a tenth of a recipe's own to ten times it
@@ -39,19 +38,21 @@ class SearchWarning(UserWarning):
 
 def search(
     model: nn.Module, recipe: str | Term | Recipe, task: Task, *, lr: Sequence[float] | None = None,
-    seeds: Sequence[int] = (0,), trials: int = 10, out: str | os.PathLike[str] | None = None,
+    seeds: Sequence[int] = (0,), trials: int = 10, jobs: int = 1, out: str | os.PathLike[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None, objective: Objective | None = None,
     progress: bool | None = None, say: Callable[[str], None] | None = None, **settings: Any,
 ) -> Search:  # fmt: skip
     """Train one recipe at several rates, and with several seeds; the best by validation comes back with its delta.
 
-    Each trial is a run of `fit`, bit for bit where both come to the same choice of `cache`. Hidden states below the
-    lowest edit are computed once for all trials. With `out`, a search that was killed goes on by the same call.
+    Each trial is a run of `fit`, bit for bit where both come to the same choice of `cache` and run on as many threads.
+    Hidden states below the lowest edit are computed once for all trials of a process. With `out`, a search that was
+    killed goes on by the same call.
 
     Args:
         lr: rates to try; None for `trials` rates, log-spaced from a tenth of the recipe's own to ten times it. Where
             only the head is trained, the rates are the head's.
         seeds: each rate is tried with each of them; all heads start as the model's does.
+        jobs: so many trials run at once, in processes that share torch's threads and show no progress bar.
         out: gets the best delta, search.json, and the run of each trial in `trials`.
         say: gets a line per finished trial.
         settings: fields of `Settings`, but seed and lr.
@@ -61,11 +62,12 @@ def search(
         DataError: no train or no validation split.
     """
     wanted = Trials.of(model, as_recipe(recipe), task, (lr, seeds, trials), objective or TaskLoss(), settings)
+    if jobs < 1:
+        raise TrainError(f"jobs={jobs} must be at least 1")
     ledger = Ledger(out, wanted.asked())
-    kept = Kept(sum(each.epochs for each in wanted.settings), ledger.path)
-    for each in wanted.settings[len(ledger.trials) :]:
-        options = (wanted.objective, ledger.folder(wanted.rate, each), tokenizer, progress, None, kept)
-        ledger.add(*_run(Loop(model, wanted.recipe, task, each, *options), wanted.rate))
+    todo = [(each, ledger.folder(wanted.rate, each)) for each in wanted.settings[len(ledger.trials) :]]
+    for trial, delta in run_trials(wanted.work(tokenizer, ledger.path), todo, jobs, progress):
+        ledger.add(trial, delta)
         if say is not None:
             say(wanted.told(ledger.trials))
     found = wanted.found(ledger.trials)
@@ -106,6 +108,11 @@ class Trials:
         each = (Settings.of({**given, rate: lr, "seed": seed}) for lr in rates for seed in seeds)
         return cls(model, recipe, task, objective, rate, tuple(each))
 
+    def work(self, tokenizer: PreTrainedTokenizerBase | None, folder: Path | None) -> Work:
+        """What all trials have in common."""
+        epochs = sum(each.epochs for each in self.settings)
+        return Work(self.model, self.recipe, self.task, self.objective, tokenizer, self.rate, epochs, folder)
+
     def asked(self) -> dict[str, Any]:
         """What has to be the same for a search to go on."""
         same = asked(self.model, self.recipe, self.task, self.settings[0], self.objective, None)
@@ -134,20 +141,6 @@ def _rates(recipe: Recipe, rate: str, count: int) -> list[float]:
     centre = fmean(map(math.log10, own))
     places = [2 * i / (count - 1) - 1 for i in range(count)] if count > 1 else [0.0]
     return [float(f"{10 ** (centre + place * math.log10(SPAN)):.3g}") for place in places]
-
-
-def _run(loop: Loop, rate: str) -> tuple[Trial, Delta | None]:
-    """One trial; a loss that is not finite any more ends it, not the search."""
-    start, delta, error = time.perf_counter(), None, None
-    try:
-        delta = loop.fit()
-    except DivergedError as diverged:
-        error = str(diverged)
-    history = loop.state.numbers["history"] or loop.folder.history()  # a run that was finished before says it there
-    scores = tuple(entry["validation"] for entry in history)
-    best = None if delta is None else delta.info["best_epoch"]
-    lr, seed = getattr(loop.settings, rate), loop.settings.seed
-    return Trial(lr, seed, scores, best, time.perf_counter() - start, error), delta
 
 
 def _warned(found: Search) -> Search:
