@@ -207,16 +207,17 @@ def accuracy(task, arms, seeds, epochs):
     return scores
 
 
-def search(task, trials, epochs):
+def search(task, trials, epochs, jobs):
     """Seconds of the ten-trial search of LN(layers='top:2'), as `smidgen search` runs it."""
     model, tokenizer = sm.load("minilm", task=task, dtype="auto")
     start = time.perf_counter()
     found = sm.search(
         model, "LN(layers='top:2')", task, tokenizer=tokenizer, trials=trials, epochs=epochs, batching="length",
-        progress=False,
+        progress=False, jobs=jobs,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     return {
+        "jobs": jobs,
         "seconds": seconds,
         "per_second": trials * epochs * len(task.splits["train"]) / seconds,
         "best_lr": found.best.lr,
@@ -295,10 +296,16 @@ def roofline_part(task, options, results):
 
 
 def search_part(task, options, results):
-    runs = [search(task, options.trials, 10) for _ in range(min(3, options.repeats))]
-    runs.sort(key=lambda run: run["seconds"])
-    print(runs[len(runs) // 2]["table"], f"{runs[len(runs) // 2]['per_second']:.0f} examples/s", flush=True)
-    return runs[len(runs) // 2] | {"all_seconds": [run["seconds"] for run in runs]}
+    """One trial after another, and as many at once as there are threads, in turns."""
+    runs = {jobs: [] for jobs in dict.fromkeys((1, torch.get_num_threads()))}
+    for _, jobs in itertools.product(range(min(3, options.repeats)), runs):
+        runs[jobs].append(search(task, options.trials, 10, jobs))
+    found = []
+    for jobs, each in runs.items():
+        each.sort(key=lambda run: run["seconds"])
+        found.append(each[len(each) // 2] | {"all_seconds": [run["seconds"] for run in each]})
+        print(found[-1]["table"], f"{found[-1]['per_second']:.0f} examples/s, jobs={jobs}", flush=True)
+    return found[0] | {"at_once": found[-1]}
 
 
 def accuracy_part(task, options, results):

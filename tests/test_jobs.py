@@ -1,0 +1,142 @@
+"""Several trials at once: the same trials, whoever dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from smidgen.errors import SmidgenError, TrainError
+from smidgen.ledger import FILE
+from smidgen.objective import TaskLoss
+from tests import helpers as h
+from tests.test_search import RATES, TOP, command, results, searched, task, world  # noqa: F401
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Deadly(TaskLoss):
+    """Kills the first process of a search that trains with it."""
+
+    marker: str = ""
+
+    def __call__(self, outputs, batch, reference):
+        try:
+            os.close(os.open(self.marker, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return super().__call__(outputs, batch, reference)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("recipe", [TOP, "LoRA(rank=2)"])
+def test_trials_at_once_are_those_in_turn(task, recipe, tmp_path):  # noqa: F811
+    model, options = h.bert(dropout=0.2), {"recipe": recipe, "seeds": (0, 1), "lr": [1e-2, 1e30, 1e-3]}
+    told: list[str] = []
+    with h.untouched(model):
+        found = searched(task, model=model, jobs=2, out=tmp_path / "out", say=told.append, **options)
+    wanted = searched(task, **options)
+    assert results(found) == results(wanted)
+    assert [bool(trial.error) for trial in found.trials] == [False, False, True, True, False, False]
+    assert [line.split(":")[0] for line in told] == [f"lr {t.lr:g}, seed {t.seed}" for t in wanted.trials]
+    h.same(found.delta, wanted.delta)
+    h.same(searched(task, jobs=3, out=tmp_path / "out", **options).delta, wanted.delta)  # finished: only reports
+
+
+def test_a_killed_process_is_one_line_and_the_search_goes_on(task, tmp_path):  # noqa: F811
+    options = {"out": tmp_path / "out", "objective": Deadly(marker=str(tmp_path / "marker"))}
+    with pytest.raises(TrainError, match="one of 2 processes of the search was killed") as error:
+        searched(task, jobs=2, **options)
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "out" / FILE).exists()
+    found = searched(task, jobs=2, **options)
+    assert results(found) == results(searched(task))
+
+
+def test_what_cannot_be_sent_is_one_line(task, tmp_path):  # noqa: F811
+    model = h.bert()
+    model.lock = threading.Lock()
+    with pytest.raises(TrainError, match=r"jobs=2 sends model.*lock.*use jobs=1") as error:
+        searched(task, model=model, jobs=2)
+    assert "\n" not in str(error.value)
+    for jobs in (0, -1):
+        with pytest.raises(TrainError, match="must be at least 1"):
+            searched(task, jobs=jobs)
+
+
+def test_a_mistake_in_a_trial_comes_back_as_it_is(task):  # noqa: F811
+    with pytest.raises(SmidgenError, match="pooling") as error:
+        searched(task, jobs=2, pooling="middle")
+    assert "\n" not in str(error.value)
+
+
+def test_threads_are_shared(task, tmp_path):  # noqa: F811
+    """Each of two processes has half of the threads; read where a loss is computed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        searched(task, jobs=2, objective=Counting(folder=str(tmp_path)))
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(threads)
+    seen = [name.name.split("-") for name in tmp_path.iterdir()]
+    assert {count for count, _ in seen} == {"2"}
+    assert str(os.getpid()) not in {process for _, process in seen}
+
+
+@dataclass(frozen=True)
+class Counting(TaskLoss):
+    """Leaves a file named by threads and process."""
+
+    folder: str = ""
+
+    def __call__(self, outputs, batch, reference):
+        Path(self.folder, f"{torch.get_num_threads()}-{os.getpid()}").touch()
+        return super().__call__(outputs, batch, reference)
+
+
+SCRIPT = """
+from tests import helpers as h
+from tests.test_search import searched
+from pathlib import Path
+import sys
+searched(h.task(Path(sys.argv[1]) / "data"), jobs=2, epochs=10000, out=Path(sys.argv[1]) / "out")
+"""
+
+
+def test_a_killed_search_leaves_no_processes(tmp_path):
+    """The script has no main guard, as few have."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    running = subprocess.Popen([sys.executable, tmp_path / "script.py", tmp_path], env=environment)
+    try:
+        wait_for(lambda: len(list((tmp_path / "out" / "trials").glob("*/metrics.jsonl"))) == 2)
+        children = psutil.Process(running.pid).children(recursive=True)
+        assert len(children) >= 2
+    finally:
+        running.kill()
+        running.wait()
+    wait_for(lambda: not [child for child in children if child.is_running() and child.status() != "zombie"])
+
+
+def wait_for(what, seconds=120):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_the_command_takes_jobs(world):  # noqa: F811
+    rates = [word for lr in RATES for word in ("--lr", lr)]
+    found = command(world, *rates, "--jobs", 2, "--json", out="at-once").json
+    assert [t["lr"] for t in found["trials"]] == RATES
+    wrong = command(world, "--jobs", 0, out="never")
+    assert wrong.code == 2
+    assert "--jobs" in wrong.err
