@@ -19,6 +19,7 @@ from smidgen.loop import Loop
 from smidgen.search import SearchWarning
 from smidgen.speed.cache import PrefixCache
 from smidgen.speed.kept import Kept
+from smidgen.speed.single import FirstRow
 from smidgen.trials import Search, Trial
 from tests import helpers as h
 from tests.test_cli import bert as saved_bert
@@ -165,6 +166,28 @@ def test_a_cache_is_not_shared_with_another_cut_rows_base_or_model(task):
     assert fourth is not third
     assert shared(kept, h.twin(model), TOP, rows, task) is not fourth
     assert kept.fills == 8
+
+
+@pytest.mark.parametrize(("recipe", "times"), [(TOP, 1), ("LN()", 3)])
+def test_the_rows_that_are_read_are_found_out_once_where_something_is_kept(task, monkeypatch, recipe, times):
+    found, of = [], FirstRow.of.__func__
+    monkeypatch.setattr(FirstRow, "of", classmethod(lambda cls, *about: found.append(of(cls, *about)) or found[-1]))
+    searched(task, recipe)
+    assert len(found) == times
+
+
+def test_what_is_found_once_is_found_again_for_another_recipe_rows_or_model(task):
+    kept, model, found = Kept(4), h.bert(), []
+    rows, held = (task.encode(h.tokenizer(), split) for split in ("train", "validation"))
+
+    def told(model, recipe, rows, key="same"):
+        shared(kept, model, recipe, rows, task)
+        return kept.once(key, lambda: found.append(None) or len(found))
+
+    assert kept.once("same", lambda: 0) == 0  # nothing is kept yet
+    assert [told(model, TOP, rows), told(model, TOP, rows), told(model, TOP, rows, "other")] == [1, 1, 2]
+    assert told(model, TOP, held) == 3
+    assert told(h.twin(model), TOP, held) == 4
 
 
 def test_what_was_refused_is_not_tried_again(task):

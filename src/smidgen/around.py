@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from smidgen.attachment import attachment
 from smidgen.errors import TrainError
 from smidgen.feed import ON, Collate, kept_prefix
 from smidgen.settings import Settings
@@ -71,28 +73,29 @@ def shortcuts(
         TrainError: something is insisted on and cannot be had; says why.
     """
     caches, cached = kept_prefix(model, splits, collate, settings, before.get("cache"), folder, shared)
-    row, read = _first_row(model, splits[0], collate, settings, before.get("rows"))
-    if row is not None and caches[0] is not None:
-        try:
-            _check(model, splits[0], collate, Shortcut(caches[0], row))
-        except TrainError as error:
-            row, read = None, _declined(str(error), settings, before.get("rows"))
+    find = partial(_first_row, model, splits[0], collate, settings, before.get("rows"), caches[0])
+    same = (str(attachment(model).plan.recipe), settings.pooling, settings.only_read, before.get("rows"))
+    row, read = find() if shared is None else shared.once(same, find)
     fast = settings.fast_dropout and not settings.recompute  # what is computed again runs outside of any mode
     made = [Shortcut(cache, row, fast) for cache in caches]
     return made, {"cache": cached, "rows": read}
 
 
 def _first_row(
-    model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, settings: Settings, before: str | None
-) -> tuple[FirstRow | None, str]:
+    model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, settings: Settings, before: str | None,
+    cache: PrefixCache | None,
+) -> tuple[FirstRow | None, str]:  # fmt: skip
     if settings.only_read is False:
         return None, "off"
     if before not in (None, ON):
         return None, str(before)
     try:
-        return FirstRow.of(model, few(model, rows, collate)), ON
+        row = FirstRow.of(model, few(model, rows, collate))
+        if cache is not None:
+            _check(model, rows, collate, Shortcut(cache, row))
     except TrainError as error:
         return None, _declined(str(error), settings, before)
+    return row, ON
 
 
 def _declined(reason: str, settings: Settings, before: str | None) -> str:

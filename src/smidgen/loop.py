@@ -219,7 +219,7 @@ class Loop:
             self.best = snapshot(self.model)
 
     def _held_out(self) -> Scores:
-        rank, size = self.accelerator.process_index, 2 * self.settings.batch_size
+        rank, size = self.accelerator.process_index, self.settings.batch_size
         size = size if self.settings.max_memory is None else self.chosen["rows_at_once"]
         with memory_guard(self.settings.batch_size):
             outputs = run(self.model, self.mine, self.task, self.tokenizer, size, self.around_held)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -12,6 +13,8 @@ from smidgen.errors import TrainError
 from smidgen.speed.cache import PrefixCache
 from smidgen.speed.key import keys
 from smidgen.speed.layout import Rows
+
+Found = TypeVar("Found")
 
 
 class Kept:
@@ -30,7 +33,9 @@ class Kept:
     def __init__(self, epochs: int, folder: str | os.PathLike[str] | None = None) -> None:
         self.epochs, self.folder, self.fills = epochs, folder, 0
         self._model: nn.Module | None = None
+        self._names: list[str] = []
         self._caches: dict[str, PrefixCache] = {}
+        self._once: dict[Hashable, Any] = {}
         self._refused: dict[str, TrainError] = {}
 
     def caches(
@@ -46,10 +51,21 @@ class Kept:
         """
         names = keys(model, attachment(model).plan, splits)
         known = names if self._model is model else []
-        self._model = model
+        if known != self._names:
+            self._once = {}
+        self._model, self._names = model, names
         self._caches = {name: cache for name, cache in self._caches.items() if name in known}
         self._refused = {name: error for name, error in self._refused.items() if name in known}
         return [self._one(name, rows, fill) for name, rows in zip(names, splits, strict=True)]
+
+    def once(self, key: Hashable, find: Callable[[], Found]) -> Found:
+        """What `find` gives: found once by runs that got the same caches, by each run where nothing is kept."""
+        if not self._caches:
+            return find()
+        if key not in self._once:
+            self._once[key] = find()
+        found: Found = self._once[key]
+        return found
 
     def _one(self, name: str, rows: Rows, fill: Callable[[Rows], PrefixCache]) -> PrefixCache:
         if name in self._refused:
