@@ -54,14 +54,15 @@ COMPARED = [
     "peft LN", "peft LN grouped bf16", "peft LoRA grouped bf16", "smidgen LN()", "smidgen LN() fp32",
     "smidgen LN() | Select", "smidgen LN(layers='top:2')", "smidgen LoRA()",
 ]  # fmt: skip
-PIECES = {  # the same run without one of them
-    "no padding that can be avoided": ("LN()", {"batching": "shuffle"}),
-    "only the rows that are read": ("LN()", {"only_read": False}),
-    "fast dropout": ("LN()", {"fast_dropout": False}),
-    "bfloat16": ("LN()", {"dtype": "float32"}),
-    "frozen-prefix cache": ("LN(layers='top:2')", {"cache": False}),
-    "only the rows that are read, top:2": ("LN(layers='top:2')", {"only_read": False}),
-    "bfloat16, top:2": ("LN(layers='top:2')", {"dtype": "float32"}),
+PIECES = {  # the same run without one of them: recipe, what both have, what is off
+    "no gradient below the lowest edit": ("LN(layers='top:2')", {"cache": False}, {"gradient_below": True}),
+    "frozen-prefix cache": ("LN(layers='top:2')", {}, {"cache": False}),
+    "no padding that can be avoided": ("LN()", {}, {"batching": "shuffle"}),
+    "only the rows that are read": ("LN()", {}, {"only_read": False}),
+    "only the rows that are read, top:2": ("LN(layers='top:2')", {}, {"only_read": False}),
+    "bfloat16": ("LN()", {}, {"dtype": "float32"}),
+    "bfloat16, top:2": ("LN(layers='top:2')", {}, {"dtype": "float32"}),
+    "fast dropout": ("LN()", {}, {"fast_dropout": False}),
 }
 
 
@@ -135,6 +136,8 @@ def with_smidgen(task, recipe, options, epochs, seed, folder):
     """sm.fit: (delta, ...). Validation is left out of the steady state, not of the seconds."""
     options = {"batching": "length", "dtype": "auto", **options}
     model, tokenizer = sm.load("minilm", task=task, seed=seed, dtype=options.pop("dtype"))
+    if options.pop("gradient_below", False):
+        model.enable_input_require_grads()
     times, plain = [], Loop._step
 
     def step(self, *args):
@@ -319,15 +322,22 @@ def accuracy_part(task, options, results):
 
 
 def pieces_part(task, options, results):
-    pairs = {}
-    for name, (recipe, off) in PIECES.items():
-        pairs |= {f"{name}: on": ("smidgen", recipe, {}), f"{name}: off": ("smidgen", recipe, off)}
-    ARMS.update(pairs)
-    found = speed(task, list(pairs), options.repeats, {k: 10 if "top:2" in v[1] else 1 for k, v in pairs.items()})
-    for name in PIECES:
-        on, off = (found[f"{name}: {state}"]["whole"] for state in ("on", "off"))
-        print(f"  {name}: {on:.0f} against {off:.0f} examples/s, x {on / off:.2f}", flush=True)
-    return {"arms": found}
+    """Each piece on and off: examples per second of whole runs, and the metric; another seed in every repeat."""
+    full, found = sm.Task.load(options.data, limit=options.limit), {}
+    for seed, (name, (recipe, both, off)) in itertools.product(range(options.repeats), PIECES.items()):
+        for state, given in (("on", both), ("off", both | off)):
+            epochs = 10 if "top:2" in recipe else 1
+            (model, delta), tokenizer, seconds, _ = one(task, ("smidgen", recipe, given), epochs, seed)
+            score = sm.evaluate(model, full, delta=delta, split="validation", tokenizer=tokenizer).value
+            entry = found.setdefault(name, {}).setdefault(state, {"per_second": [], "scores": []})
+            entry["per_second"].append(epochs * options.limit / seconds)
+            entry["scores"].append(score)
+    for name, states in found.items():
+        on, off = (statistics.median(states[state]["per_second"]) for state in ("on", "off"))
+        scores = [statistics.mean(states[state]["scores"]) for state in ("on", "off")]
+        said = f"{on:.0f} against {off:.0f} examples/s, x {on / off:.2f}"
+        print(f"  {name}: {said}; {full.metric} {scores[0]:.4f} and {scores[1]:.4f}", flush=True)
+    return {"metric": full.metric, "pieces": found}
 
 
 def memory_part(task, options, results):
