@@ -458,7 +458,7 @@ def test_no_room(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainError, match="cannot keep hidden states in .*file"):
         mapped(model, tmp_path / "file")
-    with pytest.raises(TrainError, match=r"3,520 bytes are over the limit of 10; name a folder"):
+    with pytest.raises(TrainError, match=r"3,520 bytes are over cache_bytes=10, and only cache=True with a folder"):
         PrefixCache.of(model, attachment(model).plan).fill(examples(), collate, limit_bytes=10)
 
     def full(handle):

@@ -178,7 +178,10 @@ class PrefixCache:
         if limit is None or size <= limit:
             return None
         if folder is None:
-            raise TrainError(f"hidden states of {size:,} bytes are over the limit of {limit:,}; name a folder for them")
+            raise TrainError(
+                f"hidden states of {size:,} bytes are over cache_bytes={limit:,}, and only cache=True with a folder "
+                "(out=) puts them into a file"
+            )
         return Path(folder) / f"prefix-{key(self._model, self._plan, rows, self._cut)}.states"
 
     def _taken_up(self, trial: Trial, path: Path) -> bool:
