@@ -8,6 +8,7 @@ import torch
 
 import smidgen as sm
 from smidgen.errors import TrainError
+from smidgen.speed.carry import carried
 from tests import helpers as h
 
 OPTIONS = {"epochs": 3, "batch_size": 8, "progress": False, "max_length": 16, "lr": 1e-2}
@@ -121,3 +122,25 @@ def test_a_resumed_run_does_as_at_its_first_start(task, tmp_path, monkeypatch):
         (tmp_path / "run" / name).unlink()
     monkeypatch.setattr("smidgen.feed.PrefixCache.fill", lambda *args, **kwargs: pytest.fail("filled"))
     fitted(task, out=tmp_path / "run", checkpoint_steps=1)
+
+
+class Remembers:
+    """Stands in for a tensor, as no GPU may be at hand."""
+
+    def __init__(self, kind="cpu", calls=()):
+        self.device, self.calls = torch.device(kind), calls
+
+    def pin_memory(self):
+        return Remembers(calls=(*self.calls, "pinned"))
+
+    def to(self, device, **options):
+        return Remembers(device.type, (*self.calls, device.type, options))
+
+
+def test_what_goes_to_a_gpu_goes_through_pinned_memory_and_nobody_waits():
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert carried(Remembers(), gpu).calls == ("pinned", "cuda", {"non_blocking": True})
+    assert carried(Remembers(), cpu).calls == ("cpu", {})
+    assert carried(Remembers("cuda"), gpu).calls == ("cuda", {})
+    x = torch.ones(2)
+    assert carried(x, cpu) is x

@@ -18,6 +18,7 @@ from smidgen.errors import TrainError
 from smidgen.settings import PACK, Settings
 from smidgen.speed.apart import packer_for
 from smidgen.speed.cache import PrefixCache
+from smidgen.speed.carry import carried
 from smidgen.speed.cut import why_not
 from smidgen.speed.kept import Kept
 from smidgen.speed.pack import Packer
@@ -70,7 +71,7 @@ class Feed:
         """Row numbers and batch, in the order of the epoch, without the first `skip`."""
         order = self._order(epoch, skip)
         for places, batch in self._packed(order) if isinstance(order, PackedBatches) else self._padded(order):
-            yield places, {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            yield places, {k: carried(v, self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
     def _padded(self, order: ShuffledBatches) -> Iterator[tuple[list[int], dict[str, Any]]]:
         for places in order:

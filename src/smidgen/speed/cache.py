@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from smidgen.errors import SmidgenError, TrainError
 from smidgen.plan import Plan
+from smidgen.speed.carry import carried
 from smidgen.speed.cut import cut_of, why_not
 from smidgen.speed.inner import inner_cut
 from smidgen.speed.key import key
@@ -130,7 +131,7 @@ class PrefixCache:
         """States (B, 1, d) of the first tokens of these examples. Raises TrainError if the cache is empty."""
         self._filled()
         starts = torch.tensor([self._layout.starts[place] for place in places])
-        return self._states[starts][:, None].to(next(self._model.parameters()).device)
+        return carried(self._states[starts][:, None], next(self._model.parameters()).device)
 
     @property
     def ends_rowwise(self) -> bool:
@@ -167,7 +168,7 @@ class PrefixCache:
         rows = (starts + token).where(kept, 0).flatten()
         hidden = self._states.index_select(0, rows)  # copies whole rows, as indexing by (B, T) does not
         hidden.index_fill_(0, (~kept).flatten().nonzero().squeeze(1), 0)
-        return hidden.view(*kept.shape, -1).to(next(self._model.parameters()).device)
+        return carried(hidden.view(*kept.shape, -1), next(self._model.parameters()).device)
 
     def _shape(self, trial: Trial) -> tuple[int, int]:
         return self._layout.tokens, trial.seen.states.shape[2]
