@@ -264,6 +264,17 @@ def test_one_in_use_stays():
     assert not deltas
 
 
+def test_all_are_let_go_or_none():
+    deltas = shelf("ln", "lora", "adapter")
+    deltas.use("lora")
+    with pytest.raises(AttachError, match="'lora' is in use"):
+        deltas.clear()
+    assert len(deltas) == 3
+    deltas.use(None)
+    deltas.clear()
+    assert len(deltas) == 0
+
+
 def test_one_more_while_another_is_in_use():
     deltas = shelf("ln")
     deltas.use("ln")

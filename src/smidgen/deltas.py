@@ -120,6 +120,12 @@ class Deltas(MutableMapping[str, Delta]):
         self._check_idle(name)
         del self._entries[name]
 
+    def clear(self) -> None:
+        """Let go of all, or of none if one is in use."""
+        for name in self:
+            self._check_idle(name)
+        self._entries.clear()
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
