@@ -8,17 +8,20 @@ them, and what is defined in a script or a notebook can be sent.
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -83,14 +86,17 @@ def trials(work: Work, todo: Todo, jobs: int, progress: bool | None) -> Iterator
         TrainError: what `fit` raises; or a process cannot be given its work, or was killed.
     """
     if jobs > 1 and len(todo) > 1:
-        yield from _at_once(work, todo, min(jobs, len(todo)))
+        shown = sys.stderr.isatty() if progress is None else progress
+        about: Any = {"total": len(todo), "console": Console(stderr=True), "disable": not shown}
+        with closing(_at_once(work, todo, min(jobs, len(todo)))) as found:
+            yield from track(found, f"{work.recipe}, trials", **about)
         return
     kept = work.kept()
     for settings, out in todo:
         yield work.run(settings, out, progress, kept)
 
 
-def _at_once(work: Work, todo: Todo, jobs: int) -> Iterator[tuple[Trial, Delta | None]]:
+def _at_once(work: Work, todo: Todo, jobs: int) -> Generator[tuple[Trial, Delta | None]]:
     from loky import ProcessPoolExecutor
 
     threads = max(1, torch.get_num_threads() // jobs)

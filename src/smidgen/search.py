@@ -52,7 +52,7 @@ def search(
         lr: rates to try; None for `trials` rates, log-spaced from a tenth of the recipe's own to ten times it. Where
             only the head is trained, the rates are the head's.
         seeds: each rate is tried with each of them; all heads start as the model's does.
-        jobs: so many trials run at once, in processes that share torch's threads and show no progress bar.
+        jobs: so many trials run at once, in processes that share torch's threads; the progress bar counts trials.
         out: gets the best delta, search.json, and the run of each trial in `trials`.
         say: gets a line per finished trial.
         settings: fields of `Settings`, but seed and lr.

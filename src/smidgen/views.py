@@ -40,8 +40,9 @@ def show(data: Any, view: RenderableType, as_json: bool) -> None:
 
 
 def note(text: object) -> None:
-    """One line on stderr."""
-    typer.secho(" ".join(str(text).split()), err=True, dim=True)
+    """One line on stderr, above a bar that may be there."""
+    line = " ".join(str(text).split())
+    print(typer.style(line, dim=True) if sys.stderr.isatty() else line, file=sys.stderr)
 
 
 def error(text: object) -> None:
