@@ -138,6 +138,7 @@ def _begin(path: str, threads: int, parent: int) -> None:
     """Make a new process ready for trials."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
+    # Whole objects, so no weights_only: the file was written by the search itself, into a folder of its user alone.
     work = torch.load(path, weights_only=False, mmap=True)
     _STATE.update(work=work, kept=work.kept())
 
