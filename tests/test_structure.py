@@ -1,4 +1,4 @@
-"""The shape of the code: imports run down the list, files and functions stay small, the core names no method."""
+"""The shape of the code: imports run down the list, the core names no method. ruff caps complexity (C901)."""
 
 import ast
 import re
@@ -55,15 +55,6 @@ def test_an_upward_import_would_be_seen(tmp_path, monkeypatch):
     bad = SOURCE / "recipe.py"
     ranks = {name: -i for i, name in enumerate(order())}
     assert violations(bad, ranks)
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
-def test_files_and_functions_stay_small(path):
-    text = path.read_text()
-    assert len(text.splitlines()) <= 250
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 40, f"{node.name} is {node.end_lineno - node.lineno + 1} lines"
 
 
 def test_the_core_names_no_method():
