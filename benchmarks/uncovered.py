@@ -1,0 +1,109 @@
+"""What a recipe's words would cover on a model and its plan does not, found without the library's own sites.
+
+By class names and names of parameters alone, so that both can be wrong in different ways: norms, biases, and the
+attention modules and feed-forward modules of every block.
+"""
+
+import re
+
+NORM = re.compile(r"norm", re.IGNORECASE)
+ATTENTION = re.compile(r"(attention|attn)", re.IGNORECASE)
+FEED = re.compile(r"(mlp|feedforward|ffn|experts|feed_forward)$", re.IGNORECASE)
+NOT_A_BLOCK = re.compile(r"(output|norm|embedding|mask|pool|lora|rotary|router|bias|gate|act|pruner|selfoutput)", re.IGNORECASE)
+HEADED = ("classifier", "score", "head", "qa_outputs", "lm_head")
+
+
+def uncovered(model, plan):
+    """One line that names what is left out, or an empty text."""
+    found = []
+    for index, method in enumerate(plan.recipe):
+        name = type(method).__name__
+        rows = [row for row in plan.rows if row.index == index]
+        found += WORDS.get(name, _nothing)(model, rows)
+    return "; ".join(found)
+
+
+def _nothing(model, rows):
+    return []
+
+
+def _short(what, names, total):
+    shown = dict.fromkeys(re.sub(r"(^|[.])[0-9]+(?=[.]|$)", r"\1*", name) for name in names)
+    return [f"{len(names)} of {total} {what}: {', '.join(list(shown)[:3])}"] if names else []
+
+
+def _parameters(model, rows, wanted, what):
+    trained = {id(model.get_parameter(name)) for row in rows if not row.added for name, _ in row.names()}
+    all_of_them = [(name, p) for name, p in model.named_parameters() if wanted(name, p)]
+    left = [name for name, p in all_of_them if id(p) not in trained and not _of_head(name)]
+    return _short(what, left, len(all_of_them))
+
+
+def _of_head(name):
+    return name.split(".")[0] in HEADED
+
+
+def _norms(model, rows):
+    inside = {
+        f"{path}.{term}".lstrip(".")
+        for path, module in model.named_modules()
+        if NORM.search(type(module).__name__)
+        for term, _ in module.named_parameters(recurse=False)
+    }
+    return _parameters(model, rows, lambda name, p: name in inside, "norm tensors")
+
+
+def _biases(model, rows):
+    last = re.compile(r"(^|[._])bias$")
+    return _parameters(
+        model, rows, lambda name, p: bool(last.search(name)) and (p.ndim == 1 or "expert" in name), "biases"
+    )
+
+
+def _modules(model, pattern):
+    """Paths of modules of such a class that hold weights and no further module of such a class."""
+    found = {}
+    for path, module in model.named_modules():
+        name = type(module).__name__
+        if pattern.search(name) and not NOT_A_BLOCK.search(name) and any(p.ndim > 1 for p in module.parameters()):
+            found[path] = module
+    return [p for p in found if p and not any(q != p and q.startswith(p + ".") for q in found)]
+
+
+def _touched(rows):
+    return {row.site.path for row in rows}
+
+
+def _left(model, rows, pattern, what, around=0):
+    """Modules of a kind in which no edit stands; `around` counts the levels above that count as the module's own."""
+    paths, edited, left = _modules(model, pattern), _touched(rows), []
+    for path in paths:
+        top = path.rsplit(".", around)[0] if around and path.count(".") >= around else path
+        if not any(e == top or e.startswith(top + ".") or path.startswith(e + ".") and e for e in edited):
+            left.append(path)
+    return _short(what, left, len(paths))
+
+
+def _attentions(model, rows):
+    return _left(model, rows, ATTENTION, "attention modules")
+
+
+def _both(model, rows):
+    return _left(model, rows, ATTENTION, "attention modules", 1) + _left(model, rows, FEED, "feed-forward modules", 1)
+
+
+def _feeds_too(model, rows):
+    return _left(model, rows, ATTENTION, "attention modules") + _left(model, rows, FEED, "feed-forward modules")
+
+
+WORDS = {
+    "LN": _norms,
+    "BitFit": _biases,
+    "LoRA": _attentions,
+    "DoRA": _attentions,
+    "Prefix": _attentions,
+    "IA3": _feeds_too,
+    "SSF": _feeds_too,
+    "Adapter": _both,
+    "Compacter": _both,
+}

@@ -1,0 +1,216 @@
+"""What one recipe does on one tiny model: ok, partly, refused, wrong or crash, with the reason in one line."""
+
+import copy
+import warnings
+
+import torch
+
+import smidgen as sm
+from smidgen.attachment import attachment, trained_parameters
+from smidgen.errors import AttachError, SmidgenError
+from smidgen.recipe import as_recipe
+from smidgen.watch import check_gradients, resting
+
+try:
+    from tiny_models import LABELS, line, run, tensors
+    from uncovered import uncovered
+except ImportError:  # as a module of the repository
+    from benchmarks.tiny_models import LABELS, line, run, tensors
+    from benchmarks.uncovered import uncovered
+
+NEAR = 1e-4  # of 1 + the largest output: what float32 inside a float64 model leaves
+OUTCOMES = ("ok", "partly", "refused", "wrong", "crash", "not built")
+
+
+class WrongError(AssertionError):
+    """Silently wrong: nobody would have noticed."""
+
+
+class Subject:
+    """A tiny model, an input, and the outputs of the untouched model, in the widest dtype that it runs in."""
+
+    def __init__(self, model, inputs, dtype=None):
+        self.exact = dtype is None
+        self.dtype, self.model, self.inputs, self.base = self._ready(model, inputs, dtype)
+        self.stays = self._repeats()
+
+    def _ready(self, model, inputs, dtype):
+        wanted = (torch.float64, torch.float32) if dtype is None else (dtype,)
+        for kind in wanted:
+            try:
+                ready = cast(copy.deepcopy(model), kind)
+                given = {k: v.to(kind) if torch.is_floating_point(v) else v for k, v in inputs.items()}
+                with torch.no_grad():
+                    base = tensors(run(ready, given))
+                if not all(torch.isfinite(t).all() for t in base):
+                    raise ArithmeticError("its output is not finite")
+                return kind, ready, given, base
+            except Exception as error:
+                last = error
+        raise last
+
+    def _repeats(self):
+        with torch.no_grad():
+            again = tensors(run(self.model, self.inputs))
+        return all(torch.equal(a, b) for a, b in zip(again, self.base, strict=True))
+
+    def outputs(self, model):
+        with torch.no_grad():
+            return tensors(run(model.eval(), self.inputs))
+
+
+def cast(model, dtype):
+    """The model in a dtype, as `from_pretrained(dtype=...)` leaves it: what a class keeps in float32 stays there."""
+    kept = set()
+    for names in ("_keep_in_fp32_modules_strict", *(("_keep_in_fp32_modules",) if dtype is torch.float16 else ())):
+        kept |= set(getattr(model, names, None) or ())
+    model.to(dtype)
+    if dtype in (torch.float16, torch.bfloat16):
+        for name, parameter in model.named_parameters():
+            if kept & set(name.split(".")):
+                parameter.data = parameter.data.float()
+    return model
+
+
+def judge(subject, recipe):
+    """Outcome and reason of a recipe on a subject, whose model is left alone."""
+    model = copy.deepcopy(subject.model)
+    notes = {}
+    stage = "attach"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for name, check in CHECKS:
+                stage = name
+                check(subject, model, recipe, notes)
+    except SmidgenError as error:
+        text = " ".join(str(error).split())
+        return {"outcome": "refused", "why": text if stage == "attach" else f"{stage}: {text}", "stage": stage}
+    except WrongError as error:
+        return {"outcome": "wrong", "why": f"{stage}: {error}", "stage": stage}
+    except Exception as error:
+        return {"outcome": "crash", "why": f"{stage}: {line(error)}", "stage": stage}
+    if left := notes.pop("left", ""):
+        return {"outcome": "partly", "why": left} | notes
+    return {"outcome": "ok"} | notes
+
+
+def _attach(subject, model, recipe, notes):
+    sm.attach(model, recipe)
+    plan = attachment(model).plan
+    missing = uncovered(subject.model, plan)
+    named = [" ".join(str(text).split()) for text in getattr(plan, "left_out", None) or ()]
+    if named or missing:
+        notes["left"] = "; ".join(named) or missing
+        notes["named"] = bool(named)
+
+
+def _head(subject, model, recipe, notes):
+    frozen = [n for n, p in model.named_parameters() if p.ndim and p.shape[0] == LABELS and not p.requires_grad]
+    if frozen and "Classification" in type(model).__name__:
+        raise WrongError(f"{frozen[0]} is as long as the labels and frozen")
+    if not trained_parameters(model):
+        raise WrongError("attached, and nothing is trained")
+
+
+def _start(subject, model, recipe, notes):
+    if any("starts_as_identity" in getattr(term, "exceptions", {}) for term in as_recipe(recipe)):
+        subject.outputs(model)
+        return
+    off = distance(subject.outputs(model), subject.base)
+    if off > (NEAR if subject.exact else 0.05):
+        raise WrongError(f"the start is off by {off:.2g}")
+
+
+def _train(subject, model, recipe, notes):
+    shake(trained_parameters(model).values(), 0.05)
+    model.train()
+    found = tensors(run(model, subject.inputs))
+    generator = torch.Generator().manual_seed(3)
+    loss = sum((t.double() * torch.randn(t.shape, dtype=torch.float64, generator=generator)).sum() for t in found)
+    if not loss.requires_grad:
+        raise WrongError("the output depends on nothing that is trained")
+    loss.backward()
+    check_gradients(model)
+    may, dead = set(resting(model)), []
+    for name, parameter in trained_parameters(model).items():
+        if name not in may and not parameter.grad.any():
+            dead.append(name)
+    if dead and subject.exact:
+        raise WrongError(f"{len(dead)} of {len(trained_parameters(model))} tensors get a zero gradient: {dead[0]}")
+    model.zero_grad()
+
+
+def _acts(subject, model, recipe, notes):
+    notes["_tuned"] = subject.outputs(model)
+    if not all(torch.isfinite(t).all() for t in notes["_tuned"]):
+        raise WrongError("the output is not finite")
+    if distance(notes["_tuned"], subject.base) < (1e-9 if subject.exact else 0):
+        raise WrongError("changed values change no output")
+
+
+def _merge(subject, model, recipe, notes):
+    rows = attachment(model).plan.rows
+    if any(row.added and row.method.unmergeable(row.site) for row in rows) or not subject.exact:
+        return
+    try:
+        merged = sm.merge(model)
+    except AttachError as error:
+        notes["merge"] = " ".join(str(error).split())
+        return
+    off = distance(subject.outputs(merged), notes["_tuned"])
+    if off > NEAR:
+        raise WrongError(f"merged and attached differ by {off:.2g}")
+
+
+def _detach(subject, model, recipe, notes):
+    delta = sm.detach(model)
+    before = dict(subject.model.named_parameters()) | dict(subject.model.named_buffers())
+    after = dict(model.named_parameters()) | dict(model.named_buffers())
+    if before.keys() != after.keys():
+        raise WrongError(f"names differ: {sorted(before.keys() ^ after.keys())[:2]}")
+    for name, tensor in before.items():
+        if not same(tensor, after[name]):
+            raise WrongError(f"{name} is not what it was")
+    if distance(subject.outputs(model), subject.base) > 0 and subject.stays:
+        raise WrongError("the output is not what it was")
+    sm.attach(model, delta)
+    off = distance(subject.outputs(model), notes.pop("_tuned"))
+    if off > (NEAR if subject.exact else 0.05):
+        raise WrongError(f"the delta attached again differs by {off:.2g}")
+
+
+CHECKS = (
+    ("attach", _attach),
+    ("head", _head),
+    ("start", _start),
+    ("train", _train),
+    ("acts", _acts),
+    ("merge", _merge),
+    ("detach", _detach),
+)
+
+
+def same(a, b):
+    """Bit for bit, NaN included."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+
+
+def distance(found, wanted):
+    """Largest difference over 1 + the largest value, over all outputs; infinite if shapes differ."""
+    if [t.shape for t in found] != [t.shape for t in wanted]:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(found, wanted, strict=True):
+        if b.numel() and not torch.equal(a, b):
+            gap = (a.double() - b.double()).abs() / (1 + b.double().abs().max())
+            worst = max(worst, float(torch.nan_to_num(gap, nan=float("inf")).max()))
+    return worst
+
+
+def shake(parameters, scale):
+    """Add Gaussian noise in place."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
