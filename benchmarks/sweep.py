@@ -5,7 +5,7 @@
     python benchmarks/sweep.py --dtype bfloat16 --out benchmarks/results/sweep-bf16.json
 
 Each type runs in a process of its own, so that a crash or a hang ends that type and not the sweep; what --out holds of the
-same commit and options is not run again (--again runs all).
+same source and options is not run again (--again runs all).
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from environment import describe, write
+from environment import describe
 from tiny_models import NotBuiltError, line, pairs, tiny
 from verdicts import OUTCOMES, Subject, judge
 
@@ -134,8 +135,7 @@ def counts(found, recipes):
             verdict = result.get("recipes", {}).get(name)
             table[name]["not built" if verdict is None else verdict["outcome"]] += 1
             table[name]["unnamed"] += bool(verdict and verdict.get("named") is False)
-            table[name]["refused in training"] += bool(verdict and verdict.get("stage") not in (None, "attach") and verdict["outcome"] == "refused")
-    names = (*OUTCOMES, "unnamed", "refused in training")
+    names = (*OUTCOMES, "unnamed")
     built = sum("recipes" in result for result in found.values())
     total = {name: sum(row[name] for row in table.values()) for name in names}
     return {
@@ -210,9 +210,16 @@ def kept(options, environment):
         old = json.loads(Path(options.out).read_text())
     except (OSError, ValueError):
         return {}
-    same = all(old.get(key) == environment[key] for key in ("commit", "versions")) and old.get("dtype") == options.dtype
+    same = all(old.get(key) == environment[key] for key in ("source", "versions")) and old.get("dtype") == options.dtype
     found = unpacked(old) if same and not options.again else {}
-    return {k: v for k, v in found.items() if "recipes" not in v or set(options.recipes) <= set(v["recipes"])}
+    return {k: v for k, v in found.items() if set(options.recipes) <= set(v.get("recipes", ()))}
+
+
+def described():
+    """What the sweep runs on, with the last commit that changed the library."""
+    found = describe()
+    last = subprocess.run(["git", "log", "-1", "--format=%h", "--", "src"], capture_output=True, text=True, check=False)
+    return found | {"source": last.stdout.strip() + ("+" if found["commit"].endswith("+") else "")}
 
 
 def split(text):
@@ -263,7 +270,7 @@ def main():
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    environment = describe()
+    environment = described()
     groups = chosen(options)
     found = kept(options, environment)
     groups = [[p for p in group if str(p) not in found] for group in groups]

@@ -19,7 +19,8 @@ except ImportError:  # as a module of the repository
     from benchmarks.uncovered import uncovered
 
 NEAR = 1e-4  # of 1 + the largest output: what float32 inside a float64 model leaves
-OUTCOMES = ("ok", "partly", "refused", "wrong", "crash", "not built")
+# "stopped": accepted, then refused with one line in the first step or at detach, where attach could have known
+OUTCOMES = ("ok", "partly", "refused", "stopped", "wrong", "crash", "not built")
 
 
 class WrongError(AssertionError):
@@ -74,25 +75,27 @@ def cast(model, dtype):
 
 def judge(subject, recipe):
     """Outcome and reason of a recipe on a subject, whose model is left alone."""
-    model = copy.deepcopy(subject.model)
-    notes = {}
-    stage = "attach"
+    model, notes, wrong, stage = copy.deepcopy(subject.model), {}, [], "attach"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for name, check in CHECKS:
-                stage = name
-                check(subject, model, recipe, notes)
+            for stage, check in CHECKS:
+                try:
+                    check(subject, model, recipe, notes)
+                except WrongError as error:
+                    wrong.append(f"{stage}: {error}")
     except SmidgenError as error:
         text = " ".join(str(error).split())
-        return {"outcome": "refused", "why": text if stage == "attach" else f"{stage}: {text}", "stage": stage}
-    except WrongError as error:
-        return {"outcome": "wrong", "why": f"{stage}: {error}", "stage": stage}
+        found = {"outcome": "refused", "why": text} if stage == "attach" else {"outcome": "stopped", "why": f"{stage}: {text}"}
     except Exception as error:
-        return {"outcome": "crash", "why": f"{stage}: {line(error)}", "stage": stage}
-    if left := notes.pop("left", ""):
-        return {"outcome": "partly", "why": left} | notes
-    return {"outcome": "ok"} | notes
+        found = {"outcome": "crash", "why": f"{stage}: {line(error)}"}
+    else:
+        left = notes.pop("left", "")
+        found = {"outcome": "partly", "why": left} if left else {"outcome": "ok"}
+    notes.pop("_tuned", None)
+    if wrong and found["outcome"] != "crash":
+        found = {"outcome": "wrong", "why": "; ".join(wrong)}
+    return found | notes
 
 
 def _attach(subject, model, recipe, notes):
@@ -175,7 +178,7 @@ def _detach(subject, model, recipe, notes):
     if distance(subject.outputs(model), subject.base) > 0 and subject.stays:
         raise WrongError("the output is not what it was")
     sm.attach(model, delta)
-    off = distance(subject.outputs(model), notes.pop("_tuned"))
+    off = distance(subject.outputs(model), notes["_tuned"])
     if off > (NEAR if subject.exact else 0.05):
         raise WrongError(f"the delta attached again differs by {off:.2g}")
 
