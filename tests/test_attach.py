@@ -278,14 +278,56 @@ def test_tied_weights_are_swapped_at_both_owners_and_counted_once():
     assert delta.trained == values
 
 
-def test_an_edit_on_a_tied_weight_is_not_merged():
-    model = h.causal("gpt2")
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_an_edit_on_a_tied_weight_is_merged_untied(kind, tmp_path):
+    model = h.causal(kind, tie_word_embeddings=True)
+    table = model.get_input_embeddings().weight
+    assert model.lm_head.weight is table
     sm.attach(model, "LoRA(rank=2, target='lm_head')")
-    shake(trained_parameters(model).values(), 0.1)
-    with pytest.raises(
-        AttachError, match=r"lm_head\.weight is tied to \['transformer\.wte\.weight', 'lm_head\.weight'\]"
-    ):
-        sm.merge(model)
+    shake(trained_parameters(model).values(), 0.3)
+    wanted = h.logits(model)
+    size = f"{table.numel():,}"
+    with pytest.warns(sm.UntiedWarning, match=rf"unties lm_head\.weight from .*{size} values more; its config.*False"):
+        merged = sm.merge(model)
+    torch.testing.assert_close(h.logits(merged), wanted, rtol=1e-4, atol=1e-5)
+    assert torch.equal(merged.get_input_embeddings().weight, table), "what the weight was tied to stands"
+    assert model.lm_head.weight is table
+    assert model.config.tie_word_embeddings
+    merged.save_pretrained(tmp_path)
+    again = T.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(h.logits(again), h.logits(merged))
+
+
+def test_where_other_weights_stay_tied_the_configuration_does_too(tmp_path):
+    model = h.build("bert", "AutoModelForMaskedLM")
+    sm.attach(model, "LoRA(rank=2, target='decoder')")
+    shake(trained_parameters(model).values(), 0.3)
+    wanted = h.logits(model)
+    with pytest.warns(sm.UntiedWarning, match=r"unties cls\.predictions\.decoder\.weight .*stays, for other weights"):
+        merged = sm.merge(model)
+    torch.testing.assert_close(h.logits(merged), wanted, rtol=1e-4, atol=1e-5)
+    assert merged.cls.predictions.decoder.bias is merged.cls.predictions.bias
+    merged.save_pretrained(tmp_path)
+    again = T.AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert torch.equal(h.logits(again), h.logits(merged))
+
+
+def test_one_module_under_two_names_is_not_tied():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.norm, self.second = nn.LayerNorm(4), self.first
+
+        def forward(self, x):
+            return self.second(self.norm(self.first(x)))
+
+    model, x = Twice(), torch.randn(2, 4)
+    sm.attach(model, "LoRA(rank=2, target='first')")
+    shake(trained_parameters(model).values(), 0.3)
+    merged = sm.merge(model)
+    assert merged.first is merged.second
+    torch.testing.assert_close(merged(x), model(x))
 
 
 # dtypes and devices

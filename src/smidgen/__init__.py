@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from smidgen.train import fit
     from smidgen.trainer import TrainerCallback
     from smidgen.trials import Search, Trial
+    from smidgen.untie import UntiedWarning
 
 _HOMES = {
     "arithmetic": ("Sum", "average", "dare", "ties"),
@@ -90,6 +91,7 @@ _HOMES = {
     "train": ("fit",),
     "trainer": ("TrainerCallback",),
     "trials": ("Search", "Trial"),
+    "untie": ("UntiedWarning",),
 }
 
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -13,6 +13,7 @@ from smidgen.data import Task
 from smidgen.encode import Encoded
 from smidgen.fingerprint import Fingerprint
 from smidgen.heads import head_names
+from smidgen.method import renewed
 from smidgen.objective import Objective
 from smidgen.optim import optimizer
 from smidgen.recipe import Recipe
@@ -24,7 +25,7 @@ def asked(
     model: nn.Module, recipe: Recipe, task: Task, settings: Settings, objective: Objective, selection: Selection | None
 ) -> dict[str, Any]:
     """What has to be the same when a run is resumed."""
-    base = Fingerprint.of(model, head_names(model))
+    base = Fingerprint.of(model, (*head_names(model), *renewed(recipe, model)))
     return {
         "model": base.name,
         "base": base.content,

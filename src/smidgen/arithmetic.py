@@ -198,7 +198,7 @@ def _combined(
         info["settings"] = {"max_length": first.info["settings"]["max_length"]}
     if rule is total and weights == [1.0]:
         return cast(D, replace(first, info=info))  # bit for bit, and whatever the method
-    wholes = [resolve(model, delta.recipe, delta.pooling) for delta in deltas]
+    wholes = [resolve(model, delta.recipe, delta.pooling, delta.head) for delta in deltas]
     check_tensors(wholes)
     check_linear(wholes[0], "sum" if rule is total else how["how"])
     starts = starts_of(model, wholes[0])

@@ -16,6 +16,7 @@ from smidgen.delta import Delta
 from smidgen.errors import AttachError
 from smidgen.fingerprint import verify as verify_base
 from smidgen.fits import fitted
+from smidgen.method import renewed
 from smidgen.place import drop_at, place
 from smidgen.plan import Plan, resolve
 from smidgen.ports import drop_tap
@@ -150,7 +151,7 @@ def _narrowed(model: nn.Module, plan: Plan, selection: Selection | None, seed: i
     if selection is None:
         return narrow(plan, choose_ready(model, plan, seed))
     if check:
-        verify_base(model, selection.base, [name for name, _ in plan.head])
+        verify_base(model, selection.base, (*(name for name, _ in plan.head), *renewed(plan.recipe, model)))
     return narrow(plan, selection.indices)
 
 

@@ -45,6 +45,7 @@ class Attachment:
     tapped: list[str] = field(default_factory=list)  # paths of modules that hold a tap
     memory: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)  # of events, by index in the recipe
     active: bool = True
+    new: tuple[str, ...] | None = None  # what the base's checkpoint lacked, None if none was read
 
     def plug(self, model: nn.Module) -> None:
         """Put the masters in."""

@@ -20,6 +20,7 @@ from smidgen.casts import master_dtype
 from smidgen.errors import DeltaError
 from smidgen.files import read_json, write_files
 from smidgen.fingerprint import Fingerprint
+from smidgen.method import renewed
 from smidgen.plan import resolve
 from smidgen.recipe import Recipe, Term
 from smidgen.rows import is_value, pack_indices, packed_shapes, unpack_indices
@@ -73,7 +74,7 @@ class Delta(Operand):
         return cls(
             record.result,
             tensors,
-            Fingerprint.of(model, head),
+            Fingerprint.of(model, (*head, *renewed(record.plan.recipe, model))),
             head,
             record.plan.pooling,
             labels,
@@ -100,7 +101,8 @@ class Delta(Operand):
         tensors = {n: found[n].to(device="cpu", dtype=master_dtype(found[n].dtype), copy=True) for n in plan.shapes}
         head = tuple(name for name, _ in plan.head)
         labels = _labels(getattr(tuned, "config", None)) if head else ()
-        return cls(plan.recipe, tensors, Fingerprint.of(base, head), head, None, labels, _info(tuned, info))
+        held = (*head, *renewed(plan.recipe, base))
+        return cls(plan.recipe, tensors, Fingerprint.of(base, held), head, None, labels, _info(tuned, info))
 
     @property
     def trained(self) -> int:

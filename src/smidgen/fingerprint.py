@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from smidgen.attachment import base_tensors
 from smidgen.errors import DeltaError
-from smidgen.heads import new_pooler
+from smidgen.lacked import new_names
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,11 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model: nn.Module, head: Collection[str], dtype: torch.dtype | None = None) -> Fingerprint:
-        """Digest of all parameters but the head's, in sorted order, taken in `dtype` (default: the base's own)."""
-        left_out = {*head, *new_pooler(model)}
+        """Digest of all parameters but the head's, in sorted order, taken in `dtype` (default: the base's own).
+
+        head: names of what the delta holds whatever stood there before. What the checkpoint lacked is left out too.
+        """
+        left_out = _first_names(model, {*head, *(new_names(model) or ())})
         tensors = {n: t for n, t in sorted(base_tensors(model).items()) if n not in left_out}
         dtype = dtype or base_dtype(tensors)
         structure, content = hashlib.sha256(), hashlib.sha256()
@@ -44,6 +47,12 @@ class Fingerprint:
         kind = getattr(config, "model_type", type(model).__name__)
         name = str(getattr(config, "_name_or_path", "") or "")
         return cls(kind, structure.hexdigest()[:32], content.hexdigest()[:32], str(dtype)[6:], name)
+
+
+def _first_names(model: nn.Module, names: Collection[str]) -> set[str]:
+    """The names under which `named_parameters` gives these; a tied parameter has several."""
+    named = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n in names}
+    return {n for n, p in model.named_parameters() if id(p) in named}
 
 
 def base_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:

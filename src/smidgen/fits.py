@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from smidgen.errors import DeltaError
 from smidgen.fingerprint import Fingerprint
 from smidgen.fingerprint import verify as verify_base
+from smidgen.heads import head_names
+from smidgen.method import renewed
 from smidgen.plan import Plan, resolve
 from smidgen.recipe import Recipe
 from smidgen.selection.chosen import chosen_indices
@@ -56,8 +58,10 @@ def fitted(model: nn.Module, delta: Trained, verify: bool = True) -> Plan:
         DeltaError: another base (with `verify`), or a tensor that is missing, unexpected or of another shape.
     """
     if verify:
-        verify_base(model, delta.base, delta.head)
-    plan = resolve(model, delta.recipe, delta.pooling)
+        verify_base(model, delta.base, held(model, delta))
+    # the base is the one of the training, so its head is what was head there
+    head = delta.head if verify else {*delta.head, *head_names(model)}
+    plan = resolve(model, delta.recipe, delta.pooling, head)
     if plan.pending:
         plan = narrow(plan, chosen_indices(plan, delta.tensors))
     plan = _grown(plan, delta.tensors)
@@ -71,6 +75,11 @@ def fitted(model: nn.Module, delta: Trained, verify: bool = True) -> Plan:
         hint = "; load the model with smidgen.load(name, delta=delta)" if name in delta.head else ""
         raise DeltaError(f"{name} has shape {shapes[name]} in {plan.model} but {found[name]} in the delta{hint}")
     return plan
+
+
+def held(model: nn.Module, delta: Trained) -> tuple[str, ...]:
+    """Names of the model's parameters that a delta brings whole, whatever the base has there: the head and others."""
+    return (*delta.head, *renewed(delta.recipe, model))
 
 
 def _grown(plan: Plan, tensors: Mapping[str, Tensor]) -> Plan:

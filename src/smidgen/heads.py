@@ -6,15 +6,20 @@ pooled vector at every position, so that whichever token the class reads, it rea
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from smidgen.errors import AttachError
+from smidgen.kinds import kind_of, widths
+from smidgen.lacked import models_in, new_names
+from smidgen.layouts import within
 
 POOLINGS = ("first", "mean", "last")
 FIRST = frozenset(
@@ -36,34 +41,88 @@ FIRST = frozenset(
 )
 
 
-def note_new(model: nn.Module, missing: set[str]) -> None:
-    """Remember which parameters the checkpoint lacked (names), so that they count as head."""
-    model._smidgen_new = tuple(n for n, _ in model.named_parameters() if n in missing)  # type: ignore[assignment]
-
-
 def head_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the head's parameters, in the model's order; empty for a causal LM or a plain encoder.
 
-    A model loaded by `smidgen.load` knows what its checkpoint lacked. For others, everything outside the base
-    model counts.
+    What the checkpoint lacked, anywhere, and of what the class has for its task the layers as wide as the labels; all
+    of that where no layer is, or where no checkpoint was read. In a module of one's own around a model of
+    transformers, all parameters outside that model too.
     """
-    if not isinstance(model, PreTrainedModel) or model.base_model is model:
-        return ()
+    return head_parts(model)[0]
+
+
+def head_parts(model: nn.Module) -> tuple[tuple[str, ...], frozenset[str]]:
+    """`head_names`, and which of these are there for the task, not just new in the base."""
+    new = new_names(model)
+    task = _for_task(model, None if new is None else set(new))
+    return tuple(name for name in _names(model) if name in task or name in (new or ())), frozenset(task)
+
+
+def _for_task(model: nn.Module, new: set[str] | None) -> set[str]:
+    """Names of what a model has for its task and of which something may be random. new: names, None if not known."""
+    if isinstance(model, PreTrainedModel):
+        return _of_class(model, new)
+    inner = models_in(model)
+    found = {name for name in _names(model) if not any(within(name, path) for path in inner)} if inner else set()
+    for path, part in inner.items():
+        start = f"{path}."
+        known = None if new is None else {name.removeprefix(start) for name in new if name.startswith(start)}
+        found |= {start + name for name in _of_class(part, known)}
+    return found
+
+
+def _of_class(model: PreTrainedModel, new: set[str] | None) -> set[str]:
+    own, parameters = class_names(model), dict(model.named_parameters())
+    labels = getattr(model.config, "num_labels", 0)
+    wide = {name for name in own if parameters[name].shape[:1] == (labels,)}
+    if new is None:
+        return set(own)
+    return (new & set(own)) | wide or set(own)
+
+
+def class_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of what a class has for its task beside the base model; empty where an output embedding is that."""
     if model.get_output_embeddings() is not None:
         return ()
-    outside = _outside(model)
-    new: Any = getattr(model, "_smidgen_new", None)
-    if new is None:
+    base, names = model.base_model is not model, _names(model)
+    start = f"{model.base_model_prefix}." if base else ""
+    outside = tuple(name for name in names if base and not name.startswith(start))
+    if outside or "For" not in type(model).__name__:
         return outside
-    labels = getattr(model.config, "num_labels", 0)
-    parameters = dict(model.named_parameters())
-    last = {name for name in outside if parameters[name].shape[0] == labels}
-    return tuple(name for name in parameters if name in last or name in new)
+    plain = _plain_names(model)  # no base model, or the head in it
+    more = [name for name in names if plain is None or name.removeprefix(start) not in plain]
+    wide = [name for name in more if _is_output(model, name)]
+    if plain is None or not wide:
+        return tuple(wide)
+    tops = {_whole_in(set(more), names, name) for name in wide} if base else {""}
+    return tuple(name for name in more if any(within(name, top) for top in tops))
 
 
-def _outside(model: PreTrainedModel) -> tuple[str, ...]:
-    prefix = model.base_model_prefix + "."
-    return tuple(n for n, _ in model.named_parameters() if not n.startswith(prefix) and ".edits." not in f".{n}")
+def _plain_names(model: PreTrainedModel) -> set[str] | None:
+    """Names of the parameters of the class without a task for the same configuration; None if there is none."""
+    try:
+        with torch.device("meta"):
+            return {name for name, _ in AutoModel.from_config(copy.deepcopy(model.config)).named_parameters()}
+    except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError, RuntimeError, ImportError):
+        return None
+
+
+def _is_output(model: nn.Module, name: str) -> bool:
+    """Whether a parameter belongs to a map with one output for each label."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    return kind_of(module) in ("linear", "conv") and widths(module)[1] == getattr(model.config, "num_labels", 0)
+
+
+def _whole_in(wanted: set[str], names: Iterable[str], name: str) -> str:
+    """Path of the largest module around a parameter of which all parameters are wanted."""
+    path = name
+    while (outer := path.rpartition(".")[0]) and all(n in wanted for n in names if within(n, outer)):
+        path = outer
+    return path
+
+
+def _names(model: nn.Module) -> list[str]:
+    return [n for n, _ in model.named_parameters() if ".edits." not in f".{n}" and ".subsets." not in f".{n}"]
 
 
 def own_pooling(model: nn.Module) -> str | None:
@@ -97,12 +156,6 @@ def unused_under(model: nn.Module, pooling: str | None) -> tuple[str, ...]:
         return ()
     prefix = f"{model.base_model_prefix}.pooler."
     return tuple(name for name, _ in model.named_parameters() if name.startswith(prefix))
-
-
-def new_pooler(model: nn.Module) -> tuple[str, ...]:
-    """Names of the base model's own pooler if the checkpoint lacked it: it is head, or without effect."""
-    new: Any = getattr(model, "_smidgen_new", None) or ()
-    return tuple(name for name in unused_under(model, POOLINGS[0]) if name in new)
 
 
 def place_pooling(model: nn.Module, pooling: str) -> RemovableHandle:

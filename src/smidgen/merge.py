@@ -16,7 +16,9 @@ from smidgen.attachment import Attachment, attachment
 from smidgen.delta import Delta
 from smidgen.errors import AttachError
 from smidgen.fold import stored
+from smidgen.lacked import keep_note
 from smidgen.ports import fold
+from smidgen.untie import untie
 
 
 class RoundingWarning(UserWarning):
@@ -31,21 +33,24 @@ def merge(model: nn.Module, delta: Delta | Sum[Delta] | None = None, dtype: torc
         dtype: of the merged model; by default the base's. float32 keeps trained values whole.
 
     Raises:
-        AttachError: a method cannot be folded, a pooling that the class does not have, or a tied weight.
+        AttachError: a method cannot be folded, or a pooling that the class does not have.
 
     Warns:
+        UntiedWarning: a weight that was tied to another got values of its own.
         RoundingWarning: how many trained values a low-precision dtype lost, and the largest error.
     """
     if delta is None:
         attachment(model)  # raises if there is nothing to merge
-    merged = copy.deepcopy(model)
+    merged = keep_note(model, copy.deepcopy(model))
     if delta is not None:
         attach(merged, delta)
     record = attachment(merged)
     _refuse(merged, record)
     values = _folded(merged, record)
-    before = {name: tensor.detach() for name, tensor in record.base_tensors(merged) if name in values}
+    edited = {f"{path}.{term}" for path, _ in record.edits for term in ("weight", "bias")}
     remove(merged)
+    before = {name: merged.get_parameter(name).detach() for name in values}
+    untie(merged, [n for n, value in values.items() if n in edited and not torch.equal(value, before[n].to(value))])
     if dtype is not None:
         merged.to(dtype)
     lost, worst = 0, 0.0
@@ -90,7 +95,6 @@ def _folded(model: nn.Module, record: Attachment) -> dict[str, Tensor]:
     values = {swap.name: swap.master.detach() for swap in record.swaps if swap.trained} | record.whole_parts(model)
     for path in dict.fromkeys(path for path, _ in record.edits):
         module: Any = model.get_submodule(path)
-        _refuse_tied(model, path, module.weight)
         weight, bias = stored(module)
         for edit in module.edits.values():
             weight, bias = fold(edit, weight, bias)
@@ -98,9 +102,3 @@ def _folded(model: nn.Module, record: Attachment) -> dict[str, Tensor]:
         if bias is not None:
             values[f"{path}.bias"] = bias
     return values
-
-
-def _refuse_tied(model: nn.Module, path: str, weight: nn.Parameter) -> None:
-    owners = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight]
-    if len(owners) > 1:
-        raise AttachError(f"{path}.weight is tied to {owners}: merging into one would change the other; untie first")

@@ -5,6 +5,7 @@ A method says what it does by the functions that it defines; the ports read them
 | function | meaning | port |
 |---|---|---|
 | `trains(site)` | names of the site's own parameters that are trained | parameter |
+| `renews(name)` | whether a parameter is trained and saved whole, wherever it started | parameter |
 | `acts(site)` | whether it adds something here; then `init(site)` gives the tensors | - |
 | `before(p, x, site)` | the new input of the site's module | module |
 | `after(p, x, y, site)` | the new output, from the input and the output so far | module |
@@ -25,9 +26,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from smidgen.recipe import Term
+from smidgen.recipe import Recipe, Term
 from smidgen.sites import Site
 
 Tensors = Mapping[str, Tensor]
@@ -52,6 +53,17 @@ class Method(Term, abstract=True):
     def trains(self, site: Site) -> tuple[str, ...]:
         """Names of the parameters owned by the site that are trained in place."""
         return ()
+
+    def renews(self, name: str) -> bool:
+        """Whether a parameter of this name is trained and saved whole, so that it may start anywhere.
+
+        A delta's base may then have other values there: the fingerprint leaves it out, and a change of it is not known.
+        """
+        return False
+
+    def gives_way(self) -> bool:
+        """Whether it leaves to the other terms of a sum what they train."""
+        return False
 
     def acts(self, site: Site) -> bool:
         """Whether the method adds tensors at this site."""
@@ -181,6 +193,14 @@ class Method(Term, abstract=True):
     def overrides(cls, function: str) -> bool:
         """Whether the method defines `function` itself."""
         return getattr(cls, function) is not getattr(Method, function)
+
+
+def renewed(recipe: Recipe, model: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters that some term of a recipe renews; one that is narrowed keeps a part of the base."""
+    whole = (term for index, term in enumerate(recipe) if not recipe.narrows(index))
+    terms = [term for term in whole if isinstance(term, Method) and term.overrides("renews")]
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)] if terms else []
+    return tuple(name for name in names if any(term.renews(name) for term in terms))
 
 
 def folds(recipe: Iterable[Any], pooling: str | None) -> bool:

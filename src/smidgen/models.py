@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from smidgen.data import Task
 from smidgen.delta import Delta
 from smidgen.errors import ModelError
-from smidgen.heads import note_new
+from smidgen.lacked import note_new
 from smidgen.precision import fastest
 
 CLASSES = {

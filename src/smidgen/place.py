@@ -14,6 +14,7 @@ from smidgen.errors import AttachError
 from smidgen.fingerprint import base_dtype
 from smidgen.heads import place_pooling
 from smidgen.inputs import add_tokens, check_tokens
+from smidgen.lacked import new_names
 from smidgen.plan import Plan
 from smidgen.pools import pool_key
 from smidgen.ports import Edit, add_edit, add_pool, add_tap, check_editable, check_pool, drop_edits
@@ -49,7 +50,7 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
     parts = {name: tuple(owners[id(parameters[name])]) for name in partial}
     for owner in (owner for found in parts.values() for owner in found):
         check_free(module_at(model, owner.rpartition(".")[0]), owner)
-    record = Attachment(plan, _swaps(plan, parameters, owners), [], flags, dtype, parts=parts)
+    record = Attachment(plan, _swaps(plan, parameters, owners), [], flags, dtype, parts=parts, new=new_names(model))
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     for row, fresh in zip(added, tensors, strict=True):

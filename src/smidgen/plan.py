@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from smidgen.errors import PlanError
-from smidgen.heads import check_pooling, head_names, own_pooling, unused_under
+from smidgen.heads import check_pooling, head_parts, own_pooling, unused_under
 from smidgen.inputs import find_input
 from smidgen.method import Method
 from smidgen.pools import with_pools
@@ -19,12 +20,25 @@ from smidgen.recipe import Recipe, Term, as_recipe
 from smidgen.rows import SHARED, Row, Shape, safetensors_size
 from smidgen.sites import Site, find_sites
 from smidgen.sublayers import find_heads, find_sublayers
-from smidgen.unfit import no_match, refuse_no_room, refuse_part, refuse_twice, refuse_unfoldable, refuse_unsupported
+from smidgen.unfit import (
+    no_match,
+    refuse_headless,
+    refuse_no_room,
+    refuse_part,
+    refuse_resized,
+    refuse_twice,
+    refuse_unfoldable,
+    refuse_unsupported,
+)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe will do to a model. The head is counted apart, the same in every recipe."""
+    """What a recipe will do to a model. The head is counted apart, the same in every recipe.
+
+    `low` are sites of the head in or below the blocks: tensors that the checkpoint lacked. `spare` are names of the
+    head's tensors that are new in the base, which the model may not use.
+    """
 
     recipe: Recipe
     model: str
@@ -35,6 +49,13 @@ class Plan:
     reads: str | None
     costs: dict[str, Any] | None = field(default=None, compare=False)
     chosen: bool = False
+    low: tuple[Site, ...] = field(default=(), compare=False)
+    spare: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def places(self) -> list[Site]:
+        """Where something is trained that what lies above depends on, the class's own head apart."""
+        return [row.site for row in self.rows if row.site.kind != SHARED] + list(self.low)
 
     @property
     def pending(self) -> bool:
@@ -74,9 +95,9 @@ class Plan:
     @property
     def lowest(self) -> str:
         """The lowest edited place: nothing below it needs a gradient."""
-        if not self.rows:
+        placed = self.places
+        if not placed:
             return "head"
-        placed = [row.site for row in self.rows if row.site.kind != SHARED]
         if any(site.layer is None and "final" not in site.roles for site in placed):
             return "embeddings"
         layers = [(site.stack, site.layer) for site in placed if site.layer is not None]
@@ -114,39 +135,80 @@ class Plan:
         return "\n".join(lines)
 
 
-def resolve(model: nn.Module, recipe: str | Term | Recipe, pooling: str | None = None) -> Plan:
+def resolve(
+    model: nn.Module,
+    recipe: str | Term | Recipe,
+    pooling: str | None = None,
+    head: Collection[str] | None = None,
+) -> Plan:
     """Resolve a recipe on a model, which may live on the meta device and is not touched.
 
+    Args:
+        head: names of the head's parameters, as a delta has them; by default those of `head_names`.
+
     Raises:
-        PlanError: a method matches nothing, two methods train the same tensor, the base is quantised, or layers
-            are named on a model that shares them.
+        PlanError: a method matches nothing, two methods train the same tensor, nothing is trained, the base is
+            quantised, layers are named on a model that shares them, or something random would be left out.
     """
     recipe = as_recipe(recipe)
     refuse_unsupported(model, recipe)
     pooling = check_pooling(model, pooling)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     idle = set(unused_under(model, pooling))
-    head = [name for name in head_names(model) if name not in idle]
-    closed = {id(parameters[name]) for name in (*head, *idle)}
-    sites = [*find_sites(model), *find_sublayers(model)]
+    names, own = head_parts(model)
+    names = names if head is None else tuple(name for name in parameters if name in head)
+    trained = [name for name in names if name not in idle]
+    closed = {id(parameters[name]) for name in (*trained, *idle)}
+    owners = find_sites(model)
+    sites = [*owners, *find_sublayers(model)]
     sites += [*find_heads(model, sites), *find_input(model)]
-    rows: list[Row] = []
-    for index, method in enumerate(recipe):
-        if not isinstance(method, Method):
-            raise PlanError(f"{method} is not a method")
-        refuse_part(recipe, index, method)
-        method.check(sites)
-        found = list(_rows(index, method, sites, parameters, closed))
-        if not found and _wants_sites(method):
-            raise PlanError(no_match(method, model, sites))
-        rows += with_pools(found) if method.overrides("shared") else found
+    rows = _all_rows(model, recipe, sites, parameters, closed)
     refuse_no_room(model, rows)
     refuse_twice(rows, parameters)
     refuse_unfoldable(rows)
-    outside = {id(parameters[name]) for name in head_names(model)}
+    refuse_headless(model, recipe, rows, trained)
+    refuse_resized(model, recipe)
+    outside = {id(parameters[name]) for name in names}
     pretrained = sum(p.numel() for n, p in model.named_parameters() if id(p) not in outside)
-    shapes = tuple((name, tuple(parameters[name].shape)) for name in head)
-    return Plan(recipe, type(model).__name__, tuple(rows), shapes, pretrained, pooling, own_pooling(model))
+    shapes = tuple((name, tuple(parameters[name].shape)) for name in trained)
+    spare = tuple(name for name in trained if name not in own)
+    return Plan(
+        recipe,
+        type(model).__name__,
+        tuple(rows),
+        shapes,
+        pretrained,
+        pooling,
+        own_pooling(model),
+        low=_low(owners, spare if isinstance(model, PreTrainedModel) else trained),
+        spare=spare,
+    )
+
+
+def _all_rows(
+    model: nn.Module, recipe: Recipe, sites: list[Site], parameters: dict[str, nn.Parameter], closed: set[int]
+) -> list[Row]:
+    found: dict[int, list[Row]] = {}
+    terms = [(index, method) for index, method in enumerate(recipe) if isinstance(method, Method)]
+    if len(terms) < len(recipe):
+        raise PlanError(f"{next(term for term in recipe if not isinstance(term, Method))} is not a method")
+    for index, method in sorted(terms, key=lambda term: term[1].gives_way()):
+        refuse_part(recipe, index, method)
+        method.check(sites)
+        others = [row for rows in found.values() for row in rows if not row.added and not recipe.narrows(row.index)]
+        taken = {id(parameters[name]) for row in others for name, _ in row.names()} if method.gives_way() else set()
+        here = list(_rows(index, method, sites, parameters, closed | taken))
+        if not here and _wants_sites(method):
+            raise PlanError(no_match(method, model, sites))
+        found[index] = list(with_pools(here)) if method.overrides("shared") else here
+    return [row for index in sorted(found) for row in found[index]]
+
+
+def _low(sites: list[Site], names: Collection[str]) -> tuple[Site, ...]:
+    """The sites of these parameters that are registered before the last block ends."""
+    last = max((i for i, site in enumerate(sites) if site.layer is not None), default=-1)
+    owners = {name.rpartition(".")[0] for name in names}
+    return tuple(site for site in sites[: last + 1] if site.path in owners and site.rows is None)
 
 
 def _wants_sites(method: Method) -> bool:

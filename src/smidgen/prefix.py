@@ -17,9 +17,9 @@ def frozen_prefix(model: nn.Module, plan: Plan) -> list[nn.Module]:
     if plan.lowest == "embeddings":
         return []
     lowest: dict[str, int] = {}
-    for row in plan.rows:
-        if row.site.layer is not None:
-            lowest[row.site.stack] = min(row.site.layer, lowest.get(row.site.stack, row.site.layer))
+    for site in plan.places:
+        if site.layer is not None:
+            lowest[site.stack] = min(site.layer, lowest.get(site.stack, site.layer))
     stacks = find_blocks(model)
     frozen: list[nn.Module] = _before(model, next(iter(stacks), ""))
     for stack, blocks in stacks.items():

@@ -24,6 +24,7 @@ class Term:
     """One registered part of a recipe. Subclasses are frozen dataclasses with a docstring."""
 
     registry: ClassVar[dict[str, type[Term]]] = {}
+    later: ClassVar[Mapping[str, Any]] = {}  # fields that files of earlier versions lack -> what these meant
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -56,7 +57,9 @@ class Term:
     def from_json(data: Mapping[str, Any]) -> Term:
         """The inverse of `to_json`. Raises RecipeError on an unknown name or a wrong set of fields."""
         fields = {k: _frozen(v) for k, v in data.items() if k != "name"}
-        term = build(str(data.get("name")), (), fields)
+        later = registry()[name].later if (name := str(data.get("name"))) in registry() else {}
+        fields = {**later, **fields}
+        term = build(name, (), fields)
         missing = {f.name for f in dataclasses.fields(term)} - set(fields)  # type: ignore[arg-type]
         if missing:
             raise RecipeError(f"saved {data['name']} lacks the field(s) {', '.join(sorted(missing))}")

@@ -16,6 +16,8 @@ from smidgen.delta import Delta
 from smidgen.errors import AttachError, DataError, RecipeError
 from smidgen.evaluate import tokenizer_of
 from smidgen.fingerprint import Fingerprint, verify
+from smidgen.fits import held
+from smidgen.method import renewed
 from smidgen.objective import Objective
 from smidgen.plan import Plan, resolve
 from smidgen.recipe import Narrowing, Recipe, Term, as_recipe
@@ -82,7 +84,7 @@ def select(
     for span in recipe.narrowed:
         found = scores if scores is not None else _score(model, plan, span, means)
         indices |= choose(model, plan, span, found)
-    base = Fingerprint.of(model, [name for name, _ in plan.head])
+    base = Fingerprint.of(model, (*(name for name, _ in plan.head), *renewed(recipe, model)))
     info: dict[str, Any] = {} if task is None else {"task": task.name, "data": task.fingerprint}
     return Selection(recipe, indices, narrowed_shapes(plan), base, info)
 
@@ -114,10 +116,10 @@ def selection_of(model: nn.Module, delta: Delta) -> Selection:
         RecipeError: its recipe has no Select.
     """
     _check(model, delta.recipe)
-    verify(model, delta.base, delta.head)
-    plan = resolve(model, delta.recipe, delta.pooling)
+    verify(model, delta.base, held(model, delta))
+    plan = resolve(model, delta.recipe, delta.pooling, delta.head)
     info = {"task": delta.info.get("task", {}).get("name"), **delta.info.get("selection", {})}
-    base = Fingerprint.of(model, [name for name, _ in plan.head])
+    base = Fingerprint.of(model, held(model, delta))
     return Selection(delta.recipe, chosen_indices(plan, delta.tensors), narrowed_shapes(plan), base, info)
 
 

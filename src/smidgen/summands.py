@@ -58,6 +58,11 @@ def check_linear(plan: Plan, how: str) -> None:
     how: "sum", or a rule that looks at single values, for which a method's own sum is no help.
     """
     for row in plan.rows:
+        if any(row.method.renews(name) for name, _ in row.names() if not row.added):
+            raise DeltaError(
+                f"{row.method} saves tensors whole, wherever they started, so no change of them is known: leave out "
+                "target= in training to add such deltas up"
+            )
         if not row.added:
             continue
         if plan.recipe.narrows(row.index):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from smidgen.errors import PlanError
 from smidgen.fields import LINEAR_ROLES
 from smidgen.inputs import position_limit, prompt_length
-from smidgen.method import Method
+from smidgen.lacked import resized
+from smidgen.method import Method, renewed
 from smidgen.recipe import Recipe
 from smidgen.rows import Row
 from smidgen.sites import Site, roles_found, shares_layers
@@ -20,6 +23,8 @@ def no_match(method: Method, model: nn.Module, sites: Sequence[Site]) -> str:
     """What to say of a method that matches no site."""
     name = type(model).__name__
     roles = ", ".join(roles_found(sites)) or "none"
+    if any(method.trains(site) for site in sites):
+        return f"{method} is left with nothing: the head or another term trains it, or the pooling gives it no effect"
     text = f"{method} matches no site of {name}; roles found: {roles}"
     if kinds := dict.fromkeys(site.kind for site in sites if site.kind in SUBLAYERS):
         text += f"; sublayers found: {', '.join(kinds)}"
@@ -98,6 +103,43 @@ def refuse_twice(rows: Sequence[Row], parameters: Mapping[str, nn.Parameter]) ->
             other, first = owner.setdefault(id(parameters[name]), (row, name))
             if other.index != row.index:
                 raise PlanError(f"{first} would be trained twice: by {other.method} and by {row.method}; leave one out")
+
+
+def refuse_headless(model: nn.Module, recipe: Recipe, rows: Sequence[Row], head: Sequence[str]) -> None:
+    """Raises PlanError if nothing is trained, or if a class that is made for labels has no layer that gives them."""
+    name = type(model).__name__
+    named = "name it, as in LN() + Full(target='classifier')"
+    if not rows and not head:
+        raise PlanError(
+            f"{recipe} trains nothing: no head is found in {name}; load a class with one (smidgen.load(name, task)), "
+            f"or {named}"
+        )
+    labels = getattr(getattr(model, "config", None), "num_labels", 0)
+    inner = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+    if (
+        not head
+        and labels
+        and re.search(r"For\w*Classification$", name)
+        and not renewed(recipe, model)
+        and all(part.get_output_embeddings() is None for part in inner)
+    ):
+        raise PlanError(
+            f"{name} is made for labels, but none of its layers is known to be its head, which would stay as it is; "
+            f"{named}"
+        )
+
+
+def refuse_resized(model: nn.Module, recipe: Recipe) -> None:
+    """Raises PlanError if rows of added tokens, drawn anew in every process, would be neither trained nor saved."""
+    saved = set(renewed(recipe, model))
+    wrong = [name for name in resized(model) if name not in saved]
+    if wrong:
+        names = tuple(name.removesuffix(".weight") for name in wrong)
+        raise PlanError(
+            f"{wrong[0]} has rows of tokens that were added after loading and are in no checkpoint, so a delta would "
+            f"not fit in a new process: save the resized model (save_pretrained) and load it from there, or train it "
+            f"whole: + Full(target={names if len(names) > 1 else names[0]!r})"
+        )
 
 
 def refuse_unfoldable(rows: Sequence[Row]) -> None:

@@ -19,7 +19,8 @@ def check_gradients(model: nn.Module, finite: bool = True) -> None:
         TrainError: naming the tensors that the loss does not depend on, or whose gradient is not finite.
     """
     parameters = trained_parameters(model)
-    unreached = [name for name, p in parameters.items() if p.grad is None]
+    spare = attachment(model).plan.spare
+    unreached = [name for name, p in parameters.items() if p.grad is None and name not in spare]
     if unreached:
         raise TrainError(
             f"{len(unreached)} of {len(parameters)} trained tensors got no gradient, first {unreached[0]}: the "
@@ -57,7 +58,9 @@ def check_moved(model: nn.Module, start: dict[str, Tensor], steps: int) -> None:
 
 
 def resting(model: nn.Module) -> Iterator[str]:
-    """Names of trained tensors that may stand still: by their method's word, and chosen values of rows of a table."""
+    """Names of trained tensors that may stand still: by their method's word, chosen values of rows of a table, and what
+    is new in the base (a pooler that nothing reads)."""
+    yield from attachment(model).plan.spare
     for row in attachment(model).plan.rows:
         for term, name, _ in row.trained():
             # the batch may hold none of the chosen rows of a table; a chosen value of LoRA's A may meet none of B's

@@ -16,6 +16,7 @@ from smidgen.data import Task
 from smidgen.delta import Delta
 from smidgen.errors import AttachError, DataError, PlanError
 from smidgen.fingerprint import base_dtype, verify
+from smidgen.fits import held
 from smidgen.merge import merge
 from smidgen.plan import Plan, resolve
 from smidgen.ports import Edit
@@ -50,8 +51,8 @@ def at_point(
     if delta is None:
         with attached(model, wanted, pooling=pooling, seed=seed):
             yield model
-    elif _contains(plan, resolve(model, delta.recipe, delta.pooling), delta):
-        verify(model, delta.base, delta.head)
+    elif _contains(plan, resolve(model, delta.recipe, delta.pooling, delta.head), delta):
+        verify(model, delta.base, held(model, delta))
         with attached(model, wanted, pooling=pooling, seed=seed):
             _copy(model, delta)
             yield model
@@ -83,8 +84,8 @@ def _copy(model: nn.Module, delta: Delta) -> None:
 
 def _folded(model: nn.Module, delta: Delta) -> nn.Module:
     """A copy in master precision with the delta folded in; its pooling is left to whoever attaches next."""
-    verify(model, delta.base, delta.head)
-    plain = resolve(model, delta.recipe, None)
+    verify(model, delta.base, held(model, delta))
+    plain = resolve(model, delta.recipe, None, delta.head)
     own = dict(model.named_parameters(remove_duplicate=False))
     idle = {name: own[name].detach() for name in plain.shapes if name not in delta.tensors and name in own}
     if delta.pooling is not None:  # a pooler that the pooling leaves without effect was not trained

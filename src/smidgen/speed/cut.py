@@ -66,7 +66,7 @@ class Cut:
 def cut_of(model: nn.Module, plan: Plan) -> Cut:
     """The cut of a model with one stack of blocks, see `why_not`."""
     ((stack, blocks),) = find_blocks(model).items()
-    layers = [row.site.layer for row in plan.rows if row.site.layer is not None]
+    layers = [site.layer for site in plan.places if site.layer is not None]
     return Cut(model, stack, tuple(blocks), min(layers, default=len(blocks)))
 
 

@@ -29,7 +29,7 @@ def inner_cut(cut: Cut, plan: Plan, batch: Batch) -> Cut | None:
         plan: what is attached.
         batch: a few examples.
     """
-    paths = {row.site.path for row in plan.rows if row.site.layer == cut.index}
+    paths = {site.path for site in plan.places if site.layer == cut.index}
     if cut.first is None or cut.site is not None or not paths:
         return None
     edited = [cut.model.get_submodule(path) for path in paths]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.fingerprint import Fingerprint
-from smidgen.heads import head_names
+from smidgen.method import renewed
 from smidgen.plan import Plan
 from smidgen.prefix import frozen_prefix
 from smidgen.speed.cut import Cut
@@ -50,7 +50,8 @@ def keys(model: nn.Module, plan: Plan, splits: Sequence[Rows], cut: Cut | None =
 def _base(model: nn.Module, plan: Plan, cut: Cut | None) -> Any:
     """The digest before any inputs."""
     digest = hashlib.sha256()
-    base = Fingerprint.of(model, {*head_names(model), *(_above(cut) if cut else ())})
+    own = (*(name for name, _ in plan.head), *renewed(plan.recipe, model))
+    base = Fingerprint.of(model, {*own, *(_above(cut) if cut else ())})
     config: Any = getattr(model, "config", None)
     settings = {k: v for k, v in config.to_dict().items() if k not in _IDLE} if hasattr(config, "to_dict") else {}
     place = cut.place if cut else sorted(row.site.path for row in plan.rows)
