@@ -161,14 +161,18 @@ def test_a_new_output_layer_of_a_language_model_is_trained(tmp_path):
     assert head_names(read("AutoModelForCausalLM", tmp_path / "whole")) == ()
 
 
-def test_a_checkpoint_that_has_all_trains_its_last_layer(tmp_path):
+def test_a_delta_says_what_its_head_is(tmp_path):
     saved(tmp_path, "roberta", "AutoModelForSequenceClassification")
-    model = read("AutoModelForSequenceClassification", tmp_path)
-    assert new_names(model) == ()
+    h.tokenizer().save_pretrained(tmp_path)
+    model, plain = sm.load(tmp_path)[0], read("AutoModelForSequenceClassification", tmp_path)
+    assert new_names(model) == new_names(plain) == ()
     assert head_names(model) == ("classifier.out_proj.weight", "classifier.out_proj.bias")
-    wanted, delta = trained(model)
-    assert len(head_names(h.twin(model))) == 4
-    assert torch.equal(h.logits(sm.attach(h.twin(model), delta)), wanted), "the delta says what its head is"
+    assert len(head_names(plain)) == len(head_names(h.twin(plain))) == 4
+    for one, other in ((model, plain), (plain, model)):
+        wanted, delta = trained(one)
+        for found in (other, h.twin(other)):
+            assert torch.equal(h.logits(sm.attach(found, delta)), wanted)
+            sm.detach(found)
 
 
 def test_no_head_is_new_where_the_class_never_saves_it(tmp_path):

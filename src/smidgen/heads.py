@@ -18,7 +18,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from smidgen.errors import AttachError
 from smidgen.kinds import kind_of, widths
-from smidgen.lacked import models_in, new_names
+from smidgen.lacked import is_noted, models_in, new_names
 from smidgen.layouts import within
 
 POOLINGS = ("first", "mean", "last")
@@ -44,40 +44,28 @@ FIRST = frozenset(
 def head_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the head's parameters, in the model's order; empty for a causal LM or a plain encoder.
 
-    What the checkpoint lacked, anywhere, and of what the class has for its task the layers as wide as the labels; all
-    of that where no layer is, or where no checkpoint was read. In a module of one's own around a model of
-    transformers, all parameters outside that model too.
+    What the checkpoint lacked, anywhere, and what the class has for its task; of a model from `smidgen.load` that
+    had this already, the layers as wide as the labels. In a module of one's own around a model of transformers, all
+    parameters outside that model too.
     """
     return head_parts(model)[0]
 
 
 def head_parts(model: nn.Module) -> tuple[tuple[str, ...], frozenset[str]]:
     """`head_names`, and which of these are there for the task, not just new in the base."""
-    new = new_names(model)
-    task = _for_task(model, None if new is None else set(new))
-    return tuple(name for name in _names(model) if name in task or name in (new or ())), frozenset(task)
-
-
-def _for_task(model: nn.Module, new: set[str] | None) -> set[str]:
-    """Names of what a model has for its task and of which something may be random. new: names, None if not known."""
-    if isinstance(model, PreTrainedModel):
-        return _of_class(model, new)
-    inner = models_in(model)
-    found = {name for name in _names(model) if not any(within(name, path) for path in inner)} if inner else set()
+    inner, names, new = models_in(model), _names(model), set(new_names(model) or ())
+    task = {name for name in names if inner and not any(within(name, path) for path in inner)}
     for path, part in inner.items():
-        start = f"{path}."
-        known = None if new is None else {name.removeprefix(start) for name in new if name.startswith(start)}
-        found |= {start + name for name in _of_class(part, known)}
-    return found
+        start = f"{path}." if path else ""
+        task |= {start + name for name in _for_task(part, {name.removeprefix(start) for name in new})}
+    return tuple(name for name in names if name in task or name in new), frozenset(task)
 
 
-def _of_class(model: PreTrainedModel, new: set[str] | None) -> set[str]:
-    own, parameters = class_names(model), dict(model.named_parameters())
+def _for_task(model: PreTrainedModel, new: set[str]) -> set[str]:
+    own, parameters = set(class_names(model)), dict(model.named_parameters())
     labels = getattr(model.config, "num_labels", 0)
     wide = {name for name in own if parameters[name].shape[:1] == (labels,)}
-    if new is None:
-        return set(own)
-    return (new & set(own)) | wide or set(own)
+    return own if not is_noted(model) else (new & own) | wide or own
 
 
 def class_names(model: PreTrainedModel) -> tuple[str, ...]:
@@ -100,9 +88,10 @@ def class_names(model: PreTrainedModel) -> tuple[str, ...]:
 
 def _plain_names(model: PreTrainedModel) -> set[str] | None:
     """Names of the parameters of the class without a task for the same configuration; None if there is none."""
+    config = copy.deepcopy(model.config)
     try:
         with torch.device("meta"):
-            return {name for name, _ in AutoModel.from_config(copy.deepcopy(model.config)).named_parameters()}
+            return {name for name, _ in AutoModel.from_config(config, trust_remote_code=False).named_parameters()}
     except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError, RuntimeError, ImportError):
         return None
 

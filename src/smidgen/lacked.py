@@ -27,6 +27,11 @@ def note_new(model: nn.Module, missing: set[str]) -> None:
     model._smidgen_tokens = _tokens(getattr(model, "config", None))  # type: ignore[assignment]
 
 
+def is_noted(model: nn.Module) -> bool:
+    """Whether `smidgen.load` made the model."""
+    return "_smidgen_tokens" in vars(model)
+
+
 def keep_note(model: nn.Module, twin: nn.Module) -> nn.Module:
     """A copy of a model, told what the model knows of its checkpoint."""
     new = new_names(model)
