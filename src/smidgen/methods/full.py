@@ -14,7 +14,7 @@ from smidgen.sites import Site
 
 @dataclass(frozen=True)
 class Full(Method):
-    """Train every pretrained parameter: the arm that the others are measured against; or whole modules, by name.
+    """Train every pretrained parameter, the arm that others are measured by, or named modules.
 
     Devlin et al. 2019, BERT, arXiv:1810.04805, section 3.2 (fine-tuning).
 
