@@ -13,7 +13,7 @@ import typer
 
 import smidgen as sm
 from smidgen import cli_analyze, cli_search, views, views_plan
-from smidgen.errors import DeltaError, SmidgenError
+from smidgen.errors import DataError, DeltaError, SmidgenError
 from smidgen.options import (
     AnyData,
     Base,
@@ -159,13 +159,15 @@ def predict(
     delta: DeltaFolder, model: Base = None,
     text: Annotated[list[str] | None, Option("--text", help="a text; may be given again")] = None,
     pair: Annotated[list[str] | None, Option("--pair", help="its second text, for tasks of two")] = None,
-    file: Annotated[Path | None, Option("--file", help=".jsonl of the task's columns, or lines")] = None,
+    file: Annotated[Path | None, Option("--file", help=".csv, .jsonl, ... of the task's columns, or lines")] = None,
     max_new_tokens: Annotated[int, Option(min=1, help="of a continuation (causal-lm)")] = 64,
     dtype: OwnDtype = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Labels with probabilities for new texts; continuations for a causal language model."""
     from smidgen.predict import predict, read_texts
 
+    if file and (text or pair):
+        raise DataError("give --file, or --text and --pair, not both")
     trained, network, tokenizer = open_delta(delta, model, dtype)
     texts, pairs = read_texts(file, trained) if file else (text or [], pair)
     options: dict[str, Any] = {"pairs": pairs, "max_new_tokens": max_new_tokens}
