@@ -14,6 +14,7 @@ import typer
 import smidgen as sm
 from smidgen import cli_analyze, cli_search, views, views_plan
 from smidgen.errors import DataError, DeltaError, SmidgenError
+from smidgen.locks import held
 from smidgen.options import (
     AnyData,
     Base,
@@ -184,12 +185,13 @@ def merge(
     """Fold a delta into its base: a plain model and its tokenizer, without any cost at inference."""
     import torch
 
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    if out.is_file() or (out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir())):
         raise DeltaError(f"{out} is not empty; choose another --out")
-    trained, network, tokenizer = open_delta(delta, model)
-    merged: Any = sm.merge(network, trained, dtype=getattr(torch, dtype) if dtype else None)
-    merged.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with held(out):
+        trained, network, tokenizer = open_delta(delta, model)
+        merged: Any = sm.merge(network, trained, dtype=getattr(torch, dtype) if dtype else None)
+        merged.save_pretrained(out)
+        tokenizer.save_pretrained(out)
     report = {"class": type(merged).__name__, "out": str(out), "files": views.sizes(out)}
     views.show(report, views.listing(out), as_json)
 
@@ -204,15 +206,16 @@ def convert(
     """Turn a delta into an adapter of HF PEFT, or the other way round (then --model is needed)."""
     from smidgen.convert import from_peft, to_peft
 
-    if to is Format.peft:
-        trained, network, _ = open_delta(source, model, dtype)
-        to_peft(trained, network, target)
-    elif model is None:
+    if to is Format.smidgen and model is None:
         raise DeltaError("an adapter is read for a base: give --model, and --data if it has a new head")
-    else:
-        task = None if data is None else open_task(data)
-        network, _ = sm.load(model, task=task, dtype=dtype or "float32")
-        from_peft(source, network).save(target)
+    with held(target):
+        if to is Format.peft:
+            trained, network, _ = open_delta(source, model, dtype)
+            to_peft(trained, network, target)
+        else:
+            task = None if data is None else open_task(data)
+            network, _ = sm.load(str(model), task=task, dtype=dtype or "float32")
+            from_peft(source, network).save(target)
     views.show({"to": to, "out": str(target), "files": views.sizes(target)}, views.listing(target), as_json)
 
 

@@ -137,8 +137,8 @@ def _next(*commands: str) -> Text:
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """File name -> bytes of a local folder."""
-    return {p.name: p.stat().st_size for p in sorted(folder.glob("*")) if p.is_file()}
+    """File name -> bytes of a local folder, hidden ones apart."""
+    return {p.name: p.stat().st_size for p in sorted(folder.glob("[!.]*")) if p.is_file()}
 
 
 def listing(folder: Path) -> Table:
