@@ -233,7 +233,7 @@ def test_shell(family, recipe, words, folders):
 # What training, merging and converting refuse
 
 TUNED = [
-    (["--recipe", "PromptTuning(length=36)", "--max-length", 16], ("a prompt of 36", "model has 40", "max_length=4")),
+    (["--recipe", "PromptTuning(length=36)", "--max-length", 16], ("a prompt of 36", "model has 40", "--max-length 4")),
     (["--recipe", "LoRA(layers=7)"], ("layers=7", DEEPER)),
     (["--recipe", "LN() | Select('change', warmup=2, granularity='head')"], ("norms belong to no head",)),
     (["--recipe", "LoFiT() | Select('scout', keep=9, granularity='head', warmup=1)"], ("keep=9", "4 heads")),

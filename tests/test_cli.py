@@ -428,7 +428,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "unknown label column": (lambda w, t: _tune(w, label="lable"), "lable"),
     "unknown metric": (lambda w, t: _tune(w, metric="acuracy"), "did you mean 'accuracy'?"),
     "unknown kind": (lambda w, t: _tune(w, kind="classify"), "classify"),
-    "unknown pooling": (lambda w, t: _tune(w, pooling="max"), "pooling='max'"),
+    "unknown pooling": (lambda w, t: _tune(w, pooling="max"), "--pooling max"),
     "unknown dtype": (lambda w, t: _tune(w, dtype="float8"), "--dtype"),
     "lr below zero": (lambda w, t: _tune(w, lr=-1), "must be above 0"),
     "no epochs": (lambda w, t: _tune(w, epochs=0), "--epochs"),

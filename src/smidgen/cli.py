@@ -47,6 +47,7 @@ from smidgen.options import (
     open_selection,
     open_task,
 )  # fmt: skip
+from smidgen.spelling import as_options
 from smidgen.version import __version__
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that this typer uses
@@ -232,23 +233,33 @@ def _summary(delta: sm.Delta) -> dict[str, Any]:
     return {"recipe": str(delta.recipe), "trained": delta.trained, "head_values": delta.head_values, **kept}
 
 
+def _options(line: Sequence[str]) -> dict[str, tuple[str, str | None]]:
+    """Parameter -> its option and, of a switch, the option for False, of the command that a line calls."""
+    command: Any = typer.main.get_command(app)
+    for word in line:
+        command = getattr(command, "commands", {}).get(word, command)
+    flags = (p for p in command.params if f"--{p.name.replace('_', '-')}" in p.opts)
+    return {p.name: (p.opts[-1], p.secondary_opts[-1] if p.secondary_opts else None) for p in flags}
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     given = list(sys.argv[1:] if args is None else args)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    try:
-        with views.one_line_warnings():
-            line = [word for word in given if word != "--debug"]
-            return app(line, prog_name="smidgen", standalone_mode=False, obj=line) or 0
-    except Exception as error:
-        if "--debug" in given:
-            raise
-        mistake = isinstance(error, SmidgenError | UsageError | OSError)
-        text = error.format_message() if isinstance(error, UsageError) else error
-        views.error(text if mistake else f"{type(error).__name__}: {error} (a bug; --debug shows where)")
-        return 2 if mistake else 1
+    line = [word for word in given if word != "--debug"]
+    with as_options(_options(line)):
+        try:
+            with views.one_line_warnings():
+                return app(line, prog_name="smidgen", standalone_mode=False, obj=line) or 0
+        except Exception as error:
+            if "--debug" in given:
+                raise
+            mistake = isinstance(error, SmidgenError | UsageError | OSError)
+            text = error.format_message() if isinstance(error, UsageError) else error
+            views.error(text if mistake else f"{type(error).__name__}: {error} (a bug; --debug shows where)")
+            return 2 if mistake else 1
 
 
 if __name__ == "__main__":

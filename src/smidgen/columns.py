@@ -10,8 +10,8 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Value
 
 from smidgen.errors import DataError, nearest
+from smidgen.spelling import KINDS
 
-KINDS = ("classification", "regression", "tokens", "causal-lm")
 PAIRS = (
     ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"),
     ("question1", "question2"), ("text1", "text2"), ("text_a", "text_b"),

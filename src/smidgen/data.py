@@ -225,7 +225,8 @@ def _contiguous(splits: Mapping[str, list[str]], validation: float) -> dict[str,
     pieces = splits["train"]
     held = round(share_of(validation, len(pieces)) * len(pieces))
     if held < 2 or held >= len(pieces):
-        raise DataError(f"train has {len(pieces)} paragraphs, too few to cut splits; pass validation=0")
+        raise DataError(f"train has {len(pieces)} paragraphs, too few to cut splits; give a folder with a file for "
+                        "each split (or validation=0 for train alone)")  # fmt: skip
     cut = len(pieces) - held
     middle = len(pieces) if "test" in splits else cut + (held + 1) // 2
     own = {"train": pieces[:cut], "validation": pieces[cut:middle]}
