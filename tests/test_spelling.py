@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import dataclasses
 
-from smidgen.cli import _options
-from smidgen.spelling import as_options, spelled
+import pytest
+import typer
+
+import smidgen.methods  # noqa: F401
+from smidgen.cli import _options, app
+from smidgen.recipe import Term
+from smidgen.spelling import FIELDS, as_options, spelled
 from tests import helpers as h
 from tests.test_bad_input import refused, shell
 
@@ -30,6 +35,7 @@ SAID = [
     (SEARCH, "seeds=[0, 0] must name one", "--seed 0 --seed 0 must name one"),
     (FISHER, "kind='regression' or kind='true'", "--task-kind regression or --kind true"),
     (TUNE, "use kind='regression'", "use --kind regression"),
+    (TUNE, "kind='expected' would sum over all; use kind='true'", None),
     (MERGE, "dtype=torch.float32 keeps them", "--dtype float32 keeps them"),
     (PREDICT, "load it with dtype=bfloat16 (or pass verify=False to go on)", "load it with --dtype bfloat16"),
 ]  # fmt: skip
@@ -40,6 +46,17 @@ def test_a_message_for_a_command(command, python, shell):
     with as_options(_options([*command, "--model", "tune"])):
         assert spelled(python) == (python if shell is None else shell)
     assert spelled(python) == python
+
+
+def test_no_field_of_a_method_is_taken_for_an_option():
+    command, fields = (
+        typer.main.get_command(app),
+        {f.name for cls in Term.registry.values() for f in dataclasses.fields(cls)},
+    )
+    commands = [*command.commands.values(), *command.commands["analyze"].commands.values()]
+    both = {param.name for each in commands for param in each.params if f"--{param.name}" in param.opts} & fields
+    assert both - set(FIELDS) == {"kind", "seed"}  # kind is told by its value; no message speaks of a field seed
+    assert "--target" in {option for each in commands for param in each.params for option in param.opts}
 
 
 ROWS = {

@@ -47,7 +47,7 @@ from smidgen.options import (
     open_selection,
     open_task,
 )  # fmt: skip
-from smidgen.spelling import as_options
+from smidgen.spelling import FIELDS, as_options
 from smidgen.version import __version__
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that this typer uses
@@ -238,7 +238,7 @@ def _options(line: Sequence[str]) -> dict[str, tuple[str, str | None]]:
     command: Any = typer.main.get_command(app)
     for word in line:
         command = getattr(command, "commands", {}).get(word, command)
-    flags = (p for p in command.params if f"--{p.name.replace('_', '-')}" in p.opts)
+    flags = (p for p in command.params if f"--{p.name.replace('_', '-')}" in p.opts and p.name not in FIELDS)
     return {p.name: (p.opts[-1], p.secondary_opts[-1] if p.secondary_opts else None) for p in flags}
 
 

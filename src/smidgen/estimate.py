@@ -70,16 +70,17 @@ def _tried(model: nn.Module, resolved: Plan, batch_size: int, length: int, recom
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
     prompt = sum(prompt_length(row.method, row.site) for row in resolved.rows if row.site.kind == "input")
     length = min(length, (longest or length + prompt) - prompt)
-    why = "its forward takes neither input_ids nor pixel_values, input_values or input_features"
-    for number, inputs in enumerate(placeholders(model, batch_size, length)):
+    main, why = getattr(model, "main_input_name", "input_ids"), ""
+    for inputs in placeholders(model, batch_size, length):
         try:
             with _quiet_torch():
                 return _costs(model, resolved, inputs, recompute)
         except (DataDependentOutputException, DynamicOutputShapeException):
             return {"unknown": "its forward pass depends on values, which tensors without content have not"}
-        except (RuntimeError, NotImplementedError, TypeError, ValueError, KeyError, AttributeError) as error:
-            why = f"{type(error).__name__}: {error}".splitlines()[0][:160] if not number else why
-    return {"unknown": why}
+        except Exception as error:  # whatever a model raises for inputs that it does not take
+            if main in inputs and not why:
+                why = f"with {' and '.join(inputs)}, {type(error).__name__}: {error}".splitlines()[0][:160]
+    return {"unknown": why or f"no inputs to count with: its forward takes {main}"}
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from types import MappingProxyType
 
 # Kinds of tasks; they stand here for `--task-kind`, in a file that is quick to import.
 KINDS = ("classification", "regression", "tokens", "causal-lm")
+# Options of some command that are called as a field of a method or a selection is: messages mean the field.
+FIELDS = ("examples", "target")
 _ARGUMENT = re.compile(r"(?<![\w.-])([a-z][a-z_]*)=('[^']*'|\"[^\"]*\"|[\[(][^\])]*[\])]|[\w.+-]*[\w+-])?")
 _REMARK = re.compile(r" \(or (?:pass )?([a-z_]+)=[^()]*\)")
 
@@ -60,7 +62,9 @@ def spelled(text: str) -> str:
 
 
 def _option(name: str, value: str, options: Options) -> tuple[str, str | None] | None:
-    if f"task_{name}" in options and value in KINDS:  # where another `kind` is the command's own
+    if name == "kind" and value not in KINDS:  # of Fisher information: an option of the command that has two kinds
+        return options.get(name) if "task_kind" in options else None
+    if f"task_{name}" in options:
         return options[f"task_{name}"]
     return options.get(name) or options.get(name.removesuffix("s"))  # seeds=(0, 1) is --seed 0 --seed 1
 
