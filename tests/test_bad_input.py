@@ -31,6 +31,31 @@ class Plain(nn.Module):
         return self.two(self.norm(self.one(x)))
 
 
+class Bare(nn.Module):
+    """A network with neither norms nor biases."""
+
+    def __init__(self, norm=None):
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8, bias=False), nn.Linear(8, 3, bias=False)
+        self.norm = norm or nn.Identity()
+
+    def forward(self, x):
+        return self.two(self.norm(self.one(x)))
+
+
+def batch_normed():
+    return Bare(nn.BatchNorm1d(8, affine=False))
+
+
+def olmo():
+    return T.OlmoForCausalLM(T.OlmoConfig(**h.BASE, **h.TOKENS))
+
+
+def weight_normed():
+    """Weight norm makes a convolution's weight, which has three axes, of two tensors below it."""
+    return Bare(torch.nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 3, bias=False), dim=2))
+
+
 def mamba():
     return T.AutoModelForCausalLM.from_config(T.MambaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=2))
 
@@ -41,7 +66,12 @@ FAMILIES = {
     "t5": lambda: tiny("t5"),
     "mamba": mamba,
     "plain": Plain,
+    "bare": Bare,
+    "batch-normed": batch_normed,
+    "weight-normed": weight_normed,
+    "olmo": olmo,
 }
+OF_ONES_OWN = ("plain", "bare", "batch-normed", "weight-normed")
 DEEPER = "but the stack has 2 layers, 0 to 1"
 # model, recipe, kind of error, words of its line
 SPELLED = [
@@ -81,6 +111,13 @@ SPELLED = [
         "none of its maps and norms has a bias",
         "LN()",
     ),
+    ("bare", "LN()", PlanError, "LN() matches no site of Bare", "it has no norms"),
+    ("bare", "BitFit()", PlanError, "it has no norms", "none of its maps and norms has a bias"),
+    ("batch-normed", "LN()", PlanError, "its norms are BatchNorms, whose statistics run, and no others"),
+    ("weight-normed", "LN()", PlanError, "it has no norms"),
+    ("olmo", "LN()", PlanError, "its norms have no parameters, so there is no gain or bias to tune"),
+    ("olmo", "BitFit()", PlanError, "none of its maps and norms has a bias"),
+    ("llama", "LN(terms='bias')", PlanError, "none of its maps and norms has a bias", "LN() trains gains"),
     ("plain", "Adapter()", PlanError, "'attention'", "the layout of its blocks is not known", "target="),
     ("mamba", "Compacter()", PlanError, "'attention'", "the layout of its blocks is not known", "target="),
     ("plain", "IA3()", PlanError, "the layout of its blocks is not known", "target="),
@@ -225,15 +262,36 @@ def test_python(family, recipe, kind, words):
         told(lambda: sm.plan(model, recipe), kind, *words)
 
 
-@pytest.mark.parametrize(("family", "recipe", "words"), [(*c[:2], c[3:]) for c in SPELLED if c[0] != "plain"], ids=str)
+@pytest.mark.parametrize(
+    ("family", "recipe", "words"), [(*c[:2], c[3:]) for c in SPELLED if c[0] not in OF_ONES_OWN], ids=str
+)
 def test_shell(family, recipe, words, folders):
     refused("plan", "--model", folders(family), "--recipe", recipe, words=words)
+
+
+UNSAID = [
+    ("bare", "LN()", "its norms", "trains gains", "has a bias"),
+    ("bare", "BitFit()", "its norms", "trains gains"),
+    ("batch-normed", "LN()", "no parameters", "trains gains", "has a bias"),
+    ("weight-normed", "LN()", "stacked", "experts"),
+    ("olmo", "LN()", "it has no norms", "trains gains", "has a bias"),
+    ("olmo", "BitFit()", "trains gains"),
+    ("llama", "LN(which='qk')", "trains gains", "has a bias", "no norms"),
+    ("bare", "IA3()", "its norms", "has no norms"),
+]
+
+
+@pytest.mark.parametrize(("family", "recipe", "unsaid"), [(*c[:2], c[2:]) for c in UNSAID], ids=str)
+def test_a_refusal_gives_no_reason_that_is_not_true(family, recipe, unsaid):
+    with pytest.raises(PlanError) as caught:
+        sm.plan(FAMILIES[family](), recipe)
+    assert [word for word in unsaid if word in str(caught.value)] == [], caught.value
 
 
 # What training, merging and converting refuse
 
 TUNED = [
-    (["--recipe", "PromptTuning(length=36)", "--max-length", 16], ("a prompt of 36", "model has 40", "max_length=4")),
+    (["--recipe", "PromptTuning(length=36)", "--max-length", 16], ("a prompt of 36", "model has 40", "--max-length 4")),
     (["--recipe", "LoRA(layers=7)"], ("layers=7", DEEPER)),
     (["--recipe", "LN() | Select('change', warmup=2, granularity='head')"], ("norms belong to no head",)),
     (["--recipe", "LoFiT() | Select('scout', keep=9, granularity='head', warmup=1)"], ("keep=9", "4 heads")),

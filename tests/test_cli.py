@@ -258,6 +258,59 @@ def test_predict(world: World, tmp_path: Path) -> None:
         assert row["answer"] == max(row["probabilities"], key=row["probabilities"].get)
 
 
+SAID = ["the film was good, so good", "so awful"]
+FILES = {
+    "a.csv": 'id,text\n1,"the film was good, so good"\n2,so awful\n',
+    "bom.csv": '\ufeffid,text\n1,"the film was good, so good"\n2,so awful\n',
+    "semicolons.csv": "id;text\n1;the film was good, so good\n2;so awful\n",
+    "one.csv": 'text\n"the film was good, so good"\nso awful\n',
+    "a.tsv": "text\tid\r\nthe film was good, so good\t1\r\nso awful\t2\r\n",
+    "a.jsonl": "".join(json.dumps({"text": text}) + "\n" for text in SAID),
+    "bom.jsonl": "\ufeff" + "".join(json.dumps({"text": text}) + "\n" for text in SAID),
+    "a.json": json.dumps([{"text": text, "id": 1} for text in SAID]),
+    "lines.txt": "\ufeffthe film was good, so good\r\n\r\nso awful\r\n",
+    "lines": "the film was good, so good\n\nso awful",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_predict_reads_files_as_training_does(world: World, tmp_path: Path, name: str) -> None:
+    """A header is no text, nor is a byte order mark a part of one."""
+    (tmp_path / name).write_bytes(FILES[name].encode())
+    said = call("predict", "--delta", world.delta, "--json", "--file", tmp_path / name)
+    assert [row["text"] for row in said.json["predictions"]] == SAID
+    noted = [line for line in said.err.splitlines() if line.startswith("note:")]
+    assert noted == (["note: semicolons.csv parts its columns by a semicolon"] if "semi" in name else [])
+
+
+def test_predict_keeps_a_text_whole_at_odd_characters(world: World, tmp_path: Path) -> None:
+    texts = ["good \u2028 film", "bad \x0c \x85 film"]
+    jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    (tmp_path / "raw.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts[:1]))
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    ask = ["predict", "--delta", world.delta, "--json", "--file"]
+    for name, expected in (("a.jsonl", texts), ("raw.jsonl", texts[:1]), ("a.txt", texts)):
+        assert [row["text"] for row in call(*ask, tmp_path / name).json["predictions"]] == expected
+
+
+def test_predict_tags_words_of_a_file(world: World, tmp_path: Path) -> None:
+    """The words of a file of tags are those that training saw, white space in them or not."""
+    lines = "the O\nfilm B-X\n\nwas O\ngood O\n\n" * 8
+    (tmp_path / "train.txt").write_text(lines)
+    files = ["--model", world.base, "--data", tmp_path / "train.txt", "--out", tmp_path / "run", "--epochs", 1]
+    said = call("tune", *files, "--metric", "token_accuracy")
+    assert said.code == 0, said.err
+    assert "train.txt is read as a word and its tags on each line" in said.err
+    jsonl(tmp_path / "a.jsonl", [{"tokens": ["the", "film"]}, {"tokens": ["very good", "film", "a"]}])
+    ask = ["predict", "--delta", tmp_path / "run", "--json", "--file"]
+    found = call(*ask, tmp_path / "a.jsonl").json["predictions"]
+    assert [len(row["answer"]) for row in found] == [2, 3]
+    assert found[0]["text"] == "the film"
+    assert [len(row["answer"]) for row in call(*ask, tmp_path / "train.txt").json["predictions"]] == [2, 2] * 8
+    (tmp_path / "lines.txt").write_text("the film was\n")
+    assert [len(row["answer"]) for row in call(*ask, tmp_path / "lines.txt").json["predictions"]] == [3]
+
+
 def test_merge_gives_a_plain_model(world: World, tmp_path: Path) -> None:
     said = call("merge", "--delta", world.delta, "--out", tmp_path / "merged", "--json")
     assert said.json["class"] == "BertForSequenceClassification"
@@ -351,6 +404,11 @@ def _tune(world: World, **change: object) -> list[object]:
     return ["tune", *(part for key, value in options.items() for part in (f"--{key}", value))]
 
 
+def _file(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
 MISTAKES: dict[str, tuple[Any, str]] = {
     "unknown model": (lambda w, t: _tune(w, model="no-such-model"), "cannot load the model 'no-such-model'"),
     "no such folder": (lambda w, t: _tune(w, model="./nowhere"), "no model at ./nowhere"),
@@ -370,7 +428,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "unknown label column": (lambda w, t: _tune(w, label="lable"), "lable"),
     "unknown metric": (lambda w, t: _tune(w, metric="acuracy"), "did you mean 'accuracy'?"),
     "unknown kind": (lambda w, t: _tune(w, kind="classify"), "classify"),
-    "unknown pooling": (lambda w, t: _tune(w, pooling="max"), "pooling='max'"),
+    "unknown pooling": (lambda w, t: _tune(w, pooling="max"), "--pooling max"),
     "unknown dtype": (lambda w, t: _tune(w, dtype="float8"), "--dtype"),
     "lr below zero": (lambda w, t: _tune(w, lr=-1), "must be above 0"),
     "no epochs": (lambda w, t: _tune(w, epochs=0), "--epochs"),
@@ -403,6 +461,26 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         "did you mean 'test'?",
     ),
     "nothing to predict": (lambda w, t: ["predict", "--delta", w.delta], "no texts"),
+    "text without its column": (
+        lambda w, t: ["predict", "--delta", w.delta, "--file", _file(t / "a.csv", "body,id\ngood,1\n")],
+        "has no column 'text', which the delta's task reads; its columns are body, id",
+    ),
+    "empty text": (
+        lambda w, t: ["predict", "--delta", w.delta, "--file", _file(t / "a.csv", "text,id\ngood,1\n,2\n")],
+        "a.csv row 1: column 'text' is empty",
+    ),
+    "text of another type": (
+        lambda w, t: ["predict", "--delta", w.delta, "--file", _file(t / "a.jsonl", '{"text": 5}\n')],
+        "a.jsonl row 0: column 'text' is '5', not a text",
+    ),
+    "uneven rows to predict": (
+        lambda w, t: ["predict", "--delta", w.delta, "--file", _file(t / "a.csv", "text,id\ngood,1\nso, so,2\n")],
+        "a.csv line 3 has 3 fields, the header 2",
+    ),
+    "text and file": (
+        lambda w, t: ["predict", "--delta", w.delta, "--text", "a", "--file", _file(t / "a.txt", "good\n")],
+        "give --file, or --text and --pair, not both",
+    ),
     "no such texts": (lambda w, t: ["predict", "--delta", w.delta, "--file", "nowhere.txt"], "cannot read"),
     "adapter without model": (lambda w, t: ["convert", w.data, "new", "--to", "smidgen"], "give --model"),
 }

@@ -155,6 +155,162 @@ def test_tsv_and_given_columns(tmp_path: Path) -> None:
     assert (task.name, task.text, task.labels, task.metric) == ("mine", ("text",), ("g0", "g1"), "f1")
 
 
+@pytest.mark.parametrize(
+    ("name", "head", "note"),
+    [
+        ("x.csv", "text;label", "parts its columns by a semicolon"),
+        ("x.csv", "text\tlabel", "parts its columns by a tab"),
+        ("x.csv", "text|label", "parts its columns by a vertical bar"),
+        ("x.tsv", "text,label", "parts its columns by a comma"),
+        ("x.csv", "text,label", None),
+        ("x.tsv", "text\tlabel", None),
+    ],
+)
+def test_another_separator_is_found_and_said(tmp_path: Path, name: str, head: str, note: str | None) -> None:
+    sep = head[4]
+    text = "not bad; I, loved| it".replace(sep, " ")
+    path = write(tmp_path / name, f"{head}\n" + "".join(f"{text} {i}{sep}{'ab'[i % 2]}\n" for i in range(9)))
+    task = Task.load(path, validation=0)
+    assert task.splits["train"][3] == {"text": f"{text} 3", "label": 1}
+    assert dict(task.notes) == ({} if note is None else {name: note})
+
+
+FORMS = {
+    "crlf": "text,label\r\na,0\r\nb c,1\r\n",
+    "byte order mark": "\ufefftext,label\na,0\nb c,1\n",
+    "spaces in the header and around labels": "text, label \na, 0\nb c,1 \n",
+    "names with spaces": "text,label\na, 0 \nb c,1\n",
+    "quotes": '"text","label"\n"a","0"\n"b c","1"\n',
+    "quotes behind spaces": 'text, label\na, "0"\nb c, "1"\n',
+    "blank lines": "\ntext,label\n\na,0\n   \nb c,1\n\n",
+    "no last newline": "text,label\na,0\nb c,1",
+    "an index without a name": ",text,label\n0,a,0\n1,b c,1\n",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_table_is_read_in_any_form(tmp_path: Path, form: str) -> None:
+    rows = Task.load(write(tmp_path / "x.csv", FORMS[form]), validation=0).splits["train"]
+    assert rows[:] == {"text": ["a", "b c"], "label": [0, 1]}
+
+
+def test_quotes_hold_separators_line_breaks_and_long_texts(tmp_path: Path) -> None:
+    long = "word, " * 40_000
+    text = f'text,label\n"Not bad, ""really""\nloved it",0\n"{long}",1\nsay "no" now,1\n'
+    task = Task.load(write(tmp_path / "x.csv", text), validation=0)
+    assert task.splits["train"]["text"][:] == ['Not bad, "really"\nloved it', long, 'say "no" now']
+
+
+def test_unpaired_quotes_between_tabs_are_part_of_the_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.tsv", 'text\tlabel\n"So he said\t0\n"No" he said\t1\nan end"\t1\n')
+    task = Task.load(path, validation=0)
+    assert task.splits["train"]["text"][:] == ['"So he said', '"No" he said', 'an end"']
+    assert dict(task.notes) == {"x.tsv": "has quotes that are part of its texts"}
+    quoted = Task.load(write(tmp_path / "y.tsv", 'text\tlabel\n"a ""b""\tc"\t0\nd\t1\n'), validation=0)
+    assert (quoted.splits["train"]["text"][:], dict(quoted.notes)) == (['a "b"\tc', "d"], {})
+
+
+def test_names_of_digits_stay_names(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.csv", "text,label\na,007\nb,07\nc,7\nd,12345678901234567890\ne,12345678901234567891\n")
+    assert set(Task.load(path, validation=0).labels) == {
+        "007", "07", "7", "12345678901234567890", "12345678901234567891"
+    }  # fmt: skip
+
+
+def test_types_are_those_of_all_splits_together(tmp_path: Path) -> None:
+    """What is a name in train is no number in test; one test set of digits does not turn texts into numbers."""
+    (tmp_path / "d").mkdir()
+    write(tmp_path / "d" / "train.csv", "text,label\na,1\nb,2\nc,x\n")
+    write(tmp_path / "d" / "test.csv", "text,label\n17,1\n18,2\n")
+    task = Task.load(tmp_path / "d", validation=0)
+    assert task.splits["test"][:] == {"text": ["17", "18"], "label": [0, 1]}
+
+
+def test_whole_numbers_are_labels_however_they_are_written(tmp_path: Path) -> None:
+    stars = "text,label\n" + "".join(f"t{i},{i % 3}.0\n" for i in range(9))
+    task = Task.load(write(tmp_path / "x.csv", stars), validation=0)
+    assert (task.kind, task.labels) == ("classification", ("0", "1", "2"))
+    assert task.notes["column 'label'"].startswith("holds 3 whole numbers written as 0.0, read as labels; give kind=")
+    numbers = Task.load(tmp_path / "x.csv", validation=0, kind="regression")
+    assert (numbers.kind, dict(numbers.notes)) == ("regression", {})
+    prices = Task.load(jsonl(tmp_path / "p.jsonl", rated(60, float)), validation=0)
+    assert (prices.kind, "read as numbers" in prices.notes["column 'label'"]) == ("regression", True)
+    assert dict(Task.load(jsonl(tmp_path / "f.jsonl", rated(60, lambda i: i / 2)), validation=0).notes) == {}
+
+
+def test_spaces_around_a_name_are_no_part_of_it(tmp_path: Path) -> None:
+    task = Task.load(
+        jsonl(tmp_path / "x.jsonl", rated(8, lambda i: ("pos", " pos", "neg ", "neg")[i % 4])), validation=0
+    )
+    assert (task.labels, task.splits["train"]["label"][:4]) == (("neg", "pos"), [1, 1, 0, 0])
+    with pytest.raises(DataError, match="row 8 of the data to learn from has no label in column 'label'"):
+        Task.load(jsonl(tmp_path / "y.jsonl", [*rated(8, lambda i: "ab"[i % 2]), {"sentence": "x", "label": "  "}]))
+
+
+# Words with tags, a line each
+
+
+CONLL = "-DOCSTART- -X- -X- O\n\nEU NNP B-NP B-ORG\n# NN I-NP O\n\nBonn NNP B-NP B-LOC\nis VBZ B-VP O\n. . O O\n\n"
+TAGGED = {
+    "x.conll": (CONLL, {}),
+    "x.txt": (CONLL, {}),
+    "tabs.tsv": (CONLL.replace(" ", "\t"), {}),
+    "crlf.conll": ("\ufeff" + CONLL.replace("\n", "\r\n"), {}),
+    "two.iob2": ("EU B-ORG\n# O\n\n\nBonn B-LOC\nis O\n. O", {}),
+    "comments.conll": ("# id 1\tdomain=en\nEU _ _ B-ORG\n# _ _ O\n\n# id 2\nBonn _ _ B-LOC\nis _ _ O\n. _ _ O\n", {}),
+}
+
+
+@pytest.mark.parametrize("name", TAGGED)
+def test_words_and_tags_on_lines(tmp_path: Path, name: str) -> None:
+    task = Task.load(write(tmp_path / name, TAGGED[name][0]), validation=0)
+    assert (task.kind, task.text, task.label, task.metric) == ("tokens", ("tokens",), "tags", "entity_f1")
+    assert task.labels == ("B-LOC", "B-ORG", "O")
+    assert task.splits["train"][:] == {"tokens": [["EU", "#"], ["Bonn", "is", "."]], "tags": [[1, 2], [0, 2, 2]]}
+    said = {} if name.endswith(("conll", "iob2")) else {name: "is read as a word and its tags on each line"}
+    assert dict(task.notes) == said
+
+
+def test_tags_of_another_column(tmp_path: Path) -> None:
+    task = Task.load(write(tmp_path / "x.conll", CONLL), validation=0, label="column_2", metric="token_accuracy")
+    assert task.labels == (".", "NN", "NNP", "VBZ")
+    plain = write(tmp_path / "x.txt", "EU NNP\nrises VBZ\n\nBonn NNP\n")
+    tags = Task.load(plain, kind="tokens", validation=0, metric="token_accuracy")
+    assert tags.splits["train"][:] == {"tokens": [["EU", "rises"], ["Bonn"]], "tags": [[0, 1], [0]]}
+
+
+def test_universal_dependencies(tmp_path: Path) -> None:
+    blank = "\t".join("_" * 6)
+    text = "# text = du is\n1-2\tdu\t_\t_\t{0}\n1\tde\tde\tADP\t{0}\n2\tle\tle\tDET\t{0}\n\n1\tis\tbe\tAUX\t{0}\n"
+    path = write(tmp_path / "x.conllu", text.format(blank))
+    task = Task.load(path, label="upos", metric="token_accuracy", validation=0)
+    assert task.splits["train"][:] == {"tokens": [["de", "le"], ["is"]], "upos": [[0, 2], [1]]}
+
+
+def test_a_folder_of_tagged_text_files(tmp_path: Path) -> None:
+    (tmp_path / "ner").mkdir()
+    for name in ("train", "valid", "test"):
+        write(tmp_path / "ner" / f"{name}.txt", CONLL)
+    assert {k: len(v) for k, v in Task.load(tmp_path / "ner").splits.items()} == {
+        "train": 2,
+        "validation": 2,
+        "test": 2,
+    }
+
+
+def test_words_that_do_not_count(tmp_path: Path, bert: PreTrainedTokenizerFast) -> None:
+    """A tag of -100 is no label: the word is neither learned nor scored."""
+    for name, skip in (("i", -100), ("s", "-100")):
+        tags = [[0, skip, 1], [1, 1, skip]] if name == "i" else [["0", skip, "1"], ["1", "1", skip]]
+        path = jsonl(tmp_path / f"{name}.jsonl", [{"tokens": ["the", "film", "was"], "tags": t} for t in tags])
+        with pytest.raises(DataError, match="found '0'; use metric='token_accuracy'"):
+            Task.load(path, validation=0)
+        task = Task.load(path, metric="token_accuracy", validation=0)
+        assert (task.labels, task.splits["train"]["tags"][:]) == (("0", "1"), [[0, -100, 1], [1, 1, -100]])
+        encoded = task.encode(bert, "train")
+        assert (encoded[0]["labels"], encoded.dropped) == ([-100, 0, -100, 1, -100], 0)
+
+
 def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = jsonl(tmp_path / "in" / "x.jsonl", rated(20))
     monkeypatch.chdir(tmp_path)
@@ -234,7 +390,28 @@ FILES: list[tuple[str, str | bytes | list[dict[str, Any]], dict[str, Any], str]]
     ("x.jsonl", "", {}, "x.jsonl is empty"),
     ("x.csv", "text,label\n", {}, "x.csv is empty: no rows"),
     ("x.csv", b"text,label\n\xa35,1\n", {}, "cannot decode .*x.csv: byte 0xa3 at 11 is not UTF-8"),
-    ("x.csv", "text,label\na,1\nb,2,3,4\n", {}, "cannot read .*x.csv: .*Expected 2 fields in line 3"),
+    ("x.csv", "text,label\na,1\nb,2,3,4\n", {},
+     r"x.csv line 3 has 4 fields, the header 2 \(text, label\): b . 2 . 3 . 4; a text that holds a comma"),
+    ("x.csv", "id,text,label\n0,Not bad, I loved it 0,neg\n1,fine,pos\n", {}, "line 2 has 4 fields, the header 3"),
+    ("x.csv", "id,text,label\n" + "".join(f"{i},well, {i},neg\n" for i in range(9)), {}, "line 2 has 4 fields"),
+    ("x.csv", "label,text\nneg,I liked\nit\npos,fine\n", {}, "line 3 has 1 field, the header 2"),
+    ("x.csv", 'text,label\n"a\nb",1\nc,2,3\n', {}, "x.csv line 4 has 3 fields"),
+    ("x.csv", 'text,label\na,1\n"b,2\nc,3\n', {}, "x.csv line 3: a quote is opened and not closed"),
+    ("x.csv", "text,label,text\na,1,b\n", {}, "names the column 'text' twice in its header"),
+    ("x.csv", "text,label\n" + "".join(f"a{i},{i % 3}\n" for i in range(9)) + "b,\nc,\n", {},
+     "row 9 of the data to learn from has no label in column 'label' and 1 more"),
+    ("x.csv", "text,label\n" + "".join(f"a{i},{i % 3}.5\n" for i in range(9)) + "b,\n", {},
+     "train has no label in row 9 of column 'label'"),
+    ("x.csv", "text,label\na,1\n,0\n", {}, "train row 1 has no text in column 'text'"),
+    ("x.csv", "text,label\n" + "".join(f"a{i},{i / 4 + 0.1}\n" for i in range(12)) + "b,n/a\n", {},
+     "label column 'label' holds numbers, but 'n/a' in row 12"),
+    ("x.csv", "text,label\n" + "".join(f"a{i},{i / 4 + 0.1}\n" for i in range(12)) + "b,n/a\n",
+     {"kind": "regression"}, "train row 12: 'label' is 'n/a', not a finite number"),
+    ("x.conll", "", {}, "x.conll is empty"),
+    ("x.conll", "the O\nfilm O\n\nPisa B-X Y\n", {}, "x.conll line 4 has 3 columns, most lines 2: Pisa B-X Y"),
+    ("x.conll", "the\nfilm\n\nPisa\n", {}, "line 1 has 1 column, a word and its tag need two"),
+    ("x.jsonl", [{"tokens": ["a", "b"], "tags": ["O", "B-X"]}, {"tokens": ["a", "b"], "tags": ["O", None]}], {},
+     "row 1 of the data to learn from has no label in column 'tags'"),
     ("x.jsonl", '{"text": "a", "label": 1}\n{"text', {}, "cannot read .*x.jsonl: "),
     ("x.pdf", "a", {}, "unknown type '.pdf'; known are .csv"),
     ("x.parquet", b"nonsense", {}, "cannot read .*x.parquet"),

@@ -153,3 +153,99 @@ def test_a_model_that_cannot_be_run():
 def test_a_recipe_that_does_not_fit_is_an_error():
     with pytest.raises(sm.SmidgenError, match="matches no site"):
         sm.plan(h.bert(), "LN(which='qk')")
+
+
+def built(config, cls):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(h.T, cls)(config).eval()
+    h.shake(model.parameters(), 0.3)
+    return model
+
+
+def mixtral():
+    sizes = {**h.BASE, **h.TOKENS, "num_key_value_heads": 1, "num_local_experts": 3, "num_experts_per_tok": 2}
+    return built(h.T.MixtralConfig(**sizes), "MixtralForCausalLM")
+
+
+SEEN = {"image_size": 16, "patch_size": 8, **h.SIZES}
+MODELS = {
+    "experts": mixtral,
+    "a decoder": lambda: built(
+        h.T.BlenderbotConfig(
+            vocab_size=20, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=40, **h.TOKENS
+        ), "BlenderbotForConditionalGeneration"
+    ),
+    "images": lambda: built(h.T.ViTConfig(**SEEN), "ViTForImageClassification"),
+    "images of a hierarchy": lambda: built(
+        h.T.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=16, patch_size=4),
+        "ConvNextForImageClassification",
+    ),
+    "images and text": lambda: built(
+        h.T.CLIPConfig(
+            text_config={**h.BASE, **h.TOKENS}, vision_config=SEEN, projection_dim=8
+        ), "CLIPModel"
+    ),
+    "samples of sound": lambda: built(
+        h.T.Wav2Vec2Config(
+            **h.SIZES, vocab_size=20, conv_dim=(8,), conv_kernel=(10,), conv_stride=(64,), num_feat_extract_layers=1,
+            num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, layerdrop=0.0
+        ), "Wav2Vec2ForSequenceClassification"
+    ),
+    "features of sound": lambda: built(
+        h.T.WhisperConfig(
+            vocab_size=20, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, num_mel_bins=4,
+            decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_source_positions=20,
+            max_target_positions=40, **h.TOKENS
+        ), "WhisperForConditionalGeneration"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_costs_are_known_whatever_a_model_reads(name, capfd):
+    model = MODELS[name]()
+    with h.untouched(model):
+        costs = sm.plan(model, "LN()", batch_size=2, length=8).costs
+    assert "unknown" not in costs, costs
+    unit = "example" if name.startswith(("images of", "samples")) or name == "images" else "token"
+    unit = "example" if name == "features of sound" else unit
+    assert ("length" in costs) == (unit == "token")
+    assert costs[f"training_flops_per_{unit}"] > costs[f"forward_flops_per_{unit}"] > 0
+    assert costs["peak_bytes"] > costs["weights_bytes"] + costs["training_state_bytes"]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("recipe", ["LN()", "LoRA(rank=2)", "LN(layers='top:1')"])
+def test_experts_are_counted_as_they_run(recipe):
+    """Activations are those of a real step; FLOPs are of the two experts that a token meets, out of three."""
+    costs = sm.plan(mixtral(), recipe, batch_size=3, length=11).costs
+    assert costs["activation_bytes"] == measured(mixtral(), recipe, 3, 11)
+    attention = 2 * (2 * 16 * 16 + 2 * 16 * 8) + 2 * 2 * 11 * 16
+    block = attention + 2 * (16 * 3 + 2 * 3 * 16 * 24)
+    low = {"LN()": 0, "LN(layers='top:1')": 0, "LoRA(rank=2)": 2 * 2 * ((16 + 16) + (16 + 8))}[recipe]
+    assert costs["forward_flops_per_token"] == 2 * (block + low) + 2 * 16 * len(h.WORDS)
+
+
+def test_the_work_on_experts_that_are_trained_is_counted():
+    """Their gradients take as much as their outputs: forward, and twice that backward."""
+    costs = sm.plan(mixtral(), "Full()", batch_size=2, length=8).costs
+    assert costs["training_flops_per_token"] > 2.7 * costs["forward_flops_per_token"]
+
+
+class Reads(nn.Module):
+    """Its work depends on what it reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(20, 8), nn.LayerNorm(8)
+
+    def forward(self, input_ids):
+        return (self.norm(self.embedding(input_ids[input_ids > 3])),)
+
+
+def test_what_cannot_be_counted_says_why_in_words(capfd):
+    costs = sm.plan(Reads(), "LN()").costs
+    assert costs == {"unknown": "its forward pass depends on values, which tensors without content have not"}
+    assert capfd.readouterr() == ("", "")

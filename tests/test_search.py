@@ -377,7 +377,7 @@ def test_the_command_prints_a_table_and_one_json_object(world):
 
 
 @pytest.mark.parametrize(
-    ("more", "said"), [(["--trials", 0], "trials=0"), (["--lr=-1"], "lr=-1"), (["--metric", "bleu"], "bleu")]
+    ("more", "said"), [(["--trials", 0], "--trials 0"), (["--lr=-1"], "--lr -1"), (["--metric", "bleu"], "bleu")]
 )
 def test_a_mistake_is_one_line_and_exit_2(world, more, said):
     done = command(world, *more, out="bad")

@@ -13,7 +13,8 @@ import typer
 
 import smidgen as sm
 from smidgen import cli_analyze, cli_search, views, views_plan
-from smidgen.errors import DeltaError, SmidgenError
+from smidgen.errors import DataError, DeltaError, SmidgenError
+from smidgen.locks import held
 from smidgen.options import (
     AnyData,
     Base,
@@ -46,6 +47,7 @@ from smidgen.options import (
     open_selection,
     open_task,
 )  # fmt: skip
+from smidgen.spelling import FIELDS, as_options
 from smidgen.version import __version__
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that this typer uses
@@ -159,13 +161,15 @@ def predict(
     delta: DeltaFolder, model: Base = None,
     text: Annotated[list[str] | None, Option("--text", help="a text; may be given again")] = None,
     pair: Annotated[list[str] | None, Option("--pair", help="its second text, for tasks of two")] = None,
-    file: Annotated[Path | None, Option("--file", help=".jsonl of the task's columns, or lines")] = None,
+    file: Annotated[Path | None, Option("--file", help=".csv, .jsonl, ... of the task's columns, or lines")] = None,
     max_new_tokens: Annotated[int, Option(min=1, help="of a continuation (causal-lm)")] = 64,
     dtype: OwnDtype = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Labels with probabilities for new texts; continuations for a causal language model."""
     from smidgen.predict import predict, read_texts
 
+    if file and (text or pair):
+        raise DataError("give --file, or --text and --pair, not both")
     trained, network, tokenizer = open_delta(delta, model, dtype)
     texts, pairs = read_texts(file, trained) if file else (text or [], pair)
     options: dict[str, Any] = {"pairs": pairs, "max_new_tokens": max_new_tokens}
@@ -182,12 +186,13 @@ def merge(
     """Fold a delta into its base: a plain model and its tokenizer, without any cost at inference."""
     import torch
 
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    if out.is_file() or (out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir())):
         raise DeltaError(f"{out} is not empty; choose another --out")
-    trained, network, tokenizer = open_delta(delta, model)
-    merged: Any = sm.merge(network, trained, dtype=getattr(torch, dtype) if dtype else None)
-    merged.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with held(out):
+        trained, network, tokenizer = open_delta(delta, model)
+        merged: Any = sm.merge(network, trained, dtype=getattr(torch, dtype) if dtype else None)
+        merged.save_pretrained(out)
+        tokenizer.save_pretrained(out)
     report = {"class": type(merged).__name__, "out": str(out), "files": views.sizes(out)}
     views.show(report, views.listing(out), as_json)
 
@@ -202,15 +207,16 @@ def convert(
     """Turn a delta into an adapter of HF PEFT, or the other way round (then --model is needed)."""
     from smidgen.convert import from_peft, to_peft
 
-    if to is Format.peft:
-        trained, network, _ = open_delta(source, model, dtype)
-        to_peft(trained, network, target)
-    elif model is None:
+    if to is Format.smidgen and model is None:
         raise DeltaError("an adapter is read for a base: give --model, and --data if it has a new head")
-    else:
-        task = None if data is None else open_task(data)
-        network, _ = sm.load(model, task=task, dtype=dtype or "float32")
-        from_peft(source, network).save(target)
+    with held(target):
+        if to is Format.peft:
+            trained, network, _ = open_delta(source, model, dtype)
+            to_peft(trained, network, target)
+        else:
+            task = None if data is None else open_task(data)
+            network, _ = sm.load(str(model), task=task, dtype=dtype or "float32")
+            from_peft(source, network).save(target)
     views.show({"to": to, "out": str(target), "files": views.sizes(target)}, views.listing(target), as_json)
 
 
@@ -227,23 +233,33 @@ def _summary(delta: sm.Delta) -> dict[str, Any]:
     return {"recipe": str(delta.recipe), "trained": delta.trained, "head_values": delta.head_values, **kept}
 
 
+def _options(line: Sequence[str]) -> dict[str, tuple[str, str | None]]:
+    """Parameter -> its option and, of a switch, the option for False, of the command that a line calls."""
+    command: Any = typer.main.get_command(app)
+    for word in line:
+        command = getattr(command, "commands", {}).get(word, command)
+    flags = (p for p in command.params if f"--{p.name.replace('_', '-')}" in p.opts and p.name not in FIELDS)
+    return {p.name: (p.opts[-1], p.secondary_opts[-1] if p.secondary_opts else None) for p in flags}
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     given = list(sys.argv[1:] if args is None else args)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    try:
-        with views.one_line_warnings():
-            line = [word for word in given if word != "--debug"]
-            return app(line, prog_name="smidgen", standalone_mode=False, obj=line) or 0
-    except Exception as error:
-        if "--debug" in given:
-            raise
-        mistake = isinstance(error, SmidgenError | UsageError | OSError)
-        text = error.format_message() if isinstance(error, UsageError) else error
-        views.error(text if mistake else f"{type(error).__name__}: {error} (a bug; --debug shows where)")
-        return 2 if mistake else 1
+    line = [word for word in given if word != "--debug"]
+    with as_options(_options(line)):
+        try:
+            with views.one_line_warnings():
+                return app(line, prog_name="smidgen", standalone_mode=False, obj=line) or 0
+        except Exception as error:
+            if "--debug" in given:
+                raise
+            mistake = isinstance(error, SmidgenError | UsageError | OSError)
+            text = error.format_message() if isinstance(error, UsageError) else error
+            views.error(text if mistake else f"{type(error).__name__}: {error} (a bug; --debug shows where)")
+            return 2 if mistake else 1
 
 
 if __name__ == "__main__":

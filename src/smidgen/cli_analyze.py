@@ -11,6 +11,7 @@ import typer
 import smidgen as sm
 from smidgen import views, views_analyze
 from smidgen.errors import DeltaError, ModelError
+from smidgen.locks import held
 from smidgen.options import (
     BatchSize,
     Data,
@@ -64,6 +65,7 @@ def changes(
     out: ReportFolder = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """How far each component moves in fine-tuning, in four measures: by experiment, or between two models."""
+    context.with_resource(held(out))
     wanted = sm.parse(recipe)
     if (model is None) == (base is None and tuned is None):
         raise ModelError("give --model and --data to fine-tune, or --base and --tuned to compare two models")
@@ -92,6 +94,7 @@ def fisher(
     out: ReportFolder = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Where Fisher information lies: total mass and mean per value by component, layer and term."""
+    context.with_resource(held(out))
     from smidgen.analyze.fisher import FisherMass
     from smidgen.analyze.fisher_report import fisher_report
     from smidgen.scores.fisher import fisher as measured
@@ -120,6 +123,7 @@ def transfer(
     out: ReportFolder = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Whether what some tasks select serves a task that they have not seen."""
+    context.with_resource(held(out))
     from smidgen.analyze.transfer import transfer as carried
     from smidgen.analyze.transfer_report import transfer_report
 
@@ -132,13 +136,14 @@ def transfer(
 
 @app.command()
 def select(
-    model: Model, out: Out, data: Tasks = None,
+    context: typer.Context, model: Model, out: Out, data: Tasks = None,
     recipe: Annotated[str, Option("--recipe", help="methods with one Select")] = SELECT,
     how: Annotated[str, Option(help="how scores of several tasks are combined: mean, rank or union")] = "mean",
     seed: int = 0, batch_size: BatchSize = 32, max_length: Length = None, pooling: Pooling = None,
     limit: Limit = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Choose on one task, or on several together, and save the choice for `smidgen tune --selection`."""
+    context.with_resource(held(out))
     from smidgen.analyze.transfer import choose_on
 
     tasks = [open_task(source, limit=limit) for source in data or []]
@@ -160,6 +165,7 @@ def trust(
     out: ReportFolder = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """How a selection changes with the number of examples, the head and the kind of Fisher information."""
+    context.with_resource(held(out))
     from smidgen.analyze.trust import COUNTS
     from smidgen.analyze.trust import trust as trusted
     from smidgen.analyze.trust_report import trust_report

@@ -10,8 +10,8 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Value
 
 from smidgen.errors import DataError, nearest
+from smidgen.spelling import KINDS
 
-KINDS = ("classification", "regression", "tokens", "causal-lm")
 PAIRS = (
     ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"),
     ("question1", "question2"), ("text1", "text2"), ("text_a", "text_b"),
@@ -19,15 +19,21 @@ PAIRS = (
 SINGLES = ("sentence", "text", "tweet", "review", "content", "question", "utterance", "tokens", "words")
 TARGETS = ("label", "labels", "target", "score", "category", "class", "intent", "ner_tags", "tags")
 UNLABELLED = (None, -1)
+IGNORED = -100  # as a tag: the word is neither learned nor scored, as in torch's cross-entropy
+CLASSES = 20  # so many whole numbers written as 0.0, 1.0, ... are still labels
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What the columns of a task are: kind, text columns, label column (None for causal-lm)."""
+    """What the columns of a task are: kind, text columns, label column (None for causal-lm).
+
+    `note` says how the label column was read where that could be doubted.
+    """
 
     kind: str
     text: tuple[str, ...]
     label: str | None
+    note: str = ""
 
 
 def infer(rows: Dataset, kind: str | None, text: Sequence[str] | None, label: str | None) -> Columns:
@@ -47,11 +53,11 @@ def infer(rows: Dataset, kind: str | None, text: Sequence[str] | None, label: st
         if language:
             return Columns("causal-lm", _checked_language(rows, language), None)
     label = label or _only(_known(there, TARGETS), there, "label")
-    kind = kind or _kind_of(rows.features[label], label)
+    kind, note = (kind, "") if kind else _kind_of(rows, label)
     fitting = [n for n in there if n != label and hasattr(rows.features[n], "feature") == (kind == "tokens")]
     text = tuple(text) if text else _texts(fitting, there)
     _check_types(rows, kind, text)
-    return Columns(kind, text, label)
+    return Columns(kind, text, label, note)
 
 
 def _known(there: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -85,15 +91,56 @@ def _checked_language(rows: Dataset, text: tuple[str, ...]) -> tuple[str, ...]:
     return text
 
 
-def _kind_of(feature: Any, name: str) -> str:
+def _kind_of(rows: Dataset, name: str) -> tuple[str, str]:
+    """The kind that the label column's type tells, and a note where its values tell it."""
+    feature = rows.features[name]
     if isinstance(feature, ClassLabel):
-        return "classification"
+        return "classification", ""
     if isinstance(feature, Value) and feature.dtype != "null":
-        return "regression" if feature.dtype.startswith("float") else "classification"
+        if feature.dtype.startswith("float"):
+            return _kind_of_numbers(rows[name][:])
+        if "string" in feature.dtype:
+            _refuse_stray(rows[name][:], name)
+        return "classification", ""
     if hasattr(feature, "feature"):
-        return "tokens"
+        return "tokens", ""
     what = "no values" if isinstance(feature, Value) else "mixed types" if _mixed(feature) else str(feature)
     raise DataError(f"label column {name!r} holds {what}; expected names, whole numbers, numbers or lists of tags")
+
+
+def _kind_of_numbers(values: Sequence[float | None]) -> tuple[str, str]:
+    """Few whole numbers are labels however they are written: 0 beside an empty cell is often saved as 0.0."""
+    found = {value for value in values if value is not None}
+    if not found or not all(value.is_integer() for value in found):
+        return "regression", ""
+    what = f"holds {len(found)} whole numbers written as {min(found)}"
+    if len(found) > CLASSES:
+        return "regression", f"{what}, read as numbers; give kind='classification' to read labels"
+    return "classification", f"{what}, read as labels; give kind='regression' to read numbers"
+
+
+def _refuse_stray(values: Sequence[str | None], name: str) -> None:
+    """A word among fractions would make each of these a label."""
+    words = [i for i, value in enumerate(values) if value is not None and not _reads_as_number(value)]
+    fractions = sum(value is not None and "." in value and _reads_as_number(value) for value in values)
+    if words and 2 * fractions > len(values) and 10 * len(words) <= len(values):
+        stray = f"{values[words[0]]!r} in row {words[0]}"
+        raise DataError(f"label column {name!r} holds numbers, but {stray}{_more(len(words))}; mend the row, or give "
+                        f"kind='classification'{_COUNTED}")  # fmt: skip
+
+
+def _reads_as_number(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
+
+
+_COUNTED = " (rows are counted from 0)"
+
+
+def _more(count: int) -> str:
+    return f" and {count - 1} more" if count > 1 else ""
 
 
 def _mixed(feature: Any) -> bool:
@@ -132,7 +179,7 @@ def label_set(rows: Dataset, columns: Columns) -> Labels:
     assert columns.label is not None
     feature = rows.features[columns.label]
     declared = getattr(feature, "feature", feature)
-    found = _distinct(rows[columns.label][:], columns)
+    found = _distinct(_values(rows, columns.label), columns)
     if len(found) < 2:
         raise DataError(f"only one label in the data to learn from: {found[0]!r}; there must be at least two")
     if isinstance(declared, ClassLabel):
@@ -140,14 +187,30 @@ def label_set(rows: Dataset, columns: Columns) -> Labels:
     return Labels(tuple(found), tuple(str(int(v)) if isinstance(v, float) else str(v) for v in found))
 
 
+def _values(rows: Dataset, label: str) -> list[Any]:
+    """The label column; spaces around a name are no part of it, and a name of spaces is none."""
+    return [_stripped(value) for value in rows[label][:]]
+
+
+def _stripped(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_stripped(tag) for tag in value]
+    return value if not isinstance(value, str) else value.strip() or None
+
+
+def _ignored(tag: Any) -> bool:
+    return tag in (IGNORED, str(IGNORED))
+
+
 def _distinct(values: Sequence[Any], columns: Columns) -> list[Any]:
     if columns.kind == "tokens" and not all(isinstance(value, list) for value in values):
         raise DataError(f"label column {columns.label!r} must hold a list of tags in every row for kind 'tokens'")
-    flat = [tag for value in values for tag in value] if columns.kind == "tokens" else values
+    flat = [tag for value in values for tag in value if not _ignored(tag)] if columns.kind == "tokens" else values
     found = set(flat)
     if not found or None in found:
-        missing = next((i for i, v in enumerate(values) if v is None or columns.kind == "tokens"), 0)
-        raise DataError(f"row {missing} of the data to learn from has no label in column {columns.label!r}")
+        missing = [i for i, v in enumerate(values) if v is None or (columns.kind == "tokens" and None in v)] or [0]
+        where = f"row {missing[0]} of the data to learn from has no label in column {columns.label!r}"
+        raise DataError(f"{where}{_more(len(missing))}; fill the cell, or drop the row{_COUNTED}")
     if len({type(value) for value in found}) > 1 or any(isinstance(v, (list, dict)) for v in found):
         raise DataError(f"label column {columns.label!r} holds mixed types: {sorted(map(repr, found))[:5]}")
     if any(isinstance(value, float) and not value.is_integer() for value in found):
@@ -162,7 +225,7 @@ def is_unlabelled(rows: Dataset, columns: Columns, labels: Labels) -> bool:
         return False
     if columns.label not in rows.column_names:
         return True
-    return all(value in UNLABELLED and value not in labels.values for value in rows[columns.label][:])
+    return all(value in UNLABELLED and value not in labels.values for value in _values(rows, columns.label))
 
 
 def to_ids(rows: Dataset, split: str, columns: Columns, labels: Labels) -> list[Any]:
@@ -172,19 +235,20 @@ def to_ids(rows: Dataset, split: str, columns: Columns, labels: Labels) -> list[
         DataError: a label is missing, unknown, or not a finite number; tags and words differ in number.
     """
     assert columns.label is not None
-    values = rows[columns.label][:]
+    values = _values(rows, columns.label)
+    if None in values:
+        where = f"{split} has no label in row {values.index(None)} of column {columns.label!r}"
+        raise DataError(f"{where}{_more(values.count(None))}; drop the row, or all labels of {split}{_COUNTED}")
     if columns.kind == "regression":
-        return [_number(value, split, i, columns.label) for i, value in enumerate(values)]
-    if len(values) and None in values:
-        raise DataError(f"{split} has no label in row {values.index(None)}; drop the row, or all labels of {split}")
+        return _numbers(values, split, columns.label)
     ids = {value: i for i, value in enumerate(labels.values)}
     lookup = _lookup(ids, split, labels)
     if columns.kind == "classification":
         return [lookup(value) for value in values]
     for i, (words, tags) in enumerate(zip(rows[columns.text[0]][:], values, strict=True)):
         if words is None or len(words) != len(tags):
-            raise DataError(f"{split} row {i} has {len(words or [])} words and {len(tags)} tags")
-    return [[lookup(tag) for tag in tags] for tags in values]
+            raise DataError(f"{split} row {i} has {len(words or [])} words and {len(tags)} tags{_COUNTED}")
+    return [[IGNORED if _ignored(tag) else lookup(tag) for tag in tags] for tags in values]
 
 
 def _lookup(ids: Mapping[Any, int], split: str, labels: Labels) -> Callable[[Any], int]:
@@ -198,10 +262,12 @@ def _lookup(ids: Mapping[Any, int], split: str, labels: Labels) -> Callable[[Any
     return lookup
 
 
-def _number(value: Any, split: str, row: int, column: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise DataError(f"{split} row {row}: {column!r} is {value!r}, not a finite number")
-    return float(value)
+def _numbers(values: Sequence[Any], split: str, column: str) -> list[float]:
+    bad = [i for i, v in enumerate(values) if isinstance(v, bool | str) or not _reads_as_number(v)]
+    if bad:
+        row = next((i for i in bad if not _reads_as_number(values[i])), bad[0])  # what made a column of numbers text
+        raise DataError(f"{split} row {row}: {column!r} is {values[row]!r}, not a finite number{_COUNTED}")
+    return [float(value) for value in values]
 
 
 def check_texts(rows: Dataset, split: str, columns: Columns) -> None:
@@ -211,4 +277,5 @@ def check_texts(rows: Dataset, split: str, columns: Columns) -> None:
             raise DataError(f"{split} has no column {name!r}; its columns are {', '.join(rows.column_names)}")
         values = rows[name][:]
         if None in values:
-            raise DataError(f"{split} row {values.index(None)} has no text in column {name!r}")
+            where = f"{split} row {values.index(None)} has no text in column {name!r}"
+            raise DataError(f"{where}{_more(values.count(None))}; fill the cell, or drop the row{_COUNTED}")

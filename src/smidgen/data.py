@@ -77,7 +77,7 @@ class Task:
             DataError: the source, a column, the labels or an option is of no use; the message says which and
                 why.
         """
-        raw = read(os.fspath(source))
+        raw = read(os.fspath(source), kind)
         if raw.prose:
             task = _prose(raw, kind, text, label, validation, limit)
         else:
@@ -156,6 +156,8 @@ def _rows(
     main = next(iter(raw.splits.values()))
     columns = cols.infer(main, kind, text, label)
     labels, notes, splits = cols.label_set(main, columns), dict(raw.notes), {}
+    if columns.note:
+        notes[f"column {columns.label!r}"] = columns.note
     for split, rows in raw.splits.items():
         if rows is not main and cols.is_unlabelled(rows, columns, labels):
             notes[split] = "has no labels"
@@ -206,7 +208,8 @@ def _limits(limit: Limit, splits: Mapping[str, Dataset]) -> dict[str, int]:
 def _prose(raw: Raw, kind: str | None, text: object, label: str | None, validation: float, limit: Limit) -> Task:
     """Running text: contiguous splits, each one record."""
     if kind not in (None, "causal-lm") or text not in (None, "text", ("text",), ["text"]) or label:
-        raise DataError(f"{raw.name} is running text: its kind is 'causal-lm', its column 'text', and it has no label")
+        raise DataError(f"{raw.name} is running text: its kind is 'causal-lm', its column 'text', and it has no label; "
+                        "name a file with columns .csv or .tsv")  # fmt: skip
     splits = {split: rows["text"][:] for split, rows in raw.splits.items()}
     if validation and "train" in splits and "validation" not in splits:
         splits = _contiguous(splits, validation)
@@ -222,7 +225,8 @@ def _contiguous(splits: Mapping[str, list[str]], validation: float) -> dict[str,
     pieces = splits["train"]
     held = round(share_of(validation, len(pieces)) * len(pieces))
     if held < 2 or held >= len(pieces):
-        raise DataError(f"train has {len(pieces)} paragraphs, too few to cut splits; pass validation=0")
+        raise DataError(f"train has {len(pieces)} paragraphs, too few to cut splits; give a folder with a file for "
+                        "each split (or validation=0 for train alone)")  # fmt: skip
     cut = len(pieces) - held
     middle = len(pieces) if "test" in splits else cut + (held + 1) // 2
     own = {"train": pieces[:cut], "validation": pieces[cut:middle]}

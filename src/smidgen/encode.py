@@ -11,8 +11,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from smidgen.columns import IGNORED
 from smidgen.errors import DataError
-from smidgen.language import IGNORED, language
+from smidgen.language import language
 
 _CHUNK = 1000
 
@@ -140,7 +141,7 @@ def _words(
     examples, lost = _rows(encoded), 0
     for i, example in enumerate(examples):
         example["labels"] = _first_only(encoded.word_ids(i), tags[i])
-        lost += len(tags[i]) - sum(value != IGNORED for value in example["labels"])
+        lost += sum(tag != IGNORED for tag in tags[i]) - sum(value != IGNORED for value in example["labels"])
     return examples, long, lost
 
 

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import copy
 import inspect
-from contextlib import nullcontext
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from smidgen.attachment import trained_parameters
+from smidgen.grouped import OPERATOR, Grouped, flops
 from smidgen.inputs import prompt_length
 from smidgen.optim import optimizer
 from smidgen.peak import Live
 from smidgen.place import place
+from smidgen.placeholders import Inputs, placeholders
 from smidgen.plan import Plan, resolve
 from smidgen.prefix import frozen_prefix
 from smidgen.recipe import Recipe, Term
@@ -40,7 +44,8 @@ def plan(
     """What a recipe would do to a model: sites, shapes, counts, file size, lowest edit, memory and FLOPs.
 
     The model is not touched and may live on the meta device: training steps are run on a copy whose tensors have no
-    content. `costs` is {"unknown": reason} for a model that cannot be run so (no `input_ids`). Its `activation_bytes`
+    content: token ids, or images or sound where a model takes no ids (then FLOPs are per example). `costs` is
+    {"unknown": reason} for a model that cannot be run so. Its `activation_bytes`
     are what a forward pass keeps for the backward pass, its `peak_bytes` the most that is alive at once in a step of
     `fit`: weights, masters, gradients, moments, two copies of the trained values, activations and what comes and goes.
     Not in it: what an allocator holds beyond the tensors, and what a kernel takes for itself.
@@ -56,39 +61,64 @@ def plan(
     resolved = settle(model, resolve(model, recipe, pooling))
     if recompute:
         recomputed(model, resolved)
-    try:
-        costs: dict[str, Any] = _costs(model, resolved, batch_size, length, recompute)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, KeyError, AttributeError) as error:
-        costs = {"unknown": str(error).splitlines()[0][:120]}
-    return replace(resolved, costs=costs)
+    return replace(resolved, costs=_tried(model, resolved, batch_size, length, recompute))
 
 
-def _costs(model: nn.Module, resolved: Plan, batch_size: int, length: int, recompute: bool) -> dict[str, Any]:
+def _tried(model: nn.Module, resolved: Plan, batch_size: int, length: int, recompute: bool) -> dict[str, Any]:
+    """The costs with the first inputs that the model takes, or why there are none with any."""
     config: Any = getattr(model, "config", None)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
     prompt = sum(prompt_length(row.method, row.site) for row in resolved.rows if row.site.kind == "input")
     length = min(length, (longest or length + prompt) - prompt)
+    main, why = getattr(model, "main_input_name", "input_ids"), ""
+    for inputs in placeholders(model, batch_size, length):
+        try:
+            with _quiet_torch():
+                return _costs(model, resolved, inputs, recompute)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return {"unknown": "its forward pass depends on values, which tensors without content have not"}
+        except Exception as error:  # whatever a model raises for inputs that it does not take
+            if main in inputs and not why:
+                why = f"with {' and '.join(inputs)}, {type(error).__name__}: {error}".splitlines()[0][:160]
+    return {"unknown": why or f"no inputs to count with: its forward takes {main}"}
+
+
+@contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """torch logs a traceback beside the error that it raises where it cannot tell a shape."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _costs(model: nn.Module, resolved: Plan, inputs: Inputs, recompute: bool) -> dict[str, Any]:
     ghost, mode = _ghost(model)
-    with mode, Live() as live:
+    with mode, Grouped(), Live() as live:
         live.add(*ghost.parameters(), *ghost.buffers())
         place(ghost, resolved)
         ghost.train()
         for module in frozen_prefix(ghost, resolved):
             module.eval()
         with recomputing(ghost) if recompute else nullcontext():
-            ids = torch.zeros(batch_size, length, dtype=torch.long)
-            saved, *work = _count(ghost, ids)
-            peak = _peak(ghost, ids, live)
+            own = {name: torch.zeros_like(value) for name, value in inputs.items()}
+            saved, *work = _count(ghost, own)
+            peak = _peak(ghost, own, live)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    shape = next(iter(inputs.values())).shape
+    words = "input_ids" in inputs
+    unit, units = ("token", shape[:2].numel()) if words else ("example", shape[0])
     return {
-        "batch_size": batch_size,
-        "length": length,
+        "batch_size": shape[0],
+        **({"length": shape[1]} if words else {}),
         "weights_bytes": weights,
         "training_state_bytes": 16 * (resolved.trained + resolved.head_values),  # master, gradient, two moments
         "activation_bytes": saved,
         "peak_bytes": peak,
-        "forward_flops_per_token": work[0] // (batch_size * length),
-        "training_flops_per_token": work[1] // (batch_size * length),
+        f"forward_flops_per_{unit}": work[0] // units,
+        f"training_flops_per_{unit}": work[1] // units,
     }
 
 
@@ -103,8 +133,8 @@ def _ghost(model: nn.Module) -> tuple[nn.Module, FakeTensorMode]:
     return copy.deepcopy(model, memo), mode
 
 
-def _count(model: nn.Module, ids: Tensor) -> tuple[int, int, int]:
-    """Bytes kept for the backward pass, FLOPs of the forward pass, FLOPs of both. ids: (B, T); leaves gradients."""
+def _count(model: nn.Module, inputs: Inputs) -> tuple[int, int, int]:
+    """Bytes kept for the backward pass, FLOPs of the forward pass, FLOPs of both; leaves gradients."""
     owned = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, Any] = {}
 
@@ -114,22 +144,22 @@ def _count(model: nn.Module, ids: Tensor) -> tuple[int, int, int]:
             kept[storage._cdata] = storage  # holding it keeps its address from being used again
         return tensor
 
-    counting = FlopCounterMode(display=False, custom_mapping=_attention_on_cpu())
+    counting = FlopCounterMode(display=False, custom_mapping=_not_counted())
     with saved_tensors_hooks(pack, lambda tensor: tensor), counting as counter:
-        output = model(input_ids=ids)[0]
+        output = model(**inputs)[0]
         forward = counter.get_total_flops()
         output.float().sum().backward()
     return sum(storage.nbytes() for storage in kept.values()), forward, counter.get_total_flops()
 
 
-def _peak(model: nn.Module, ids: Tensor, live: Live) -> int:
+def _peak(model: nn.Module, inputs: Inputs, live: Live) -> int:
     """The most bytes alive at once in a step of `fit` after its first; gradients are there, to make moments of."""
     trained = list(trained_parameters(model).values())
     adam, copies = optimizer(model), (snapshot(model), snapshot(model))
     adam.step()
     adam.zero_grad(set_to_none=True)
     live.high = live.now
-    _loss(model, ids).backward()
+    _loss(model, inputs).backward()
     nn.utils.clip_grad_norm_(trained, 1.0)
     adam.step()
     adam.zero_grad(set_to_none=True)
@@ -137,19 +167,20 @@ def _peak(model: nn.Module, ids: Tensor, live: Live) -> int:
     return live.high
 
 
-def _loss(model: nn.Module, ids: Tensor) -> Tensor:
+def _loss(model: nn.Module, inputs: Inputs) -> Tensor:
     """The cross-entropy of a model with a head; the sum of what another gives."""
     takes = inspect.signature(model.forward).parameters
-    mask = {"attention_mask": torch.ones_like(ids)} if "attention_mask" in takes else {}
-    logits = model(input_ids=ids, **mask)[0].float()
+    masked = "attention_mask" in takes and "input_ids" in inputs
+    mask = {"attention_mask": torch.ones_like(inputs["input_ids"])} if masked else {}
+    logits = model(**inputs, **mask)[0].float()
     if "labels" not in takes:
         return logits.sum()
     logits = logits.flatten(0, -2)  # (B, C), or (B T, C)
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
 
 
-def _attention_on_cpu() -> dict[Any, Any]:
-    """The fused attention of the CPU, which torch's counter leaves out: its operators -> FLOPs from shapes."""
+def _not_counted() -> dict[Any, Any]:
+    """Operators that torch leaves out -> FLOPs from shapes: the CPU's fused attention, the product of experts."""
 
     def forward(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
         return sdpa_flop_count(query, key, value)
@@ -158,7 +189,9 @@ def _attention_on_cpu() -> dict[Any, Any]:
         return sdpa_backward_flop_count(grad, query, key, value)
 
     ops = torch.ops.aten
+    experts = {} if OPERATOR is None else {OPERATOR: flops}
     return {
+        **experts,
         ops._scaled_dot_product_flash_attention_for_cpu: forward,
         ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }

@@ -13,9 +13,9 @@ from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from smidgen.columns import IGNORED
 from smidgen.errors import DataError
 
-IGNORED = -100
 Pair = tuple[list[int], list[int]]
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 

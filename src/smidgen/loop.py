@@ -26,6 +26,7 @@ from smidgen.evaluate import Scores, run, scores, tokenizer_of
 from smidgen.events import after_step, assign
 from smidgen.feed import Feed
 from smidgen.lengths import check_lengths, longest
+from smidgen.locks import held
 from smidgen.objective import Objective
 from smidgen.optim import optimizer
 from smidgen.penalties import penalised
@@ -73,7 +74,14 @@ class Loop:
         """Open or resume the run, train, and give back the best state; the model is left as it came."""
         about = (self.recipe, self.task, self.settings, self.objective, self.selection)
         wanted = asked(self.model, *about)
-        record = self.folder.open(wanted)
+        self.folder.open(wanted)
+        if self.folder.finished and self.folder.path is not None:
+            return Delta.load(self.folder.path)
+        with held(self.folder.path if self.main else None):
+            return self._fit(wanted)
+
+    def _fit(self, wanted: Mapping[str, Any]) -> Delta:
+        record = self.folder.open(wanted)  # again: another process may have come between
         if self.folder.finished and self.folder.path is not None:
             return Delta.load(self.folder.path)
         earlier = record["chosen"] if record else {}

@@ -69,7 +69,7 @@ def _warn(values: Mapping[str, Tensor], lost: int, worst: float, dtype: torch.dt
     count = sum(value.numel() for value in values.values())
     warnings.warn(
         f"merging into {str(dtype)[6:]} rounded {count:,} values: {lost:,} of them fell back to the base's, largest "
-        f"error {worst:.2g}; merge(..., dtype=torch.float32) keeps them",
+        f"error {worst:.2g}; dtype=torch.float32 keeps them",
         RoundingWarning,
         stacklevel=3,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +12,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smidgen.attach import attached
+from smidgen.conll import is_tagged
 from smidgen.delta import Delta
 from smidgen.errors import DataError
+from smidgen.readers import FORMATS, decode, read_rows
+
+Text = str | list[Any]  # a list of words (tokens), or of messages
 
 
 @dataclass(frozen=True)
@@ -38,26 +42,25 @@ class Prediction:
 
 def predict(
     model: PreTrainedModel,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     *,
     delta: Delta,
     tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[str] | None = None,
+    pairs: Sequence[Text] | None = None,
     batch_size: int = 64,
     max_new_tokens: int = 64,
 ) -> list[Prediction]:
     """What a delta's model says about new texts: labels, numbers, or continuations of a causal LM.
 
     Args:
+        texts: strings; for tokens also lists of words, else parted by white space; for chats also lists of messages.
         pairs: the second text of each, for tasks of two texts.
 
     Raises:
         DataError: no texts, or the task takes two texts and got one, or the other way round.
     """
-    wanted = len(delta.info.get("task", {}).get("text", ("text",)))
-    kind = delta.info.get("task", {}).get("kind", "classification")
-    _check(texts, pairs, wanted if kind in ("classification", "regression") else 1)
-    answer = {"causal-lm": _continue, "tokens": _tag}.get(kind, _classify)
+    _check(texts, pairs, len(_columns(delta)))
+    answer = {"causal-lm": _continue, "tokens": _tag}.get(_kind(delta), _classify)
     rows: list[Prediction] = []
     with attached(model, delta), torch.inference_mode():
         for i in range(0, len(texts), batch_size):
@@ -66,32 +69,59 @@ def predict(
     return rows
 
 
-def read_texts(path: Path, delta: Delta) -> tuple[list[str], list[str] | None]:
-    """Texts, and their pairs if there are, from a .jsonl file with the task's columns, or one per line.
+def read_texts(path: Path, delta: Delta) -> tuple[list[Text], list[Text] | None]:
+    """Texts of a file, and their pairs if the task has two.
+
+    From rows (.csv .tsv .json .jsonl .parquet) come the task's text columns, from words with tags (.conll and the like,
+    also named .txt) the words; of any other file each line is a text, blank ones apart.
 
     Raises:
-        DataError: the file cannot be read, or a row lacks a column.
+        DataError: the file cannot be read or has not got the columns, or a row has no text.
     """
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if path.suffix != ".jsonl":
-            return lines, None
-        columns = delta.info.get("task", {}).get("text") or ["text"]
-        rows = [[str(json.loads(line)[column]) for column in columns] for line in lines]
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-    except KeyError as error:
-        raise DataError(f"a row of {path} has no column {error}; the task has {', '.join(columns)}") from None
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path} is damaged: {error}") from None
-    return [row[0] for row in rows], [row[1] for row in rows] if len(columns) == 2 else None
+    kind, columns = _kind(delta), _columns(delta)
+    suffix = path.suffix.lower()
+    if FORMATS.get(suffix, "text") == "text":
+        text = decode(path)
+        if not (kind == "tokens" and is_tagged(text)):
+            # Not str.splitlines, which would also part a text at a form feed or at U+2028.
+            lines = [line.strip("\r") for line in text.split("\n")]
+            return [line for line in lines if line.strip()], None
+    rows, note = read_rows(path)
+    if note:
+        warnings.warn(f"{path.name} {note}", stacklevel=2)
+    missing = [name for name in columns if name not in rows.column_names]
+    if missing:
+        there = ", ".join(rows.column_names)
+        raise DataError(f"{path} has no column {missing[0]!r}, which the delta's task reads; its columns are {there}")
+    wanted = list if kind == "tokens" or columns == ["messages"] else str
+    texts = [_texts(path, name, rows[name][:], wanted) for name in columns]
+    return texts[0], texts[1] if len(texts) == 2 else None
 
 
-def _check(texts: Sequence[str], pairs: Sequence[str] | None, wanted: int) -> None:
+def _texts(path: Path, name: str, values: list[Any], wanted: type) -> list[Text]:
+    for row, value in enumerate(values):
+        if not value or not isinstance(value, wanted):
+            found = "empty" if not value else f"{str(value)[:40]!r}"
+            what = "a text" if wanted is str else "a list"
+            raise DataError(f"{path} row {row}: column {name!r} is {found}, not {what} (rows are counted from 0)")
+    return values
+
+
+def _kind(delta: Delta) -> str:
+    return str(delta.info.get("task", {}).get("kind", "classification"))
+
+
+def _columns(delta: Delta) -> list[str]:
+    """What a text to predict has: of prompt and completion, the prompt."""
+    columns = list(delta.info.get("task", {}).get("text") or ["text"])
+    return columns if _kind(delta) in ("classification", "regression") else columns[:1]
+
+
+def _check(texts: Sequence[Text], pairs: Sequence[Text] | None, wanted: int) -> None:
     if not texts:
         raise DataError("there are no texts to predict")
     if (pairs is not None) != (wanted == 2):
-        hint = "give --pair for each" if wanted == 2 else "leave out the pairs"
+        hint = "give --pair for each, or a file with both columns" if wanted == 2 else "leave out the pairs"
         raise DataError(f"the delta's task takes {wanted} text{'s' * (wanted > 1)}; {hint}")
     if pairs is not None and len(pairs) != len(texts):
         raise DataError(f"{len(texts)} texts and {len(pairs)} pairs: they go together one by one")
@@ -116,9 +146,9 @@ def _classify(
             yield Prediction(text, max(odds, key=lambda label: odds[label]), pair, odds)
 
 
-def _tag(model: Any, tokenizer: Any, delta: Delta, texts: list[str], pairs: object, _: int) -> Iterator[Prediction]:
+def _tag(model: Any, tokenizer: Any, delta: Delta, texts: list[Text], pairs: object, _: int) -> Iterator[Prediction]:
     """One label per word, words parted by white space; a word's label is its first token's."""
-    words = [text.split() for text in texts]
+    words = [text.split() if isinstance(text, str) else text for text in texts]
     options = {"truncation": True, "max_length": _limit(tokenizer, delta), "is_split_into_words": True}
     batch = tokenizer(words, padding=True, return_tensors="pt", **options)
     best = model(**batch.to(model.device)).logits.argmax(-1).tolist()
@@ -127,16 +157,19 @@ def _tag(model: Any, tokenizer: Any, delta: Delta, texts: list[str], pairs: obje
         for word, label in zip(batch.word_ids(i), best[i], strict=True):
             if word is not None:
                 labels.setdefault(word, delta.labels[label])
-        yield Prediction(text, [labels.get(n, "O") for n in range(len(words[i]))])
+        said = text if isinstance(text, str) else " ".join(text)
+        yield Prediction(said, [labels.get(n, "O") for n in range(len(words[i]))])
 
 
 def _continue(
-    model: Any, tokenizer: Any, delta: Delta, texts: list[str], pairs: object, new: int
+    model: Any, tokenizer: Any, delta: Delta, texts: list[Text], pairs: object, new: int
 ) -> Iterator[Prediction]:
-    """Greedy continuations, one text at a time."""
+    """Greedy continuations, one text at a time; of a conversation, what the assistant says next or said last."""
     chat = tuple(delta.info.get("task", {}).get("text", ())) == ("messages",)
     for text in texts:
-        turn = [{"role": "user", "content": text}]
+        said = text if isinstance(text, list) else [{"role": "user", "content": text}]
+        turn = [{k: v for k, v in message.items() if v is not None} for message in said]  # None: of another message
+        turn = turn[:-1] if len(turn) > 1 and turn[-1].get("role") == "assistant" else turn
         options = {"tokenize": False, "add_generation_prompt": True}
         prompt = tokenizer.apply_chat_template(turn, **options) if chat else text
         batch = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(model.device)
@@ -144,4 +177,4 @@ def _continue(
         batch["pad_token_id"] = tokenizer.pad_token_id
         ids = model.generate(**batch, max_new_tokens=new, do_sample=False)
         answer = tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        yield Prediction(text, answer)
+        yield Prediction(text if isinstance(text, str) else str(turn[-1].get("content", "")), answer)

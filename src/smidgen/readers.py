@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +16,7 @@ import datasets
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
 
+from smidgen import conll, tables
 from smidgen.errors import DataError, nearest
 from smidgen.splits import cut, group
 
@@ -27,6 +28,11 @@ FORMATS = {
     ".jsonl": "json",
     ".parquet": "parquet",
     ".txt": "text",
+    ".conll": "tagged",
+    ".conllu": "tagged",
+    ".iob": "tagged",
+    ".iob2": "tagged",
+    ".bio": "tagged",
 }
 BBC = "bbc-news"
 _SAME = {
@@ -56,8 +62,11 @@ class Raw:
     prose: bool = False
 
 
-def read(source: str) -> Raw:
+def read(source: str, kind: str | None = None) -> Raw:
     """Read a source. A built-in name comes first, then an existing path, then a hub id.
+
+    Args:
+        kind: of the task, if it is given: "tokens" reads a .txt file as words with tags in any case.
 
     Raises:
         DataError: there is no such source, or it cannot be read, or it is empty.
@@ -66,9 +75,9 @@ def read(source: str) -> Raw:
     if source == BBC:
         return Raw(BBC, _bbc())
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, kind)
     if path.exists():
-        return Raw(path.stem, {"train": _file([path])}, prose=path.suffix.lower() == ".txt")
+        return _files(path.stem, {"train": [path]}, kind)
     if source.startswith((".", "/", "~")) or path.suffix.lower() in FORMATS:
         near = nearest(path.name, _neighbours(path))
         raise DataError(f"data file not found: {source}{near}")
@@ -80,7 +89,7 @@ def _neighbours(path: Path) -> list[str]:
     return [p.name for p in there if (p.is_dir() and not path.suffix) or p.suffix.lower() in FORMATS]
 
 
-def _folder(path: Path) -> Raw:
+def _folder(path: Path, kind: str | None) -> Raw:
     found: dict[str, list[Path]] = defaultdict(list)
     notes = {}
     for file in sorted(p for p in path.iterdir() if p.suffix.lower() in FORMATS):
@@ -91,15 +100,49 @@ def _folder(path: Path) -> Raw:
             found[split].append(file)
     if not found:
         there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-        raise DataError(f"no split files in {path}; expected train, validation, test .csv .tsv .json .jsonl "
-                        f".parquet .txt and found {there}")  # fmt: skip
-    prose = {file.suffix.lower() == ".txt" for files in found.values() for file in files}
-    if len(prose) > 1:
-        raise DataError(f"{path} mixes .txt files with files of rows; keep one of the two")
-    return Raw(path.name, {s: _file(found[s]) for s in SPLITS if s in found}, notes, prose.pop())
+        raise DataError(f"no split files in {path}; expected train, validation, test {' '.join(FORMATS)} "
+                        f"and found {there}")  # fmt: skip
+    raw = _files(path.name, {s: found[s] for s in SPLITS if s in found}, kind)
+    return replace(raw, notes=notes | raw.notes)
 
 
-def _file(paths: Sequence[Path]) -> Dataset:
+def read_rows(path: Path) -> tuple[Dataset, str]:
+    """The rows of one file as they are, the cells of .csv and .tsv as text, and a note on how they were read.
+
+    Raises:
+        DataError: it cannot be read, is empty, or is running text.
+    """
+    part = _file([path])
+    if part.prose:
+        raise DataError(f"{path} is running text, which has no rows")
+    if part.table is not None:
+        return Dataset.from_dict(part.table.columns), part.note
+    assert part.rows is not None
+    return part.rows, part.note
+
+
+def _files(name: str, found: dict[str, list[Path]], kind: str | None) -> Raw:
+    """Files of each split as rows. Cells of .csv and .tsv get their types here, from all splits at once."""
+    parts = {split: _file(paths, kind) for split, paths in found.items()}
+    notes = {found[split][0].name: part.note for split, part in parts.items() if part.note}
+    if len({part.prose for part in parts.values()}) > 1:
+        raise DataError(f"{name} mixes .txt files of running text with files of rows; keep one of the two")
+    typed = tables.typed({split: part.table for split, part in parts.items() if part.table is not None})
+    splits = {split: typed[split] if part.rows is None else part.rows for split, part in parts.items()}
+    return Raw(name, splits, notes, prose=any(part.prose for part in parts.values()))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One split as it was read: rows, or cells that have no types yet."""
+
+    rows: Dataset | None = None
+    table: tables.Table | None = None
+    note: str = ""
+    prose: bool = False
+
+
+def _file(paths: Sequence[Path], kind: str | None = None) -> _Part:
     """One file, or the shards of one. Nothing is left in a cache: the rows are in memory."""
     first, suffix = paths[0], paths[0].suffix.lower()
     if suffix not in FORMATS:
@@ -107,18 +150,49 @@ def _file(paths: Sequence[Path]) -> Dataset:
                         f"known are {' '.join(FORMATS)}")  # fmt: skip
     if len(paths) > 1 and not all(_SHARD.search(p.stem) and p.suffix == first.suffix for p in paths):
         raise DataError(f"{' and '.join(p.name for p in paths)} are the same split of {first.parent}; keep one")
-    texts = [_decode(path) for path in paths if suffix != ".parquet"]
-    if suffix == ".txt":
-        return Dataset.from_dict({"text": paragraphs("".join(texts))})
-    # Only an empty cell is missing: pandas would take the texts "null", "None" and "NA" for missing too.
-    blanks = {"keep_default_na": False, "na_values": [""]} if FORMATS[suffix] == "csv" else {}
-    options = blanks | ({"sep": "\t"} if suffix == ".tsv" else {})
+    if suffix == ".parquet":
+        return _Part(_loaded(paths, "parquet"))
+    texts = [decode(path) for path in paths]
+    form = FORMATS[suffix]
+    if form in ("csv", "text") and ((kind == "tokens" and form == "text") or all(map(conll.is_tagged, texts))):
+        form = "tagged"
+    if form == "tagged":
+        sentences = [conll.tagged(text, str(path)) for text, path in zip(texts, paths, strict=True)]
+        note = "" if FORMATS[suffix] == "tagged" else "is read as a word and its tags on each line"
+        return _Part(_concatenated(sentences, paths), note=note)
+    if form == "text":
+        return _Part(Dataset.from_dict({"text": paragraphs("".join(texts))}), prose=True)
+    if form == "csv":
+        table = _table(paths, texts)
+        return _Part(table=table, note=table.note)
+    return _Part(_loaded(paths, form))
+
+
+def _table(paths: Sequence[Path], texts: Sequence[str]) -> tables.Table:
+    expected = "\t" if paths[0].suffix.lower() == ".tsv" else ","
+    parsed = [tables.parse(text, str(path), expected) for text, path in zip(texts, paths, strict=True)]
+    table = tables.joined(parsed, [str(path) for path in paths])
+    if not any(table.columns.values()):
+        raise DataError(f"{paths[0]} is empty: no rows")
+    return table
+
+
+def _concatenated(parts: Sequence[Dataset], paths: Sequence[Path]) -> Dataset:
+    for part, path in zip(parts, paths, strict=True):
+        if part.column_names != parts[0].column_names:
+            counts = f"{len(part.column_names)} columns, {paths[0]} {len(parts[0].column_names)}"
+            raise DataError(f"{path} has {counts}; shards of a split must have the same")
+    return datasets.concatenate_datasets(list(parts))
+
+
+def _loaded(paths: Sequence[Path], form: str) -> Dataset:
+    """Rows of .json, .jsonl and .parquet files."""
+    first = paths[0]
     with quiet(), TemporaryDirectory() as cache:
         try:
             rows = datasets.load_dataset(
-                FORMATS[suffix], data_files=[_literal(p) for p in paths], split="train",
-                cache_dir=cache, keep_in_memory=True, **options,
-            )  # fmt: skip
+                form, data_files=[_literal(p) for p in paths], split="train", cache_dir=cache, keep_in_memory=True
+            )
         except (OSError, ValueError, DatasetsError) as error:
             reason = _reason(error)
             raise DataError(
@@ -134,12 +208,20 @@ def _literal(path: Path) -> str:
     return re.sub(r"([*?\[])", r"[\1]", str(path.resolve()))
 
 
-def _decode(path: Path) -> str:
+def decode(path: Path) -> str:
+    """The text of a file, without a byte order mark.
+
+    Raises:
+        DataError: it cannot be read, is not UTF-8, or is empty.
+    """
     try:
         text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        byte = f"byte {error.object[error.start]:#04x} at {error.start}"
-        raise DataError(f"cannot decode {path}: {byte} is not UTF-8; save the file as UTF-8") from error
+        line = error.object.count(b"\n", 0, error.start) + 1
+        byte = f"byte {error.object[error.start]:#04x} at {error.start} is not UTF-8 (line {line})"
+        raise DataError(f"cannot decode {path}: {byte}; save the file as UTF-8") from error
     if not text.strip():
         raise DataError(f"{path} is empty")
     return text

@@ -21,6 +21,7 @@ from smidgen.errors import TrainError
 from smidgen.jobs import Work
 from smidgen.jobs import trials as run_trials
 from smidgen.ledger import Ledger
+from smidgen.locks import held
 from smidgen.method import Method
 from smidgen.objective import Objective, TaskLoss
 from smidgen.optim import HEAD_LR
@@ -64,15 +65,16 @@ def search(
     wanted = Trials.of(model, as_recipe(recipe), task, (lr, seeds, trials), objective or TaskLoss(), settings)
     if jobs < 1:
         raise TrainError(f"jobs={jobs} must be at least 1")
-    ledger = Ledger(out, wanted.asked())
-    todo = [(each, ledger.folder(wanted.rate, each)) for each in wanted.settings[len(ledger.trials) :]]
-    for trial, delta in run_trials(wanted.work(tokenizer, ledger.path), todo, jobs, progress):
-        ledger.add(trial, delta)
-        if say is not None:
-            say(wanted.told(ledger.trials))
-    found = wanted.found(ledger.trials)
-    place = found.trials.index(found.best)
-    return _warned(ledger.finish(found, ledger.folder(wanted.rate, wanted.settings[place])))
+    with held(out):
+        ledger = Ledger(out, wanted.asked())
+        todo = [(each, ledger.folder(wanted.rate, each)) for each in wanted.settings[len(ledger.trials) :]]
+        for trial, delta in run_trials(wanted.work(tokenizer, ledger.path), todo, jobs, progress):
+            ledger.add(trial, delta)
+            if say is not None:
+                say(wanted.told(ledger.trials))
+        found = wanted.found(ledger.trials)
+        place = found.trials.index(found.best)
+        return _warned(ledger.finish(found, ledger.folder(wanted.rate, wanted.settings[place])))
 
 
 @dataclass(frozen=True)

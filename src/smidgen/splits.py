@@ -72,7 +72,8 @@ def hold_out(
     kept, held = cut(labels, groups, share_of(wanted, len(keys)), seed)
     if not held:
         raise DataError(f"train has {len(keys)} rows, too few to cut a validation split of distinct texts "
-                        "with every label left in train; add rows or pass validation=0")  # fmt: skip
+                        "with every label left in train; add rows, or give a folder with a file for each split "
+                        "(or validation=0 for train alone)")  # fmt: skip
     return kept, held
 
 

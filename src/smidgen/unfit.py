@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -11,12 +12,25 @@ from transformers import PreTrainedModel
 from smidgen.errors import PlanError
 from smidgen.fields import LINEAR_ROLES
 from smidgen.inputs import position_limit, prompt_length
+from smidgen.kinds import is_norm
 from smidgen.lacked import resized
 from smidgen.method import Method, renewed
 from smidgen.recipe import Recipe
 from smidgen.rows import Row
-from smidgen.sites import Site, roles_found, shares_layers
+from smidgen.sites import ROLES, Site, roles_found, shares_layers
 from smidgen.sublayers import SUBLAYERS, UNKNOWN, no_interface
+
+# A norm in every place at once: what a method does with norms.
+_NORM = Site(
+    "norm",
+    "norm",
+    frozenset(ROLES),
+    (("weight", (1,)), ("bias", (1,))),
+    width_in=1,
+    width_out=1,
+    gain="weight",
+    bias="bias",
+)
 
 
 def no_match(method: Method, model: nn.Module, sites: Sequence[Site]) -> str:
@@ -30,10 +44,7 @@ def no_match(method: Method, model: nn.Module, sites: Sequence[Site]) -> str:
         text += f"; sublayers found: {', '.join(kinds)}"
     if method.overrides("tokens"):
         text += "; it does not embed the tokens of one text, so none can be added"
-    if not any(site.kind == "norm" for site in sites):
-        text += "; its norms have no parameters, so there is no gain or bias to tune"
-    if method.overrides("trains") and not any(site.bias for site in sites):
-        text += "; none of its maps and norms has a bias: LN() trains gains"
+    text += _of_norms(method, model, sites)
     if method.overrides("keys_values") and (classes := no_interface(model, sites)):
         text += f"; {', '.join(classes)} does not go through transformers' AttentionInterface, so no keys can be added"
         text += ": choose a method that adds none"
@@ -44,8 +55,28 @@ def no_match(method: Method, model: nn.Module, sites: Sequence[Site]) -> str:
     return text
 
 
+def _of_norms(method: Method, model: nn.Module, sites: Sequence[Site]) -> str:
+    """What a method that trains or scales norms, or biases, would need and this model has not."""
+    anywhere = replace(method, layers=None) if hasattr(method, "layers") else method
+    trained, norms = set(anywhere.trains(_NORM)), [site for site in sites if site.kind == "norm"]
+    text = ""
+    if (trained or anywhere.acts(_NORM)) and not norms:
+        if any(is_norm(m) and not type(m).__module__.startswith("torch.nn.utils") for m in model.modules()):
+            text = "; its norms have no parameters, so there is no gain or bias to tune"
+        elif any(hasattr(module, "running_mean") for module in model.modules()):
+            text = "; its norms are BatchNorms, whose statistics run, and no others"
+        else:
+            text = "; it has no norms"
+    if trained == {_NORM.bias} and not any(site.bias for site in sites):
+        text += "; none of its maps and norms has a bias" + (": LN() trains gains" if norms else "")
+    return text
+
+
 def _stacked(model: nn.Module, site: Site) -> bool:
-    convolution = hasattr(model.get_submodule(site.path), "kernel_size")
+    """Whether a site holds several matrices in one parameter. A convolution's weight has three axes too, also where it
+    is made of parts that lie in modules below it (weight norm)."""
+    parents = [site.path.rsplit(".", i)[0] for i in range(site.path.count(".") + 1)]
+    convolution = any(hasattr(model.get_submodule(path), "kernel_size") for path in parents)
     return not convolution and any(len(shape) == 3 and shape[0] > 1 for _, shape in site.terms)
 
 

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from smidgen.analyze.numbers import plain
+from smidgen.spelling import spelled
 
 if TYPE_CHECKING:
     from smidgen.data import Task
@@ -41,13 +42,13 @@ def show(data: Any, view: RenderableType, as_json: bool) -> None:
 
 def note(text: object) -> None:
     """One line on stderr, above a bar that may be there."""
-    line = " ".join(str(text).split())
+    line = spelled(" ".join(str(text).split()))
     print(typer.style(line, dim=True) if sys.stderr.isatty() else line, file=sys.stderr)
 
 
 def error(text: object) -> None:
     """One line on stderr that begins with `error:`."""
-    typer.echo(f"{typer.style('error:', fg='red')} {' '.join(str(text).split())}", err=True)
+    typer.echo(f"{typer.style('error:', fg='red')} {spelled(' '.join(str(text).split()))}", err=True)
 
 
 @contextmanager
@@ -137,8 +138,8 @@ def _next(*commands: str) -> Text:
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """File name -> bytes of a local folder."""
-    return {p.name: p.stat().st_size for p in sorted(folder.glob("*")) if p.is_file()}
+    """File name -> bytes of a local folder, hidden ones apart."""
+    return {p.name: p.stat().st_size for p in sorted(folder.glob("[!.]*")) if p.is_file()}
 
 
 def listing(folder: Path) -> Table:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smidgen.encode import IGNORED
+from smidgen.columns import IGNORED
 from smidgen.errors import DataError, nearest
 
 KINDS = ("empirical", "true", "expected")

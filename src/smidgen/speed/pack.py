@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from smidgen.language import IGNORED
+from smidgen.columns import IGNORED
 
 Example = dict[str, Any]
 
