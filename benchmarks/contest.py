@@ -51,7 +51,7 @@ def prepared(kind, model):
     if kind == "LN":
         config = peft.LNTuningConfig(target_modules=["LayerNorm"], **common)
     else:
-        config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["query", "value"], **common)
+        config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], **common)
     return peft.get_peft_model(model, config)
 
 

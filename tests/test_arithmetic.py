@@ -118,7 +118,7 @@ def test_average_and_its_weights():
 def test_ranks_are_joined():
     a, b = trained("LoRA(rank=2, alpha=8)", 1), trained("LoRA(rank=3, scaling='rslora')", 2)
     both = (a + b).on(h.bert())
-    assert str(both.recipe) == "LoRA(rank=5)"
+    assert str(both.recipe) == "LoRA(rank=5, alpha=None)"
     start, first, second = base(), plain(a), plain(b)
     close(plain(both), {n: first[n] if n in a.head else first[n] + second[n] - start[n] for n in start})
 
@@ -354,7 +354,7 @@ def line(error, part):
         ("LoRA(rank=2) | Select('random', keep=0.5)", "a part of LoRA(rank=2) does not add up"),
         ("IA3() + SSF()", "their changes multiply"),
         ("SSF() + BitFit()", "their changes multiply"),
-        ("LoRA(rank=9)", "the sum would be LoRA(rank=18), which is no recipe for this model"),
+        ("LoRA(rank=9)", "the sum would be LoRA(rank=18, alpha=None), which is no recipe for this model"),
     ],
 )
 def test_methods_that_do_not_add_up(recipe, why):

@@ -70,7 +70,7 @@ def test_doras_norm_is_a_constant_to_the_gradient():
     A, B = torch.randn(2, 4, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     m, site = torch.randn(3, dtype=torch.float64), None
     p = {"A": A, "B": B, "m": m}
-    DoRA(rank=2).after_with(p, x, x @ weight.T, {"weight": weight}, site).sum().backward()
+    DoRA(rank=2, alpha=2).after_with(p, x, x @ weight.T, {"weight": weight}, site).sum().backward()
     held = row_norms(weight + B.detach() @ A)
     expected = torch.autograd.grad((m / held * (x @ (weight + B @ A).T)).sum(), B)[0]
     torch.testing.assert_close(B.grad, expected)

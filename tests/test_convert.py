@@ -160,7 +160,7 @@ READ = {
     "lora dropout": (
         "bert",
         lora_config(target_modules=["key"], lora_alpha=4, lora_dropout=0.1, **CLS),
-        "LoRA(rank=4, target='key', dropout=0.1)",
+        "LoRA(rank=4, alpha=4, target='key', dropout=0.1)",
     ),
     "lora rs": (
         "llama",

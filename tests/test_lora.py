@@ -1,6 +1,8 @@
 """LoRA's scale and rates."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,15 @@ import torch
 import smidgen as sm
 from smidgen.attachment import trained_parameters
 from smidgen.errors import RecipeError
+from smidgen.lowrank import LowRank
+from smidgen.methods.dora import DoRA
+from smidgen.methods.mos import MoS
+from smidgen.methods.pissa import PiSSA
+from smidgen.methods.triadapt import TriAdaptLoRA
+from smidgen.recipe import Term
 from tests import helpers as h
+
+LOW_RANK = [cls for _, cls in sorted(Term.registry.items()) if issubclass(cls, LowRank)]
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 8.0), (16, 8.0), (16, None)])
@@ -16,6 +26,49 @@ def test_rslora_divides_by_the_root_of_the_rank(rank, alpha):
     wanted = (rank if alpha is None else alpha) / math.sqrt(rank)
     assert sm.LoRA(rank=rank, alpha=alpha, scaling="rslora").scale == wanted
     assert sm.LoRA(rank=rank, alpha=wanted * rank).scale == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 8, 64, 256])
+def test_the_default_strength_does_not_follow_the_rank(rank):
+    """s = 16 / rank, or 16 / sqrt(rank) for rsLoRA: never a scale that grows with the rank."""
+    for cls in (sm.LoRA, DoRA):
+        assert cls(rank=rank).scale == 16 / rank
+        assert cls(rank=rank, scaling="rslora").scale == pytest.approx(16 / math.sqrt(rank))
+    assert MoS(rank=rank).scale == TriAdaptLoRA(rank=rank).scale == 16 / rank
+    assert PiSSA(rank=rank).scale == 1  # its authors take alpha = rank
+
+
+@pytest.mark.parametrize("cls", LOW_RANK, ids=lambda c: c.__name__)
+def test_without_a_word_no_scale_grows_with_the_rank(cls):
+    scales = [cls(rank=rank).scale for rank in (2, 4, 8, 64, 512)]
+    assert scales == sorted(scales, reverse=True)
+
+
+@pytest.mark.parametrize("rank", [2, 8])
+def test_a_file_from_before_keeps_its_strength(rank, tmp_path):
+    """alpha was None by default and meant alpha = rank; files list every field, so they say so."""
+    old = json.loads((Path(__file__).parent / "data" / "terms_format_1.json").read_text())
+    old = [{**term, "rank": rank} for term in old if "alpha" in term]
+    assert len(old) == len(LOW_RANK)
+    recipe = sm.Recipe.from_json(sorted(old, key=lambda term: term["name"] != "LoRA"))
+    assert [term.alpha for term in recipe] == [None] * len(old)
+    assert [term.scale for term in recipe] == [1.0] * len(old)
+    assert sm.parse(str(recipe)) == recipe
+    assert "alpha=None" in str(recipe)
+    model = h.bert()
+    path = model.bert.encoder.layer[0].attention.self.query
+    weight = path.weight.detach().clone()
+    sm.attach(model, sm.Recipe(recipe.terms[:1]))
+    found = trained_parameters(model)
+    (a,), (b,) = (
+        [p for n, p in found.items() if n.endswith(s) and "0.attention.self.query" in n] for s in (".A", ".B")
+    )
+    torch.nn.init.normal_(b)
+    delta = sm.Delta.of(model)
+    delta.save(tmp_path)
+    sm.detach(model)
+    merged = sm.merge(model, sm.Delta.load(tmp_path)).bert.encoder.layer[0].attention.self.query.weight
+    torch.testing.assert_close(merged, weight + b @ a)
 
 
 def test_rslora_is_lora_with_another_alpha():

@@ -28,7 +28,7 @@ class LowRank(Method, abstract=True):
     """Base of the methods that add s * B ... A to linear maps; `LoRA` says what its fields are."""
 
     rank: int = 8
-    alpha: float | None = None
+    alpha: float | None = 16
     target: str | tuple[str, ...] = ("query", "value")
     layers: Layers = None
     exclude: str | tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class LowRank(Method, abstract=True):
 
     @property
     def scale(self) -> float:
-        """alpha / rank; 1 without alpha."""
+        """alpha / rank; alpha=None means alpha = rank."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def check(self, sites: Sequence[Site]) -> None:

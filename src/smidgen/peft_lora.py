@@ -86,7 +86,7 @@ def _fields(reader: Reader, rank: int) -> dict[str, Any]:
     alpha = config["lora_alpha"]
     if any(value != alpha for value in (config.get("alpha_pattern") or {}).values()):
         raise reader.refusal(f"alpha_pattern={config['alpha_pattern']} sets several strengths; a recipe has one alpha")
-    fields = {"rank": rank, "alpha": None if alpha == rank else alpha, "dropout": config.get("lora_dropout", 0.0)}
+    fields = {"rank": rank, "alpha": alpha, "dropout": config.get("lora_dropout", 0.0)}
     return {**fields, "scaling": "rslora"} if config.get("use_rslora") else fields
 
 

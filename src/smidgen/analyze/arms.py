@@ -64,7 +64,7 @@ class Bench:
 
     def _asked(self, arm: str, recipe: Recipe, selection: Selection | None) -> dict[str, Any]:
         kept = None if selection is None else selection.digest
-        asked = {"arm": arm, "recipe": str(recipe), "selection": kept, "data": self.task.fingerprint}
+        asked = {"arm": arm, "recipe": recipe.to_json(), "selection": kept, "data": self.task.fingerprint}
         return {**asked, "settings": dict(self.settings), "seed": self.seed, "split": self.split}
 
     def _train(self, arm: str, recipe: Recipe, selection: Selection | None) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def _run(
     name: str | os.PathLike[str], task: Task, recipe: Recipe, settings: dict[str, Any], kept: Path | None
 ) -> Changes:
     """One run, or its numbers where they are kept already."""
-    asked = {"model": os.fspath(name), "recipe": str(recipe), "data": task.fingerprint, "settings": settings}
+    asked = {"model": os.fspath(name), "recipe": recipe.to_json(), "data": task.fingerprint, "settings": settings}
     if kept is not None and kept.is_file():
         saved = read_json(kept)
         if saved.get("asked") != json.loads(json.dumps(asked)):

@@ -33,7 +33,8 @@ class LoRA(LowRank):
         B: (width_out, rank)  zeros
 
     Fields:
-        rank, alpha: width of the bottleneck and strength; alpha=None means alpha = rank.
+        rank, alpha: width of the bottleneck and strength. alpha does not follow the rank, so that ranks can be compared
+            at one learning rate; alpha=None means alpha = rank (s = 1, or sqrt(rank) with "rslora").
         target: roles ("query", "key", "value", "attention_out", "ff_in", "ff_out"), "linear" for every linear
             map in the blocks, or endings of module paths ("q_proj").
         layers: as in LN.

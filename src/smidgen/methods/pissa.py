@@ -30,13 +30,15 @@ class PiSSA(LoRA):
         B: (width_out, rank)  starts at B0
 
     Fields:
-        rank, alpha, target, layers, exclude, dropout, scaling, lr_ratio: as in LoRA.
+        rank, target, layers, exclude, dropout, scaling, lr_ratio: as in LoRA.
+        alpha: as in LoRA; None, the authors' choice, means alpha = rank. With scaling="rslora" give a number.
         iterations: of a randomised decomposition (4 is the authors' advice); None for an exact one.
 
     Departures: the authors take B0 A0 out of the stored weight; here the weight keeps its bits and the start is
     subtracted instead, which costs a second pair of products and puts A0 and B0 into the file.
     """
 
+    alpha: float | None = None
     iterations: int | None = None
 
     keeps: ClassVar[tuple[str, ...]] = ("A", "B")

@@ -47,7 +47,7 @@ class TriAdaptLoRA(LowRank):
         start, growth: rank at first, and by how much it grows; growth=None means half of rank.
         begin, every: shares of the training steps.
         orthogonality: strength of mean(|A A^T - I|_F, |B^T B - I|_F), added to the loss.
-        alpha, target, exclude, layers, dropout: as in LoRA; alpha=None means alpha = rank.
+        alpha, target, exclude, layers, dropout: as in LoRA.
 
     Departures: the paper's B, L and U all start at zero in the published file, where no gradient reaches anything. s
     keeps to the final rank, so that growth does not rescale what was learned. Exactly k maps grow also when scores are
