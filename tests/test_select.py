@@ -7,11 +7,13 @@ import math
 import random
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chi2
 
 import smidgen as sm
 from smidgen.attachment import is_attached, trained_parameters
@@ -20,9 +22,11 @@ from smidgen.errors import AttachError, DataError, DeltaError, PlanError, Recipe
 from smidgen.plan import resolve
 from smidgen.recipe import Recipe, parse
 from smidgen.runs import CHECKPOINT
-from smidgen.selection.budget import budget, choose, quotas
+from smidgen.selection.budget import budget, choose, quotas, rows_of
 from smidgen.selection.chosen import FILE, Selection
+from smidgen.selection.ready import random as random_scores
 from smidgen.selection.term import READY, SCOPES, SCORES, TRAINED
+from smidgen.selection.units import candidates, label_units
 from tests import helpers as h
 from tests.test_resume import Interrupted
 
@@ -291,6 +295,47 @@ def test_ties_go_to_what_comes_first_in_the_plan():
         assert kept[first].tolist() == list(range(16))
         assert kept[second].tolist() == list(range(4))
         assert not any(len(kept[name]) for name in rest)
+
+
+UNEQUAL = [  # recipe, granularity, scope, seeds; tensors differ in size by a factor of 20 and more
+    ("Full()", "tensor", "global", 200),
+    ("LN() + LoRA(rank=3, target='linear')", "tensor", "term", 200),
+    ("Full()", "layer", "global", 200),
+    ("Full(layers=0) + LoRA(rank=2)", "head", "global", 50),
+    ("LN(layers=0)", "element", "tensor", 200),
+]
+
+
+@pytest.mark.parametrize(("recipe", "granularity", "scope", "draws"), UNEQUAL)
+def test_random_is_uniform_over_units_of_unequal_size(recipe, granularity, scope, draws):
+    """How often each unit is kept over seeds, against equal chances within its scope: a chi-squared test."""
+    model, keep = h.bert(), 0.25
+    by = f"granularity='{granularity}', scope='{scope}', keep={keep}"
+    plan = resolve(model, f"{recipe} | Select('random', {by})")
+    (span,) = plan.recipe.narrowed
+    found = candidates(rows_of(plan, span))
+    unit, count = label_units(model, found, granularity)
+    group = dict.fromkeys(range(count), 0)
+    for c, part in zip(found, unit.split([c.size for c in found]), strict=True):
+        for u in set(part.tolist()) - {-1}:
+            kind = c.row.term_kinds[c.term] if scope == "term" else c.name if scope == "tensor" else 0
+            group[u] = kind
+    times = torch.zeros(count, dtype=torch.float64)
+    for seed in range(draws):
+        now = replace(span, by=replace(span.by, seed=seed))
+        scores = random_scores(model, plan, now, 0)
+        kept = choose(model, plan, now, scores)
+        mask = torch.cat([torch.zeros(c.size).index_fill(0, kept[c.name], 1) for c in found])
+        times[unit[mask.bool()].unique()] += 1
+    statistic, freedom = 0.0, 0
+    for kind in set(group.values()):
+        own = times[[u for u in range(count) if group[u] == kind]]
+        n, share = len(own), float(own.mean() / draws)
+        if 0 < share < 1:  # without replacement: the variance of a count is draws * p * (1 - p), correlation -1/(n - 1)
+            statistic += float((own - own.mean()).square().sum()) / (draws * share * (1 - share)) * (n - 1) / n
+            freedom += n - 1
+    assert freedom > 0
+    assert chi2.sf(statistic, freedom) > 1e-3, f"chi-squared {statistic:.0f} with {freedom} degrees of freedom"
 
 
 @pytest.mark.parametrize("scope", SCOPES)

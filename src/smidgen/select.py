@@ -27,7 +27,7 @@ from smidgen.scores.point import check_still
 from smidgen.scores.sample import Sample
 from smidgen.selection.budget import choose, rows_of
 from smidgen.selection.chosen import Selection, chosen_indices, narrowed_shapes
-from smidgen.selection.ready import READY, starts
+from smidgen.selection.ready import READY
 from smidgen.selection.term import SCOUT, Select
 
 Scores = Mapping[str, Tensor]
@@ -135,8 +135,7 @@ def _score(model: nn.Module, plan: Plan, span: Narrowing, means: Means) -> dict[
     if not isinstance(by, Select):
         raise RecipeError(f"{by} has no score")
     if by.score in READY:
-        start = starts(model, plan, span, means.seed)
-        return {name: READY[by.score](tensor, name, by.seed) for name, tensor in start.items()}
+        return READY[by.score](model, plan, span, means.seed)
     if means.task is None:
         raise DataError(f"{by} needs data to choose by: give task=; 'magnitude' and 'random' need none")
     check_still(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,21 +14,38 @@ from smidgen.plan import Plan
 from smidgen.recipe import Narrowing
 from smidgen.selection.budget import choose, rows_of
 from smidgen.selection.term import Select
+from smidgen.selection.units import candidates, label_units
 from smidgen.start import initial
 
-
-def magnitude(start: Tensor, name: str, seed: int) -> Tensor:
-    """|theta_0|."""
-    return start.detach().abs()
+Scores = dict[str, Tensor]
 
 
-def random(start: Tensor, name: str, seed: int) -> Tensor:
-    """Uniform in [0, 1), a function of (seed, name)."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+def magnitude(model: nn.Module, plan: Plan, span: Narrowing, seed: int) -> Scores:
+    """|theta_0|, of what starts at random by `seed`."""
+    return {name: tensor.detach().abs() for name, tensor in starts(model, plan, span, seed).items()}
+
+
+def random(model: nn.Module, plan: Plan, span: Narrowing, seed: int) -> Scores:
+    """Uniform in [0, 1), one draw for each unit: the mean of a draw for each value would lie the nearer to a half the
+    larger the unit is, and neither the best nor the worst units would be large ones."""
+    by: Any = span.by
+    found = candidates(rows_of(plan, span))
+    if by.granularity == "element":
+        return {c.name: _uniform(f"{by.seed}/{c.name}", *c.shape) for c in found}
+    unit, count = label_units(model, found, by.granularity)
+    draws = _uniform(f"{by.seed}/{by.granularity}", count)
+    values = torch.where(unit < 0, 0.0, draws[unit.clamp(min=0)]).split([c.size for c in found])
+    return {c.name: part.view(c.shape) for c, part in zip(found, values, strict=True)}
+
+
+def _uniform(name: str, *shape: int) -> Tensor:
+    """Uniform in [0, 1), a function of the name."""
+    digest = hashlib.sha256(name.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.rand(start.shape, dtype=torch.float64, generator=generator)
+    return torch.rand(shape, dtype=torch.float64, generator=generator)
 
 
+# score -> function(model, plan, span, seed of starts) -> saved name -> score of each value
 READY = {"magnitude": magnitude, "random": random}
 
 
@@ -56,7 +74,5 @@ def choose_ready(model: nn.Module, plan: Plan, seed: int) -> dict[str, Tensor]:
                 f"{by} needs data to choose: use fit, or attach(model, recipe, selection=smidgen.select(model, recipe, "
                 "task))"
             )
-        start = starts(model, plan, span, seed)
-        scores = {name: READY[by.score](tensor, name, by.seed) for name, tensor in start.items()}
-        indices |= choose(model, plan, span, scores)
+        indices |= choose(model, plan, span, READY[by.score](model, plan, span, seed))
     return indices

@@ -32,7 +32,7 @@ class Select(Filter):
         movement:   sum over w = `warmup` training steps of -theta * d loss / d theta
         scout:      (phi_w - phi_0)^2 of the tensors phi of another method, trained in the same places (LoFiT's gains)
         magnitude:  |theta_0|
-        random:     uniform, by `seed`
+        random:     uniform, by `seed`: one draw for each unit, whatever its size
 
     Fields:
         score: one of the above; a larger unit's score is the mean over its values.
