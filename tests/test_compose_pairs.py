@@ -15,7 +15,7 @@ from smidgen.checks.common import resting
 from smidgen.errors import AttachError, PlanError
 from smidgen.methods.prompt_tuning import PromptTuning
 from smidgen.recipe import Term
-from smidgen.testing import MODELS, case
+from smidgen.testing import MODELS, case, run_check
 from tests import helpers as h
 
 attach, merging = sys.modules["smidgen.attach"], sys.modules["smidgen.merge"]
@@ -124,6 +124,30 @@ def test_pairs_of_every_port_are_tried_in_both_orders():
     assert len({frozenset(names) for names in tried}) == len(list(combinations(PARTS, 2))) - 3  # in place twice
     assert sum((b, a) in tried for a, b in tried) > len(tried) / 2
     assert len([d for d in drawn(3, 16) if not refusal(d[1], d[0])]) >= 32
+
+
+FOLDED = ("LN()", "BitFit()", "BitFit(norms=False)", "Full()", "(Full() | Select('random', keep=0.5))", "LoRA(rank=2)",
+          "PiSSA(rank=2)", "MoS(rank=3)", "TriAdaptLoRA(rank=2)", "IA3()", "SSF()", "LoFiT()")  # fmt: skip
+READS = "DoRA(rank=2, target=('query', 'value', 'ff_out'))"
+
+
+def folded_pairs():
+    """Methods that fold, in an order drawn anew for each model; what reads the weight, before and behind each."""
+    generator = random.Random(0)
+    for model in ("bert", "gpt2"):
+        yield from ((model, READS, other) for other in FOLDED)
+        yield from ((model, other, READS) for other in FOLDED)
+    yield from (("gpt2", *generator.sample(pair, 2)) for pair in combinations(FOLDED, 2))
+
+
+@pytest.mark.parametrize(("model", "one", "two"), list(folded_pairs()), ids=str)
+def test_gradients_of_pairs_are_those_of_the_merged_weight(model, one, two):
+    try:
+        case(f"{one} + {two}", model).attach()
+    except PlanError as error:
+        assert "would be trained twice" in str(error)
+    else:
+        run_check("gradients_are_those_of_the_merged_weight", f"{one} + {two}", model)
 
 
 # What is asked is shown something broken

@@ -78,10 +78,10 @@ class Attachment:
         return part
 
     def whole_parts(self, model: nn.Module) -> dict[str, Tensor]:
-        """Name -> whole tensor, in master precision, of every existing tensor of which some values are trained."""
+        """Name -> whole tensor, in master precision and with gradient, of every existing tensor trained in part."""
         base = dict(self.base_tensors(model))
         return {
-            name: self._part(model, owners[0]).whole(base[name].to(master_dtype(base[name].dtype))).detach()
+            name: self._part(model, owners[0]).whole(base[name].to(master_dtype(base[name].dtype)))
             for name, owners in self.parts.items()
         }
 

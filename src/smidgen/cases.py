@@ -55,9 +55,9 @@ class Case:
             shake(trained_parameters(self.model).values(), perturb)
         return self.model
 
-    def loss(self) -> Tensor:
-        """A scalar that depends on every logit, with fixed random weights."""
-        logits = self.model(**self.inputs).logits.double()
+    def loss(self, logits: Tensor | None = None) -> Tensor:
+        """A scalar that depends on every logit, the model's own or those given, with fixed random weights."""
+        logits = (self.model(**self.inputs).logits if logits is None else logits).double()
         assert logits.requires_grad, "the output depends on nothing that is trained: no function of the method uses it"
         return (logits * torch.randn(logits.shape, dtype=torch.float64, generator=_generator(3))).sum()
 

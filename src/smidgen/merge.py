@@ -15,7 +15,7 @@ from smidgen.attach import attach, remove
 from smidgen.attachment import Attachment, attachment
 from smidgen.delta import Delta
 from smidgen.errors import AttachError
-from smidgen.fold import stored
+from smidgen.fold import live
 from smidgen.lacked import keep_note
 from smidgen.ports import fold
 from smidgen.untie import untie
@@ -46,7 +46,8 @@ def merge(model: nn.Module, delta: Delta | Sum[Delta] | None = None, dtype: torc
         attach(merged, delta)
     record = attachment(merged)
     _refuse(merged, record)
-    values = _folded(merged, record)
+    with torch.no_grad():
+        values = {name: value.detach() for name, value in folded(merged).items()}
     edited = {f"{path}.{term}" for path, _ in record.edits for term in ("weight", "bias")}
     remove(merged)
     before = {name: merged.get_parameter(name).detach() for name in values}
@@ -90,12 +91,13 @@ def _refuse(model: nn.Module, record: Attachment) -> None:
         raise AttachError(f"not to be folded into the weights, keep the delta attached: {listed}")
 
 
-def _folded(model: nn.Module, record: Attachment) -> dict[str, Tensor]:
-    """Parameter name -> merged value in master precision."""
-    values = {swap.name: swap.master.detach() for swap in record.swaps if swap.trained} | record.whole_parts(model)
+def folded(model: nn.Module) -> dict[str, Tensor]:
+    """Parameter name -> merged value in master precision, with gradient to what is trained, of an attached model."""
+    record = attachment(model)
+    values = {swap.name: swap.master for swap in record.swaps if swap.trained} | record.whole_parts(model)
     for path in dict.fromkeys(path for path, _ in record.edits):
         module: Any = model.get_submodule(path)
-        weight, bias = stored(module)
+        weight, bias = live(module)
         for edit in module.edits.values():
             weight, bias = fold(edit, weight, bias)
         values[f"{path}.weight"] = weight

@@ -122,7 +122,7 @@ class Method(Term, abstract=True):
     def after_with(self, p: Tensors, x: Tensor, y: Tensor, base: Tensors, site: Site) -> Tensor:
         """As `after`, from the module's own tensors too: `base` as in `from_base`, with earlier edits folded in.
 
-        They carry no gradient.
+        The weight carries no gradient, the bias does.
         """
         return y
 

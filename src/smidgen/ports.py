@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from smidgen.errors import AttachError
-from smidgen.fold import Pair, channels_back, channels_last, overlap, put_back, seen_from, stored
+from smidgen.fold import Pair, channels_back, channels_last, live, overlap, put_back, seen_from
 from smidgen.method import Method, Tensors
 from smidgen.sites import Site
 from smidgen.subsets import Part
@@ -162,18 +162,22 @@ def run_after(module: Any, args: tuple[Any, ...], output: Any) -> Any:
 
 
 def base_below(module: Any, level: int) -> Tensors:
-    """What an edit sees of its module's own tensors, with the edits before it folded in."""
+    """What an edit sees of its module's own tensors, with the edits before it folded in.
+
+    The weight carries no gradient. The bias does: what takes it off the output would else scale its gradient.
+    """
     *below, edit = list(module.edits.values())[: level + 1]
-    weight, bias = stored(module)
+    weight, bias = live(module)
     for other in below:
         if other.enabled and overlap(other.site, edit.site):
             weight, bias = fold(other, weight, bias)
-    return seen_from(edit.site, weight, bias)
+    seen = seen_from(edit.site, weight, bias)
+    return {**seen, "weight": seen["weight"].detach()}
 
 
 def fold(edit: Edit, weight: Tensor, bias: Tensor | None) -> Pair:
-    """One edit folded into a module's stored tensors; the method sees (width_out, width_in) and its own rows."""
-    site, p = edit.site, {symbol: tensor.detach() for symbol, tensor in edit.tensors().items()}
+    """One edit folded into a module's tensors; the method sees (width_out, width_in) and its own rows."""
+    site, p = edit.site, edit.tensors()
     seen = seen_from(site, weight, bias)
     part = edit.method.merge(p, seen["weight"], seen.get("bias"), site)
     if bias is None and part[1] is not None:

@@ -49,12 +49,12 @@ def clear(module: Any, args: tuple[Any, ...], output: Any) -> None:
 
 
 def current(module: Any, term: str) -> Tensor:
-    """A module's tensor with its chosen values put in, if it has any; not to be trained."""
-    tensor: Tensor = module._parameters[term].detach()
+    """A module's tensor with its chosen values put in, if it has any; with gradient to what of it is trained."""
+    tensor: Tensor = module._parameters[term]
     if not hasattr(module, "_subset_handles") or term not in module.subsets:
         return tensor
     part: Part = module.subsets[term]
-    return part.whole(tensor.to(part.values.dtype)).detach()
+    return part.whole(tensor.to(part.values.dtype))
 
 
 def check_free(module: Any, path: str) -> None:

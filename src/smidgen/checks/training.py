@@ -6,11 +6,13 @@ import copy
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
-from smidgen.attach import attach
-from smidgen.attachment import trained_parameters
+from smidgen.attach import attach, detach
+from smidgen.attachment import attachment, trained_parameters
 from smidgen.cases import Case, check
 from smidgen.checks.common import equal, resting
+from smidgen.merge import folded
 from smidgen.optim import optimizer
 from smidgen.watch import still
 
@@ -33,6 +35,25 @@ def gradient_reaches_every_tensor(case: Case) -> None:
     for name, p in trained_parameters(model).items():
         assert p.grad is not None, f"{name} has no gradient"
         assert name in excused or float(p.grad.abs().max()) > 0, f"the gradient of {name} is zero"
+
+
+@check
+def gradients_are_those_of_the_merged_weight(case: Case) -> None:
+    """Where `merge` says what the weights become, gradients are autograd's through these weights in a plain model."""
+    model = case.attach(perturb=0.1).eval()
+    if any(row.added and row.method.unmergeable(row.site) for row in attachment(model).plan.rows):
+        return
+    trained = trained_parameters(model)
+    case.loss().backward()
+    found = {name: p.grad for name, p in trained.items()}
+    values, plain = folded(model), copy.deepcopy(model)
+    detach(plain)
+    logits = functional_call(plain, values, kwargs=case.inputs).logits
+    wanted = torch.autograd.grad(case.loss(logits), list(trained.values()), allow_unused=True)
+    for (name, p), through in zip(trained.items(), wanted, strict=True):
+        pair = [torch.zeros_like(p) if g is None else g for g in (found[name], through)]
+        worst = float((pair[0] - pair[1]).abs().max() / pair[1].abs().max().clamp(min=1))
+        assert worst < 1e-9, f"the gradient of {name} is off by {worst:.2g}, relative to its largest value"
 
 
 @check

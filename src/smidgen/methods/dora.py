@@ -54,7 +54,7 @@ class DoRA(LoRA):
 
     def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
         v = weight + self.scale * (p["B"] @ p["A"])
-        return (p["m"] / _lengths(v))[:, None] * v, bias
+        return (p["m"] / _lengths(v.detach()))[:, None] * v, bias
 
 
 def _lengths(weight: Tensor) -> Tensor:
