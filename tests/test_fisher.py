@@ -1,16 +1,19 @@
 """fisher: every kind on every kind of task, at the base and at a delta; the model untouched; what is wrong is said."""
 
+import copy
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 
 import smidgen as sm
 from smidgen.attachment import trained_parameters
 from smidgen.cases import shake
 from smidgen.errors import AttachError, DataError, DeltaError, PlanError
+from smidgen.merge import folded
 from smidgen.scores import record, rules
 from smidgen.scores.fisher import attached_fisher, attached_mean_gradients, fisher, mean_gradients
 from smidgen.scores.likelihood import Likelihood
@@ -85,6 +88,25 @@ def test_after_a_warm_up_on_what_is_attached(task):
     agree(found, one_by_one(model, whole(task)))
     with pytest.raises(AttachError, match="attached_fisher"):
         of(model, task)
+
+
+@pytest.mark.parametrize("recipe", ["DoRA(rank=2) + BitFit()", "SSF() + DoRA(rank=2)", "IA3() + DoRA(rank=2) + Full()"])
+def test_beside_a_method_that_reads_the_weight(recipe, task):
+    """Against autograd through the merged weights of a plain model, one example at a time."""
+    model = sm.attach(text_model("bert"), recipe)
+    shake(trained_parameters(model).values(), 0.3)
+    sample = whole(task, 4)
+    found = attached_fisher(model, sample)
+    plain = copy.deepcopy(model)
+    sm.detach(plain)
+    tensors = {name: p for name, p in trained_parameters(model).items() if name in found}
+    wanted = dict.fromkeys(tensors, 0)
+    for place in range(len(sample)):
+        inputs, labels = sample.batch([place], torch.device("cpu"))
+        logits = functional_call(plain, folded(model), kwargs=inputs).logits
+        grads = torch.autograd.grad(score(sample.kind, logits, labels), list(tensors.values()))
+        wanted = {name: wanted[name] + g.square() / len(sample) for name, g in zip(tensors, grads, strict=True)}
+    agree(found, wanted)
 
 
 def test_mean_gradients(task):
