@@ -126,28 +126,31 @@ def test_pairs_of_every_port_are_tried_in_both_orders():
     assert len([d for d in drawn(3, 16) if not refusal(d[1], d[0])]) >= 32
 
 
-FOLDED = ("LN()", "BitFit()", "BitFit(norms=False)", "Full()", "(Full() | Select('random', keep=0.5))", "LoRA(rank=2)",
-          "PiSSA(rank=2)", "MoS(rank=3)", "TriAdaptLoRA(rank=2)", "IA3()", "SSF()", "LoFiT()")  # fmt: skip
+TWICE = (
+    "LN()",
+    "BitFit()",
+    "BitFit(norms=False)",
+    "Full()",
+    "(Full() | Select('random', keep=0.5))",
+)  # but 1st and 3rd
+FOLDED = (*TWICE, "LoRA(rank=2)", "PiSSA(rank=2)", "MoS(rank=3)", "TriAdaptLoRA(rank=2)", "IA3()", "SSF()", "LoFiT()")
 READS = "DoRA(rank=2, target=('query', 'value', 'ff_out'))"
 
 
 def folded_pairs():
-    """Methods that fold, in an order drawn anew for each model; what reads the weight, before and behind each."""
+    """Methods that fold, two by two, in an order drawn anew; what reads the weight, before and behind each."""
     generator = random.Random(0)
     for model in ("bert", "gpt2"):
         yield from ((model, READS, other) for other in FOLDED)
         yield from ((model, other, READS) for other in FOLDED)
-    yield from (("gpt2", *generator.sample(pair, 2)) for pair in combinations(FOLDED, 2))
+    for pair in combinations(FOLDED, 2):
+        if pair == (TWICE[0], TWICE[2]) or not set(pair) <= set(TWICE):
+            yield ("gpt2", *generator.sample(pair, 2))
 
 
 @pytest.mark.parametrize(("model", "one", "two"), list(folded_pairs()), ids=str)
 def test_gradients_of_pairs_are_those_of_the_merged_weight(model, one, two):
-    try:
-        case(f"{one} + {two}", model).attach()
-    except PlanError as error:
-        assert "would be trained twice" in str(error)
-    else:
-        run_check("gradients_are_those_of_the_merged_weight", f"{one} + {two}", model)
+    run_check("gradients_are_those_of_the_merged_weight", f"{one} + {two}", model)
 
 
 # What is asked is shown something broken

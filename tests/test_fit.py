@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import smidgen as sm
 from smidgen.attachment import trained_parameters
 from smidgen.batches import ShuffledBatches
 from smidgen.cases import shake
-from smidgen.errors import AttachError, ModelError, TrainError
+from smidgen.errors import AttachError, ModelError, SmidgenError, TrainError
 from smidgen.evaluate import Scores
 from smidgen.objective import Objective, StayClose, TaskLoss
 from smidgen.plan import resolve
@@ -186,6 +187,72 @@ def test_stay_close_keeps_a_language_model_near_its_base(tmp_path):
             tuned = h.logits(model, **inputs).log_softmax(-1)
         far[weight] = float((base.exp() * (base - tuned)).sum(-1).mean())
     assert far[20.0] < 0.5 * far[None], far
+
+
+def by_hand(kind, weight, loss, tuned, base, labels):
+    """Loss plus weight times KL(base || tuned), summed in plain loops over what carries a label."""
+    p, q = base.double().softmax(-1), tuned.double().softmax(-1)
+    terms = []
+    for row in range(len(labels)):
+        if kind == "classification":
+            terms.append(float((p[row] * (p[row] / q[row]).log()).sum()))
+            continue
+        for place, label in enumerate(labels[row].tolist()):
+            at = place - 1 if kind == "causal-lm" else place  # a causal label is predicted from the token before it
+            if label != -100 and at >= 0:
+                terms.append(float((p[row, at] * (p[row, at] / q[row, at]).log()).sum()))
+    return float(loss) + weight * sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize("kind", ["classification", "tokens", "causal-lm"])
+def test_stay_close_is_taken_where_the_labels_stand(kind):
+    """Token labels belong to their own positions, a causal model's to the position before; shapes do not tell."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (3,) if kind == "classification" else (3, 6)
+    labels = torch.randint(0, 4, shape, generator=generator)
+    if kind != "classification":
+        labels[0, :3], labels[2, 4:] = -100, -100
+    tuned, base = (3 * torch.randn(*shape, 4, generator=generator) for _ in range(2))
+    outputs, reference = (SimpleNamespace(logits=x, loss=torch.tensor(0.5)) for x in (tuned, base))
+    found = StayClose(0.7).on(kind)(outputs, {"labels": labels}, reference)
+    assert float(found) == pytest.approx(by_hand(kind, 0.7, 0.5, tuned, base, labels), rel=1e-5)
+    assert repr(StayClose(0.7).on(kind)) == "StayClose(weight=0.7)"  # what a run's folder says
+
+
+def test_stay_close_while_tagging(tmp_path):
+    """In `fit` and in a warm-up, the task says what a label belongs to."""
+    task = h.task(tmp_path / "tags", 12, 6, tagged)
+    assert task.kind == "tokens"
+    model = h.build("bert", "AutoModelForTokenClassification", num_labels=3)
+    found = []
+
+    @dataclass(frozen=True)
+    class Watched(StayClose):
+        def __call__(self, outputs, batch, reference=None):
+            loss = super().__call__(outputs, batch, reference)
+            logits = (outputs.logits.detach(), reference.logits)
+            found.append((loss.item(), by_hand("tokens", self.weight, outputs.loss.detach(), *logits, batch["labels"])))
+            return loss
+
+    fit(task, "LN()", model, epochs=1, objective=Watched(5.0))
+    here = len(found)
+    sm.select(
+        model, "LN() | Select('change', warmup=2)", task, tokenizer=h.tokenizer(), objective=Watched(5.0), batch_size=4
+    )
+    assert len(found) > here > 1
+    assert [a for a, _ in found] == pytest.approx([b for _, b in found], rel=1e-4)
+
+
+def test_stay_close_refuses_what_it_cannot_do(tmp_path):
+    logits = SimpleNamespace(logits=torch.zeros(2, 3, 4), loss=torch.tensor(0.0))
+    with pytest.raises(SmidgenError, match=r"do not fit kind=None; StayClose\(kind='tokens'\)") as error:
+        StayClose()(logits, {"labels": torch.zeros(2, 3, dtype=torch.long)}, logits)
+    assert "\n" not in str(error.value)
+    scores = h.task(tmp_path / "r", 8, 4, lambda n, start=0: [{"text": "a film", "label": 0.5 + i} for i in range(n)])
+    assert scores.kind == "regression"
+    model = h.bert(num_labels=1)
+    with h.untouched(model), pytest.raises(SmidgenError, match="a regression has none"):
+        fit(scores, "LN()", model, objective=StayClose())
 
 
 def test_the_reference_is_the_base(task):

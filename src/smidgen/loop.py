@@ -63,7 +63,7 @@ class Loop:
         if settings.batching == PACK:
             check_kind(task.kind)
         self.model, self.recipe, self.task, self.settings = model, recipe, task, settings
-        self.selection, self.shared, self.objective = selection, shared, objective
+        self.selection, self.shared, self.objective = selection, shared, objective.on(task.kind)
         self.tokenizer = tokenizer or tokenizer_of(model)
         self.main, self.world = self.accelerator.is_main_process, self.accelerator.num_processes
         self.folder = RunFolder(out, writer=self.main)

@@ -75,12 +75,12 @@ def _steps(
 ) -> None:
     trained, adam = trained_parameters(model), optimizer(model, course.lr, course.head_lr)
     rates = [group["lr"] for group in adam.param_groups]
-    batches = _batches(task, course, tokenizer)
+    batches, objective = _batches(task, course, tokenizer), (course.objective or TaskLoss()).on(task.kind)
     for step in range(course.steps):
         for group, rate in zip(adam.param_groups, rates, strict=True):
             group["lr"] = rate * min(1.0, (step + 1) / max(1, course.steps // 10))
         batch = {k: v.to(next(model.parameters()).device) for k, v in next(batches).items()}
-        loss = _loss(model, batch, course.objective or TaskLoss())
+        loss = _loss(model, batch, objective)
         if not torch.isfinite(loss):
             raise TrainError(
                 f"the loss is {float(loss.detach())} at step {step} of the warm-up for Select; try a lower lr"
