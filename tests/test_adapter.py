@@ -1,6 +1,7 @@
 """Adapters: where a sublayer begins and ends, the formula, counts, and what they compose with."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -93,6 +94,17 @@ def test_bert_does_what_the_formula_says(form):
         for name in delta.head:
             plain.get_parameter(name).copy_(delta.tensors[name])
     torch.testing.assert_close(subject.run(plain), subject.run(), rtol=1e-12, atol=1e-12)
+
+
+def test_houlsby_has_the_tanh_form_of_gelu():
+    """0.5 z (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))), value by value."""
+    method = sm.parse("Houlsby").terms[0]
+    z = torch.linspace(-4, 4, 33, dtype=torch.float64)
+    wanted = [0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) for v in z.tolist()]
+    p = {"D": torch.ones(1, 1), "d": torch.zeros(1), "U": torch.ones(1, 1), "u": torch.zeros(1)}
+    found = method.after({k: v.double() for k, v in p.items()}, z[:, None], z[:, None], None) - z[:, None]
+    torch.testing.assert_close(found[:, 0], torch.tensor(wanted, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(found[:, 0], torch.nn.functional.gelu(z), atol=1e-5)
 
 
 def test_the_parallel_form_is_not_the_sequential_one():

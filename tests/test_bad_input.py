@@ -1,6 +1,7 @@
 """A mistake of a user's is told in one line: what was wrong, what was found, what would work."""
 
 import copy
+import dataclasses
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 
@@ -13,6 +14,7 @@ import smidgen as sm
 from smidgen.attachment import trained_parameters
 from smidgen.cli import main
 from smidgen.errors import AttachError, DeltaError, PlanError, RecipeError, SmidgenError
+from smidgen.recipe import Term
 from smidgen.testing import shake, tiny
 from tests import helpers as h
 
@@ -425,3 +427,23 @@ def test_offsets_of_heads_add_up():
     for name, tensor in whole.tensors.items():
         if name not in whole.head:
             torch.testing.assert_close(tensor, a.tensors[name] + 0.5 * b.tensors[name])
+
+
+FLAGS = [
+    (cls, f.name)
+    for _, cls in sorted(Term.registry.items())
+    for f in dataclasses.fields(cls)
+    if type(f.default) is bool and cls.__module__.startswith("smidgen.")
+]
+
+
+@pytest.mark.parametrize(("cls", "name"), FLAGS, ids=lambda v: getattr(v, "__name__", v))
+@pytest.mark.parametrize("value", ["no", "False", 0, None])
+def test_a_switch_is_true_or_false(cls, name, value):
+    """'no' would count as yes."""
+    with pytest.raises(RecipeError, match=f"{name}={value!r} must be True or False"):
+        cls(**{name: value})
+
+
+def test_every_switch_is_tried():
+    assert {name for _, name in FLAGS} >= {"norms", "convs", "shift", "cross"}

@@ -306,6 +306,15 @@ def test_the_network_is_dropped_on_saving(tmp_path):
     assert torch.equal(h.logits(model), before)
 
 
+@pytest.mark.parametrize("mlp", [None, 4, 100, 800])
+def test_keys_and_values_start_equally_wide_with_and_without_a_network(mlp):
+    torch.manual_seed(0)
+    method, site = sm.Prefix(30, mlp=mlp), SimpleNamespace(heads=8, head_dim=32)
+    start = method.settle(method.init(site), site)
+    for symbol in "KV":
+        assert float(start[symbol].square().mean().sqrt()) == pytest.approx(0.02, rel=0.1)
+
+
 def test_the_network_says_what_the_formula_says():
     method, site = sm.Prefix(3, mlp=4), SimpleNamespace(heads=2, head_dim=5)
     p = {k: v.double() for k, v in method.init(site).items()}

@@ -182,6 +182,13 @@ def test_it_starts_at_rows_of_the_vocabulary():
     P = trained_parameters(model)["bert.embeddings.word_embeddings.edits.0.P"]
     assert all((row == table).all(1).any() for row in P)
     sm.detach(model)
+    for seed in range(5):  # all 20 rows once, as in the authors' code; more than there are only with some twice
+        sm.attach(model, "PromptTuning(length=20)", seed=seed)
+        P = trained_parameters(model)["bert.embeddings.word_embeddings.edits.0.P"]
+        assert sorted(P.tolist()) == sorted(table.tolist())
+        sm.detach(model)
+    sm.attach(model, "PromptTuning(length=25)")
+    sm.detach(model)
     sm.attach(model, "PromptTuning(length=5, start='uniform')")
     P = trained_parameters(model)["bert.embeddings.word_embeddings.edits.0.P"]
     assert float(P.detach().abs().max()) <= 0.5

@@ -42,12 +42,12 @@ class Adapter(Method):
         width: of the bottleneck.
         form: "sequential" or "parallel".
         scale: s.
-        activation: "gelu" (Houlsby), "relu" (Pfeiffer, He), "silu", "tanh" or "identity".
+        activation: "gelu_tanh" (Houlsby: the tanh form), "relu" (Pfeiffer, He), "gelu", "silu", "tanh" or "identity".
         layers: as in LN.
 
     Departures: Houlsby draws both matrices from a narrow normal distribution (near identity), here U is zero as in He
-    et al. (identity). Houlsby and Pfeiffer train norms as well: add LN(). The adapter acts before the dropout of the
-    sublayer's output.
+    et al. (identity). Houlsby trains the norms as well: add LN(). Pfeiffer's adapter reads LN(f + x), with the block's
+    own frozen norm, and adds to f; here D reads f. The adapter acts before the dropout of the sublayer's output.
     """
 
     site: str | tuple[str, ...] = ("attention", "feed_forward")

@@ -43,17 +43,18 @@ class Compacter(Method):
         width: of the bottleneck, a multiple of blocks.
         blocks: the number n of Kronecker products; it divides the model's width as well.
         rank: of each factor that a site has of its own.
-        site, activation, layers: as in Adapter.
+        site, activation, layers: as in Adapter; "gelu_tanh" is the authors'.
 
-    Departures: the paper draws w as it draws s, and S so narrow that the start is nearly the identity; here w is zero,
-    so the start is the identity.
+    Departures: the paper draws w as it draws s, and its runs S with a standard deviation of 1e-4, so that the start is
+    nearly the identity; here w is zero, so the start is the identity, and S is wider, because what reaches w passes S
+    twice.
     """
 
     width: int = 24
     blocks: int = 4
     rank: int = 1
     site: str | tuple[str, ...] = ("attention", "feed_forward")
-    activation: str = "gelu"
+    activation: str = "gelu_tanh"
     layers: Layers = None
 
     lr: ClassVar[float] = 1e-2

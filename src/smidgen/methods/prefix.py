@@ -31,7 +31,7 @@ class Prefix(Method):
         E: (length, mlp)  normal, standard deviation 1
         W1: (mlp, mlp)  uniform in +-1/sqrt(mlp)
         b1: (mlp,)  zeros
-        W2: (2 * heads * head_dim, mlp)  normal, standard deviation 0.02 / sqrt(mlp)
+        W2: (2 * heads * head_dim, mlp)  normal, so wide that K and V start as they do without it
         b2: (2 * heads * head_dim,)  zeros
 
     Fields:
@@ -40,7 +40,9 @@ class Prefix(Method):
         cross: cross-attention as well, where there is one.
         layers: as in LN.
 
-    Departures: the paper draws the prefix from one table and network for all layers; here each layer has its own.
+    Departures: the paper draws the prefix from one table and network for all layers; here each layer has its own. The
+    recipe MAM of He et al. trains its prefix through a network of width 800; by its name it has none here, and is saved
+    the same with mlp=800.
     Positions of the text stay what they are: a prefix has none. A causal text sees all of the prefix.
     """
 
@@ -70,11 +72,13 @@ class Prefix(Method):
             shape = (site.heads, self.length, site.head_dim)
             return {"K": 0.02 * torch.randn(shape), "V": 0.02 * torch.randn(shape)}
         width, bound = 2 * site.heads * site.head_dim, 1 / math.sqrt(self.mlp)
+        E, W1 = torch.randn(self.length, self.mlp), torch.empty(self.mlp, self.mlp).uniform_(-bound, bound)
+        hidden = torch.tanh(F.linear(E, W1)).square().sum(1).mean()  # what a variance of 1 in W2 would become
         return {
-            "E": torch.randn(self.length, self.mlp),
-            "W1": torch.empty(self.mlp, self.mlp).uniform_(-bound, bound),
+            "E": E,
+            "W1": W1,
             "b1": torch.zeros(self.mlp),
-            "W2": 0.02 * bound * torch.randn(width, self.mlp),
+            "W2": 0.02 / hidden.sqrt() * torch.randn(width, self.mlp),
             "b2": torch.zeros(width),
         }
 

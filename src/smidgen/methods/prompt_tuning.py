@@ -23,7 +23,7 @@ class PromptTuning(Method):
         h = model([P; E(text)])        [CLS] models: [E(CLS); P; E(rest)]
 
     Shapes:
-        P: (length, width_out)  rows of the embedding drawn at random, or uniform in +-0.5
+        P: (length, width_out)  different rows of the embedding, drawn at random, or uniform in +-0.5
 
     Fields:
         length: number of vectors.
@@ -55,7 +55,9 @@ class PromptTuning(Method):
     def from_base(self, p: Tensors, base: Tensors, site: Site) -> dict[str, Tensor]:
         if self.start == "uniform":
             return dict(p)
-        rows = torch.randint(len(base["weight"]), (self.length,))
+        count = len(base["weight"])
+        again = self.length > count  # as the authors' code: twice only where there are not enough
+        rows = torch.randint(count, (self.length,)) if again else torch.randperm(count)[: self.length]
         return {"P": base["weight"][rows.to(base["weight"].device)].clone()}
 
     def tokens(self, p: Tensors, site: Site) -> Tensor:

@@ -53,6 +53,7 @@ class SSF(Method):
     def __post_init__(self) -> None:
         names_field("SSF", "target", self.target)
         flag("SSF", "norms", self.norms)
+        flag("SSF", "convs", self.convs)
         flag("SSF", "shift", self.shift)
         layers_field("SSF", self.layers)
 
