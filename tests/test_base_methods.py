@@ -8,13 +8,14 @@ import transformers as T
 from torch.nn import functional as F
 
 import smidgen as sm
-from smidgen.attachment import trained_parameters
+from smidgen.attachment import attachment, trained_parameters
 from smidgen.delta import Delta
-from smidgen.errors import AttachError, PlanError, RecipeError
+from smidgen.errors import AttachError, PlanError, RecipeError, SmidgenError
 from smidgen.methods.dora import DoRA
 from smidgen.methods.pissa import PiSSA
+from smidgen.recipe import as_recipe
 from smidgen.rows import START
-from smidgen.testing import CHECKS, case, run_check, shake
+from smidgen.testing import CHECKS, case, run_check, shake, tiny
 from tests import helpers as h
 
 SUMS = (
@@ -230,3 +231,92 @@ def test_counts_are_the_closed_forms():
 def test_wrong_fields_are_one_line(build, message):
     with pytest.raises(RecipeError, match=message):
         build()
+
+
+# IA3 with other targets
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model"),
+    [
+        ("IA3(target=('query', 'attention_out', 'ff_in'), inputs=('attention_out', 'ff_in'))", "bert"),
+        ("IA3(target='linear', inputs=())", "llama"),
+        ("IA3(target=('c_attn', 'ff_out'), inputs='c_attn')", "gpt2"),
+    ],
+)
+def test_ia3_at_other_maps_is_the_formula(recipe, model):
+    """y_j = l_j (sum_k W_jk x_k + b_j), or sum_k W_jk l_k x_k + b_j, from plain loops over the modules' own weights."""
+    subject = case(recipe, model)
+    plain = copy.deepcopy(subject.model)
+    subject.attach(perturb=0.3)
+    method, count = as_recipe(recipe).terms[0], 0
+    for row in attachment(subject.model).plan.rows:
+        l = trained_parameters(subject.model)[row.name("l")].detach()  # noqa: E741 (the paper's symbol)
+        module, inner = plain.get_submodule(row.site.path), row.site.path.endswith(INNER[recipe])
+        weight = module.weight.data.T if row.site.transposed else module.weight.data
+        assert method.enters(row.site) == inner
+        assert l.shape == (weight.shape[1 if inner else 0],)
+        for j in range(len(weight)):
+            if inner:
+                weight[j] *= l
+            else:
+                weight[j] *= l[j]
+                if module.bias is not None:
+                    module.bias.data[j] *= l[j]
+        count += 1
+    assert count >= 4
+    for name in Delta.of(subject.model).head:
+        plain.get_parameter(name).data.copy_(trained_parameters(subject.model)[name].detach())
+    torch.testing.assert_close(subject.run(plain), subject.run(), rtol=1e-10, atol=1e-10)
+
+
+INNER = {
+    "IA3(target=('query', 'attention_out', 'ff_in'), inputs=('attention_out', 'ff_in'))": (
+        "attention.output.dense",
+        "intermediate.dense",
+    ),
+    "IA3(target='linear', inputs=())": (),
+    "IA3(target=('c_attn', 'ff_out'), inputs='c_attn')": ("attn.c_attn",),
+}
+
+
+@pytest.mark.parametrize("recipe", INNER)
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize("check", ["starts_as_identity", "acts", "merges", "gradients_are_those_of_the_merged_weight"])
+def test_ia3_at_other_maps_conforms(check, model, recipe):
+    if ("c_attn" in recipe and model != "gpt2") or ("query" in recipe and model == "gpt2"):
+        pytest.skip("other names")
+    run_check(check, recipe, model)
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "said"),
+    [
+        ("gpt2", "IA3(target='query', inputs='query')", "whose slices share one input; scale its output, or name the"),
+        (
+            "bert",
+            "IA3(target='qeury')",
+            "IA3: target names 'qeury', which this model does not have; did you mean 'query'",
+        ),
+        ("bert", "IA3(inputs=('ff_out', 'nowhere'))", "IA3: inputs names 'nowhere'"),
+        ("bert", "IA3(target=())", "target=() must be a name"),
+        ("bert", "IA3(inputs=3)", "inputs=3 must be a name"),
+    ],
+)
+def test_ia3_refuses_what_is_not_there(model, recipe, said):
+    with pytest.raises(SmidgenError) as error:
+        sm.attach(tiny(model), recipe)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_heads_of_an_ia3_that_scales_outputs():
+    """A vector on the output map's outputs belongs to no head; on its inputs it does, on the queries' outputs too."""
+    for inputs, heads in (((), False), ("attention_out", True)):
+        model, recipe = h.bert(), sm.IA3(target="attention_out", inputs=inputs) | sm.Select("random", 1, "head")
+        if heads:
+            kept = sm.select(model, recipe).indices
+            assert sum(map(len, kept.values())) == 8
+        else:
+            with pytest.raises(SmidgenError, match="granularity='head' needs"):
+                sm.select(model, recipe)

@@ -201,6 +201,22 @@ READ = {
         "LoRA(rank=4, alpha=6, target='lm_head')",
     ),
     "ia3 llama": ("llama", ia3_config(["k_proj", "v_proj", "down_proj"], ["down_proj"]), "IA3()"),
+    "ia3 outputs": ("llama", ia3_config(["k_proj", "v_proj"], []), "IA3(target=('key', 'value'), inputs=())"),
+    "ia3 gpt2": (
+        "gpt2",
+        ia3_config(["c_attn", "mlp.c_proj"], ["mlp.c_proj"], fan_in_fan_out=True),
+        "IA3(target=('attn.c_attn', 'mlp.c_proj'))",
+    ),
+    "ia3 bert": (
+        "bert",
+        ia3_config(["key", "value", "output.dense"], ["output.dense"], **CLS),
+        "IA3(target=('key', 'value', 'attention_out', 'ff_out'), inputs=('attention_out', 'ff_out'))",
+    ),
+    "ia3 all": (
+        "llama",
+        ia3_config(["q_proj", "up_proj", "o_proj"], ["q_proj"]),
+        "IA3(target=('o_proj', 'q_proj', 'up_proj'), inputs='query')",
+    ),
     "ia3 t5": ("t5", ia3_config(["k", "v", "wo"], ["wo"]), "IA3()"),
     "ia3 score": (
         "llama-score",
@@ -228,13 +244,15 @@ def test_reads_what_peft_wrote(case: str, tmp_path: Path) -> None:
 WRITE = {
     "bert": ("LN()", "LN(which='output', layers='top:2')", "LN(which='embedding')", "LoRA(rank=2)"),
     "roberta": ("LN()", "LoRA(rank=2, alpha=5, target='linear', layers=1)"),
-    "distilbert": ("LN()", "IA3()"),
+    "distilbert": ("LN()", "IA3()", "IA3(target=('query', 'ff_in', 'ff_out'), inputs=('query', 'ff_in'))"),
     "modernbert": ("LN()",),
     "llama": (
         "LN()",
         "LoRA(rank=2, alpha=3, target='linear')",
         "IA3()",
         "IA3(layers=(0, 2))",
+        "IA3(target='linear', inputs=())",
+        "IA3(layers=1, target=('o_proj', 'up_proj'), inputs='ff_in')",
         "LN(layers=0)",
     ),
     "llama-score": ("LN()", "LoRA(rank=2, target=('query', 'ff_out'), layers='top:2')", "IA3()"),
@@ -281,6 +299,7 @@ def test_one_term_of_a_norm(term: str, tmp_path: Path) -> None:
         ("gpt2", "IA3()"),
         ("modernbert", "LoRA(rank=2, target='value')"),
         ("modernbert", "IA3()"),
+        ("gpt2", "IA3(target='c_attn', inputs='c_attn')"),
     ],
 )
 def test_slices_become_one_block(name: str, recipe: str, tmp_path: Path) -> None:
@@ -471,27 +490,20 @@ def test_tensors_refused(change: Callable[..., Any], message: str, lora: tuple[P
             ln_config("LayerNorm", modules_to_save=["classifier", "pooler"]),
             r"modules_to_save holds bert\.pooler",
         ),
-        (
-            "llama",
-            ia3_config(["k_proj", "v_proj"], []),
-            r"nearest is IA3\(\), which lacks nothing and also trains .*down_proj",
-        ),
-        (
-            "gpt2",
-            ia3_config(["c_attn", "mlp.c_proj"], ["mlp.c_proj"], fan_in_fan_out=True),
-            "c_attn scales what is neither",
-        ),
-        (
-            "bert",
-            ia3_config(["key", "value", "output.dense"], ["output.dense"]),
-            "attention.output.dense scales what",
-        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_adapters_refused(name: str, config: Any, message: str, tmp_path: Path) -> None:
     base, _ = from_theirs(name, copy.deepcopy(config), tmp_path)
     with pytest.raises(DeltaError, match=message):
+        from_peft(tmp_path, base)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (3, 1), (2, 8)])
+def test_a_vector_of_another_width_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    base, _ = from_theirs("llama", ia3_config(["k_proj", "v_proj"], []), tmp_path)
+    edit_tensors(tmp_path, lambda t: t.update({name: torch.ones(shape) for name in list(t) if "0.self_attn.k" in name}))
+    with pytest.raises(DeltaError, match=r"k_proj\.ia3_l has shape .*, this model needs"):
         from_peft(tmp_path, base)
 
 

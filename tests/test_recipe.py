@@ -1,5 +1,7 @@
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ from smidgen.methods.ia3 import IA3
 from smidgen.methods.ln import LN, WHICH
 from smidgen.methods.lora import LoRA
 from smidgen.plan import resolve
-from smidgen.recipe import Recipe, Term, as_recipe, parse
+from smidgen.recipe import Recipe, Term, as_recipe, parse, registry
 
 layers = st.one_of(st.none(), st.integers(0, 40), st.sampled_from(["top:2", "bottom:1", "2:5"]), st.just((0, 5)))
 methods = st.one_of(
@@ -51,6 +53,28 @@ def test_sum_is_associative_and_spelled_shortly():
 def test_saved_form_lists_every_field():
     fields = {"rank", "alpha", "target", "layers", "exclude", "dropout", "scaling", "lr_ratio"}
     assert set(LoRA().to_json()) == {"name", *fields}
+
+
+def test_every_term_of_an_older_file_means_what_it_meant():
+    """Files of format 1 as they were before fields were added and defaults changed; each keeps what it says."""
+    old = json.loads((Path(__file__).parent / "data" / "terms_format_1.json").read_text())
+    named = {entry["name"] for entry in old if "name" in entry}
+    assert named == {n for n, c in registry().items() if c.__module__.startswith("smidgen.methods.")}, "none left out"
+    for entry in old:
+        (term,) = Recipe.from_json([entry]).terms
+        said = (entry["narrow"][0] if "narrow" in entry else entry).items()
+        assert {k: as_tuple(v) for k, v in said if k != "name"}.items() <= vars(term).items()
+        added = {k: v for k, v in vars(term).items() if k not in dict(said)}
+        assert added == type(term).later
+
+
+def as_tuple(value):
+    return tuple(value) if isinstance(value, list) else value
+
+
+def test_a_field_that_no_older_file_lacks_is_missed():
+    with pytest.raises(RecipeError, match="saved LN lacks the field.* terms"):
+        Term.from_json({"name": "LN", "which": "all", "layers": None})
 
 
 @pytest.mark.parametrize(

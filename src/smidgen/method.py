@@ -115,6 +115,10 @@ class Method(Term, abstract=True):
         """The module's new input. x: (..., width_in)."""
         return x
 
+    def enters(self, site: Site) -> bool:
+        """Whether it edits the site's input, so that a vector that it adds there has the input's width."""
+        return self.overrides("before")
+
     def after(self, p: Tensors, x: Tensor, y: Tensor, site: Site) -> Tensor:
         """The module's new output. x: (..., width_in), y: (..., width_out)."""
         return y

@@ -7,21 +7,20 @@ whose base keeps its weights here, is a LoRA of rank 2r: B A - B0 A0 = [B, -B0] 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from smidgen.errors import DeltaError
-from smidgen.fields import LINEAR_ROLES
 from smidgen.fold import stored
 from smidgen.method import Method
 from smidgen.methods.dora import DoRA
 from smidgen.methods.lora import LoRA
 from smidgen.methods.pissa import PiSSA
 from smidgen.peft_format import few
-from smidgen.peft_read import Reader, Values
+from smidgen.peft_read import Reader, Values, one_or_many
 from smidgen.peft_write import Parts, Placed, targets, whole_width
 from smidgen.sites import Site
 
@@ -50,7 +49,8 @@ def read_lora(reader: Reader) -> tuple[Method, Values]:
     (rank,) = ranks
     if cls is PiSSA:
         _check_starts(reader, sites, rank)
-    candidates = _candidates(reader, cls, sites, _fields(reader, rank))
+    fields = _fields(reader, rank)
+    candidates = (cls(target=one_or_many(t), layers=layers, **fields) for layers, t in reader.places(sites))
     return reader.pick(candidates, set(groups), lambda m, s: (s.name,) if m.acts(s) else ()), values
 
 
@@ -88,19 +88,6 @@ def _fields(reader: Reader, rank: int) -> dict[str, Any]:
         raise reader.refusal(f"alpha_pattern={config['alpha_pattern']} sets several strengths; a recipe has one alpha")
     fields = {"rank": rank, "alpha": alpha, "dropout": config.get("lora_dropout", 0.0)}
     return {**fields, "scaling": "rslora"} if config.get("use_rslora") else fields
-
-
-def _candidates(reader: Reader, cls: type[LoRA], sites: Sequence[Site], fields: dict[str, Any]) -> Iterator[Method]:
-    """All linear maps, roles, ever longer endings of the paths; endings that number the layers come last."""
-    roles = tuple(role for role in LINEAR_ROLES if any(role in site.roles for site in sites))
-    parts = [site.path.split(".") for site in sites]
-    lengths = range(1, max(map(len, parts)) + 1)
-    endings = [tuple(sorted({".".join(p[-n:]) for p in parts})) for n in lengths]
-    plain = [names for names in endings if not any(c.isdigit() for name in names for c in name.split("."))]
-    named = [(layers, target) for layers in reader.layer_choices(sites) for target in (("linear",), roles, *plain)]
-    for layers, target in [*named, *((None, names) for names in endings)]:
-        if target:
-            yield cls(target=target[0] if len(target) == 1 else target, layers=layers, **fields)
 
 
 def write_lora(method: Method, sites: list[Placed], model: nn.Module) -> Parts:

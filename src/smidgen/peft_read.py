@@ -6,17 +6,17 @@ the same set; otherwise the error says what is left over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from smidgen.errors import DeltaError, nearest
-from smidgen.fields import Layers
+from smidgen.fields import LINEAR_ROLES, Layers
 from smidgen.heads import head_names
 from smidgen.method import Method
-from smidgen.methods.ia3 import IA3
+from smidgen.methods.ia3 import IA3, INPUTS
 from smidgen.methods.ln import LN, WHICH
 from smidgen.peft_format import Adapter, check_complete, few
 from smidgen.sites import Site, find_sites, shares_layers
@@ -68,18 +68,40 @@ class Reader:
         spelled = [choice for (_, depth), found in stacks.items() for choice in _spellings(found, depth)]
         return list(dict.fromkeys([None, *spelled]))
 
+    def places(self, sites: Sequence[Site]) -> list[tuple[Layers, tuple[str, ...]]]:
+        """Layers and names of maps that may say which maps these are: all linear ones, roles, ever longer endings of
+        the paths; endings that number the layers come last."""
+        roles = tuple(role for role in LINEAR_ROLES if any(role in site.roles for site in sites))
+        parts = [site.path.split(".") for site in sites]
+        lengths = range(1, max(map(len, parts)) + 1)
+        endings = [tuple(sorted({".".join(p[-n:]) for p in parts})) for n in lengths]
+        plain = [names for names in endings if not any(c.isdigit() for name in names for c in name.split("."))]
+        named = [(layers, names) for layers in self.layer_choices(sites) for names in (("linear",), roles, *plain)]
+        return [(layers, names) for layers, names in (*named, *((None, names) for names in endings)) if names]
+
+    def find(
+        self, candidates: Iterable[Method], wanted: set[str], names: Callable[[Method, Site], Iterable[str]]
+    ) -> Method | None:
+        """The first candidate that trains exactly `wanted`."""
+        return next((method for method in candidates if self._trained(method, names) == wanted), None)
+
+    def _trained(self, method: Method, names: Callable[[Method, Site], Iterable[str]]) -> set[str] | None:
+        try:
+            return {name for site in self.sites for name in names(method, site)}
+        except ValueError:  # layers that a shallower stack does not have
+            return None
+
     def pick(
         self, candidates: Iterable[Method], wanted: set[str], names: Callable[[Method, Site], Iterable[str]]
     ) -> Any:
         """The first candidate that trains exactly `wanted`; a refusal names how the nearest differs."""
         nearest_one: tuple[int, Method, set[str]] | None = None
         for method in candidates:
-            try:
-                got = {name for site in self.sites for name in names(method, site)}
-            except ValueError:  # layers that a shallower stack does not have
-                continue
+            got = self._trained(method, names)
             if got == wanted:
                 return method
+            if got is None:
+                continue
             if nearest_one is None or len(got ^ wanted) < nearest_one[0]:
                 nearest_one = (len(got ^ wanted), method, got)
         assert nearest_one is not None
@@ -98,6 +120,11 @@ class Reader:
     def refusal(self, text: str) -> DeltaError:
         """An error that names the file."""
         return DeltaError(f"{self.adapter.source}: {text}")
+
+
+def one_or_many(names: tuple[str, ...]) -> str | tuple[str, ...]:
+    """A single name as itself."""
+    return names[0] if len(names) == 1 else names
 
 
 def _spellings(layers: set[int], depth: int) -> Iterator[Layers]:
@@ -143,33 +170,60 @@ def _moved_term(reader: Reader, sites: Sequence[Site], values: Values) -> str:
 
 
 def read_ia3(reader: Reader) -> tuple[Method, Values]:
-    """Vectors for keys, values and the second feed-forward map; a fused projection's is cut up."""
-    values: dict[str, tuple[Site, Tensor]] = {}
+    """Vectors (width_out, 1) on outputs, (1, width_in) on inputs; of a fused projection its slices', or the whole's."""
+    whole: dict[str, Scaled] = {}
     for path, terms in reader.grouped(".ia3_").items():
         site = reader.site(path, "linear")
         if set(terms) != {"l"}:
             raise reader.refusal(f"{path} holds {few(f'ia3_{t}' for t in terms)}; only ia3_l is known")
-        for part, vector in _ia3_parts(reader, site, terms["l"]):
-            values[part.name] = (part, vector)
-    sites = [site for site, _ in values.values()]
-    candidates = (IA3(layers=layers) for layers in reader.layer_choices(sites))
-    method = reader.pick(candidates, set(values), lambda m, s: (s.name,) if m.acts(s) else ())
-    return method, {f"{name}.l": vector for name, (_, vector) in values.items()}
+        inner = len(terms["l"]) == 1 < site.width_out
+        shape = (1, site.width_in) if inner else (site.width_out, 1)
+        vector = reader.shaped(f"{path}.ia3_l", terms["l"], shape)
+        whole[site.name] = Scaled(site, vector.flatten(), inner)
+    for found in (_cut(reader, whole), whole):
+        wanted = {_place(name, inner) for name, (_, _, inner) in found.items()}
+        method = reader.find(_ia3s(reader, found), wanted, _ia3_place)
+        if method is not None:
+            return method, {f"{name}.l": scaled.vector for name, scaled in found.items()}
+    return reader.pick(_ia3s(reader, whole), wanted, _ia3_place), {}  # refuses
 
 
-def _ia3_parts(reader: Reader, site: Site, vector: Tensor) -> Iterator[tuple[Site, Tensor]]:
-    """The pieces of a vector that IA3() has a place for; any other must be all ones, which does nothing."""
-    if IA3().acts(site):
-        shape = (1, site.width_in) if "ff_out" in site.roles else (site.width_out, 1)
-        yield site, reader.shaped(f"{site.path}.ia3_l", vector, shape).flatten()
-        return
-    rest = vector.clone()
-    for part in (s for s in reader.sites if s.path == site.path and s.rows and IA3().acts(s)):
-        reader.shaped(f"{site.path}.ia3_l", vector, (site.width_out, 1))
-        a, b = part.rows or (0, 0)
-        yield part, vector[a:b, 0]
-        rest[a:b] = 1
-    if not bool((rest == 1).all()):
-        raise reader.refusal(
-            f"ia3_l of {site.path} scales what is neither key, value nor ff_out; IA3() trains only those"
-        )
+class Scaled(NamedTuple):
+    """A vector of a file, and whether it scales what enters the site's map."""
+
+    site: Site
+    vector: Tensor
+    inner: bool
+
+
+def _place(name: str, inner: bool) -> str:
+    return f"the input of {name}" if inner else name
+
+
+def _ia3_place(method: Method, site: Site) -> tuple[str, ...]:
+    return (_place(site.name, method.enters(site)),) if method.acts(site) else ()
+
+
+def _cut(reader: Reader, whole: Mapping[str, Scaled]) -> dict[str, Scaled]:
+    """The same with vectors of fused projections cut up, where all but the slices that IA3() scales are ones."""
+    found: dict[str, Scaled] = {}
+    for name, (site, vector, inner) in whole.items():
+        slices = [s for s in reader.sites if s.path == site.path and s.rows and IA3().acts(s)]
+        rest = vector.clone()
+        for part in slices:
+            rest[slice(*(part.rows or ()))] = 1
+        if inner or not slices or not bool((rest == 1).all()):
+            found[name] = Scaled(site, vector, inner)
+        else:
+            found |= {part.name: Scaled(part, vector[slice(*(part.rows or ()))], False) for part in slices}
+    return found
+
+
+def _ia3s(reader: Reader, found: Mapping[str, Scaled]) -> Iterator[Method]:
+    """The paper's own places; then all choices of maps, beside all choices of those whose input is scaled."""
+    sites = [site for site, _, _ in found.values()]
+    inner = [site for site, _, inside in found.values() if inside]
+    yield from (IA3(layers=layers) for layers in reader.layer_choices(sites))
+    scaled = dict.fromkeys((INPUTS, *(one_or_many(names) for _, names in reader.places(inner)))) if inner else ((),)
+    for layers, target in reader.places(sites):
+        yield from (IA3(layers, one_or_many(target), inputs) for inputs in scaled)

@@ -60,7 +60,7 @@ def write_ia3(method: Method, sites: list[Placed], model: nn.Module) -> Parts:
     inner = set()
     for site, values in sites:
         name, vector = f"{site.path}.ia3_l", values["l"]
-        if "ff_out" in site.roles:
+        if method.enters(site):
             inner.add(site.path)
             tensors[name] = vector[None, :]
         elif site.rows is None:

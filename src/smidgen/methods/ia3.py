@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from smidgen.fields import Layers, in_layers, layers_field
+from smidgen.errors import PlanError
+from smidgen.fields import Layers, as_names, check_targets, in_layers, layers_field, names_field, targeted
 from smidgen.method import Method, Tensors
 from smidgen.sites import Site
+
+TARGET, INPUTS = ("key", "value", "ff_out"), "ff_out"
 
 
 @dataclass(frozen=True)
@@ -28,32 +32,52 @@ class IA3(Method):
 
     Fields:
         layers: as in LN.
+        target: as in LoRA; which maps.
+        inputs: which of them have their input scaled, as the second feed-forward map has, instead of their output.
 
     Departures: none. In a gated feed-forward network l scales the gated product, as in the authors' T0 models.
     """
 
     layers: Layers = None
+    target: str | tuple[str, ...] = TARGET
+    inputs: str | tuple[str, ...] = INPUTS
 
     lr: ClassVar[float] = 1e-2
     linear: ClassVar[bool] = True
+    later: ClassVar[dict[str, Any]] = {"target": TARGET, "inputs": INPUTS}
 
     def __post_init__(self) -> None:
         layers_field("IA3", self.layers)
+        names_field("IA3", "target", self.target)
+        names_field("IA3", "inputs", self.inputs, least=0)
+
+    def check(self, sites: Sequence[Site]) -> None:
+        # Of the default's places a model may lack some.
+        for field, names, usual in (("target", self.target, TARGET), ("inputs", self.inputs, (INPUTS,))):
+            check_targets("IA3", field, [name for name in as_names(names) if name not in usual], sites)
+        for site in filter(self.enters, sites):
+            if site.rows is not None and self.acts(site):
+                raise PlanError(
+                    f"IA3: inputs names {site.name}, a slice of a fused map whose slices share one input; scale its "
+                    "output, or name the whole map"
+                )
 
     def acts(self, site: Site) -> bool:
-        roles = site.roles & {"key", "value", "ff_out"}
-        return site.kind == "linear" and bool(roles) and in_layers(site, self.layers)
+        return targeted(site, as_names(self.target)) and in_layers(site, self.layers)
+
+    def enters(self, site: Site) -> bool:
+        return targeted(site, as_names(self.inputs))
 
     def init(self, site: Site) -> dict[str, Tensor]:
-        return {"l": torch.ones(site.width_in if "ff_out" in site.roles else site.width_out)}
+        return {"l": torch.ones(site.width_in if self.enters(site) else site.width_out)}
 
     def before(self, p: Tensors, x: Tensor, site: Site) -> Tensor:
-        return p["l"] * x if "ff_out" in site.roles else x
+        return p["l"] * x if self.enters(site) else x
 
     def after(self, p: Tensors, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        return y if "ff_out" in site.roles else p["l"] * y
+        return y if self.enters(site) else p["l"] * y
 
     def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
-        if "ff_out" in site.roles:
+        if self.enters(site):
             return weight * p["l"], bias
         return p["l"][:, None] * weight, None if bias is None else p["l"] * bias

@@ -111,11 +111,12 @@ def _runs(c: Candidate, slices: Sequence[Site]) -> list[tuple[int, int, int]]:
     if fused:
         dim = len(shape) - 1 if site.transposed else 0
         return [(dim, *s.rows) for s in fused if s.rows and s.roles & {"query", "key", "value"}]
-    if site.roles & {"query", "key", "value"}:
+    enters = c.row.added and len(shape) == 1 and c.row.method.enters(site)  # a vector of the input's width
+    if site.roles & {"query", "key", "value"} and not enters:
         dim = len(shape) - 1 if site.transposed and not c.row.added else 0
         return [(dim, 0, shape[dim])] if shape[dim] == site.width_out else []
     if "attention_out" in site.roles and c.row.added and shape == (site.width_in,):
-        return [(0, 0, site.width_in)] if c.row.method.overrides("before") else []
+        return [(0, 0, site.width_in)] if enters else []
     if "attention_out" in site.roles and len(shape) == 2:
         dim = 0 if site.transposed and not c.row.added else 1
         return [(dim, 0, shape[dim])] if shape[dim] == site.width_in else []
