@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from smidgen.calls import without_gradient
 from smidgen.errors import PlanError
 from smidgen.heads import check_pooling, head_parts, own_pooling, unused_under
 from smidgen.inputs import find_input
+from smidgen.layouts import within
 from smidgen.method import Method
 from smidgen.pools import with_pools
 from smidgen.recipe import Recipe, Term, as_recipe
@@ -162,6 +164,8 @@ def resolve(
     owners = find_sites(model)
     sites = [*owners, *find_sublayers(model)]
     sites += [*find_heads(model, sites), *find_input(model)]
+    shut = without_gradient(model)
+    sites = [site for site in sites if not any(within(site.path, path) for path in shut)]
     rows = _all_rows(model, recipe, sites, parameters, closed)
     refuse_no_room(model, rows)
     refuse_twice(rows, parameters)
