@@ -21,6 +21,7 @@ from smidgen.pools import with_pools
 from smidgen.recipe import Recipe, Term, as_recipe
 from smidgen.rows import SHARED, Row, Shape, safetensors_size
 from smidgen.sites import Site, find_sites
+from smidgen.stacks import in_stack
 from smidgen.sublayers import find_heads, find_sublayers
 from smidgen.unfit import (
     no_match,
@@ -198,12 +199,13 @@ def _all_rows(
         raise PlanError(f"{next(term for term in recipe if not isinstance(term, Method))} is not a method")
     for index, method in sorted(terms, key=lambda term: term[1].gives_way()):
         refuse_part(recipe, index, method)
-        method.check(sites)
+        near = in_stack(method, sites)
+        method.check(near)
         others = [row for rows in found.values() for row in rows if not row.added and not recipe.narrows(row.index)]
         taken = {id(parameters[name]) for row in others for name, _ in row.names()} if method.gives_way() else set()
-        here = list(_rows(index, method, sites, parameters, closed | taken))
+        here = list(_rows(index, method, near, parameters, closed | taken))
         if not here and _wants_sites(method):
-            raise PlanError(no_match(method, model, sites))
+            raise PlanError(no_match(method, model, near))
         found[index] = list(with_pools(here)) if method.overrides("shared") else here
     return [row for index in sorted(found) for row in found[index]]
 

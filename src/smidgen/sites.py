@@ -152,7 +152,7 @@ def _count(module: nn.Module, kind: str) -> int:
     return sum(kind_of(m) == kind for m in module.modules())
 
 
-def _is_block(module: nn.Module) -> bool:
+def is_block(module: nn.Module) -> bool:
     """Whether a module has a norm and two linear maps, as transformer, Mamba and ConvNeXt blocks do."""
     return any(map(is_norm, module.modules())) and _count(module, "linear") >= 2
 
@@ -164,7 +164,7 @@ def _alike(modules: nn.Module) -> bool:
 def _is_stack(module: nn.Module) -> bool:
     """Whether a module is a list of blocks; a Sequential of several classes is a chain, no list."""
     listed = isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and _alike(module))
-    return listed and any(True for _ in module.children()) and all(map(_is_block, module.children()))
+    return listed and any(True for _ in module.children()) and all(map(is_block, module.children()))
 
 
 def _stacks_in(module: nn.Module) -> dict[str, nn.Module]:

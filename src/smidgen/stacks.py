@@ -1,0 +1,51 @@
+"""Which part of a model `stack=` means: a tower, a side, any module by its path or the end of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+from smidgen.errors import PlanError, nearest
+from smidgen.layouts import within
+from smidgen.method import Method
+from smidgen.sites import Site
+
+
+def in_stack(method: Method, sites: Sequence[Site]) -> list[Site]:
+    """The sites that lie in the method's stack; all without one.
+
+    Raises:
+        PlanError: no module of this name holds any site; names the nearest.
+    """
+    if method.stack is None:
+        return list(sites)
+    if not isinstance(method.stack, str) or not method.stack:
+        raise PlanError(f"{method}: stack={method.stack!r} must be a module path or the end of one")
+    paths = {path for site in sites for path in _around(site.path)}
+    chosen = {path for path in paths if path == method.stack or path.endswith("." + method.stack)}
+    found = [site for site in sites if any(within(site.path, path) for path in chosen)]
+    if not found:
+        stacks = dict.fromkeys(site.stack for site in sites if site.stack)
+        names = {path.rpartition(".")[2] for path in paths}
+        raise PlanError(
+            f"{method}: stack={method.stack!r} is no module of this model that owns parameters"
+            f"{nearest(method.stack, names)}; its blocks lie in {', '.join(stacks) or 'no list'}"
+        )
+    return found
+
+
+def common(reached: Iterable[str], others: Iterable[str]) -> str:
+    """The name of the smallest module around all of the `reached` tensors, if it holds none of the others; else ""."""
+    paths = [name.split(".")[:-1] for name in reached]
+    path = ".".join(os.path.commonprefix(paths)) if paths else ""
+    if not path or any(within(name, path) for name in others):
+        return ""
+    last = path.rpartition(".")[2]
+    return path if last.isdigit() or any(last in name.split(".") for name in others) else last
+
+
+def _around(path: str) -> Iterable[str]:
+    """A path and those of all modules around it."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
