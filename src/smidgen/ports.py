@@ -260,7 +260,7 @@ def check_calls(module: Any, args: tuple[Any, ...], output: Any) -> None:
         if not edits.ran and any(edit.enabled for edit in edits.values()):
             raise AttachError(
                 f"{type(module).__name__} read the weight of its {name} without calling it (a fused kernel does), so "
-                f"{next(iter(edits.values()))} did not act; leave {name} out of the recipe, or run without the kernel"
+                f"{next(iter(edits.values())).method} did not act; leave {name} out of the recipe, or run without the kernel"
             )
 
 

@@ -34,12 +34,14 @@ def in_stack(method: Method, sites: Sequence[Site]) -> list[Site]:
     return found
 
 
-def common(reached: Iterable[str], others: Iterable[str]) -> str:
-    """The name of the smallest module around all of the `reached` tensors, if it holds none of the others; else ""."""
+def common(reached: Iterable[str], others: Sequence[str]) -> str:
+    """The name of the largest module around all of the `reached` tensors that holds none of the others; "" if none."""
     paths = [name.split(".")[:-1] for name in reached]
-    path = ".".join(os.path.commonprefix(paths)) if paths else ""
-    if not path or any(within(name, path) for name in others):
+    parts = os.path.commonprefix(paths) if paths else []
+    held = [any(within(name, ".".join(parts[:n])) for name in others) for n in range(1, len(parts) + 1)]
+    if not held or held[-1]:
         return ""
+    path = ".".join(parts[: held.index(False) + 1])
     last = path.rpartition(".")[2]
     return path if last.isdigit() or any(last in name.split(".") for name in others) else last
 

@@ -115,7 +115,7 @@ def _never(names: list[str], count: int) -> str:
 def _narrow(model: nn.Module, unreached: list[str]) -> str:
     head = {name for name, _ in attachment(model).plan.head}
     reached = trained_parameters(model).keys() - set(unreached) - head
-    part = common((n.partition(".edits.")[0] + "." for n in reached), (n for n in unreached if n not in head))
+    part = common((n.partition(".edits.")[0] + "." for n in reached), [n for n in unreached if n not in head])
     fields = f"stack={part!r}" if part else "which=, layers=, target=, stack="
     return f"narrow the recipe ({fields}) to what this model runs"
 
