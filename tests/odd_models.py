@@ -39,7 +39,8 @@ SINGLE = ("phimoe", "deepseek_v32")
 MODELS = {
     "llama4": lambda: T.Llama4ForCausalLM(
         T.Llama4TextConfig(
-            **TEXT, head_dim=8, intermediate_size_mlp=24, num_local_experts=3, attention_chunk_size=16, use_qk_norm=False
+            **TEXT, head_dim=8, intermediate_size_mlp=24, num_local_experts=3, attention_chunk_size=16,
+            use_qk_norm=False,
         )
     ),
     "phimoe": lambda: T.PhimoeForCausalLM(T.PhimoeConfig(**TEXT, num_local_experts=3, num_experts_per_tok=2)),
@@ -76,8 +77,8 @@ MODELS = {
             **TEXT,
             vocabulary_map={"<image>": 8, **{f"IMGIMG{c}Z": 9 + i for i, c in enumerate("ABCD")}},
             vq_config={
-                "embed_dim": 8, "num_embeddings": 4, "base_channels": 32, "channel_multiplier": [1], "latent_channels": 8,
-                "num_res_blocks": 1, "resolution": 16,
+                "embed_dim": 8, "num_embeddings": 4, "base_channels": 32, "channel_multiplier": [1],
+                "latent_channels": 8, "num_res_blocks": 1, "resolution": 16,
             },
         )
     ),

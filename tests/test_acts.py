@@ -238,8 +238,8 @@ def test_norms_by_head_are_those_of_queries_and_keys(name, count):
     qk = [site for site in find_sites(model) if "qk" in site.roles]
     assert len(qk) == count
     assert {len(dict(site.terms)[site.gain]) for site in qk} == {2}
-    assert resolve(model, "LN(which='qk', stack='layers')").trained == sum(p.numel() for n, p in model.named_parameters()
-                                                                        if "q_norm" in n or "k_norm" in n)  # fmt: skip
+    values = sum(p.numel() for n, p in model.named_parameters() if "q_norm" in n or "k_norm" in n)
+    assert resolve(model, "LN(which='qk', stack='layers')").trained == values
     finding = examine(model, as_recipe("LN(which='qk')"), odd.inputs(name))
     assert not finding.faults
     assert finding.merges

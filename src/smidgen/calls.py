@@ -47,7 +47,7 @@ def _read(root: nn.Module) -> Iterator[tuple[str, str, nn.Module, bool]]:
 
 
 @cache
-def _uses(cls: type[nn.Module]) -> dict[str, bool]:
+def _uses(cls: Any) -> dict[str, bool]:
     """Attribute of which a class reads weight or bias outside of its start -> whether it calls it as well."""
     read: set[str] = set()
     called: set[str] = set()
@@ -105,7 +105,7 @@ def _undone(call: ast.Call, name: str, parent: ast.AST | None) -> bool:
 
 
 @cache
-def _no_grad(cls: type[nn.Module]) -> bool:
+def _no_grad(cls: Any) -> bool:
     forward: Any = cls.forward
     while hasattr(forward, "__wrapped__"):
         cells = [cell.cell_contents for cell in forward.__closure__ or ()]

@@ -30,7 +30,9 @@ def seen_from(site: Site, weight: Tensor, bias: Tensor | None) -> dict[str, Tens
     """
     oriented = _oriented(site, weight)
     a, b = site.rows or (0, oriented.shape[0])
-    return {"weight": oriented[a:b] + site.offset if site.offset else oriented[a:b]} | ({} if bias is None else {"bias": bias[a:b]})
+    return {"weight": oriented[a:b] + site.offset if site.offset else oriented[a:b]} | (
+        {} if bias is None else {"bias": bias[a:b]}
+    )
 
 
 def put_back(site: Site, whole: Pair, part: Pair) -> Pair:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -98,9 +97,13 @@ def _reasons(module: nn.Module, idle: bool) -> Iterator[str]:
         return
     elif isinstance(module, (nn.Linear, Conv1D, *CONVOLUTIONS)):
         yield f"{type(module).__name__}: not a plain map of a weight of its own, or not called"
-    elif not isinstance(module, ParametrizationList):
-        if any(p.ndim == 3 and len(p) > 1 for p in module.parameters(recurse=False)):
-            yield f"{type(module).__name__}: stacked 3-D weights"
+    elif any(p.ndim == 3 and len(p) > 1 for p in _own(module)):
+        yield f"{type(module).__name__}: stacked 3-D weights"
+
+
+def _own(module: nn.Module) -> Iterator[nn.Parameter]:
+    """A module's own parameters, but for those that another one's weight is made of."""
+    return iter(()) if isinstance(module, ParametrizationList) else module.parameters(recurse=False)
 
 
 def _values(site: Site) -> int:
@@ -108,11 +111,13 @@ def _values(site: Site) -> int:
 
 
 def _together(entries: Iterable[tuple[str, str, int, str]]) -> tuple[Part, ...]:
-    counts: Counter[Hashable] = Counter()
-    values: Counter[Hashable] = Counter()
-    first: dict[Any, str] = {}
+    counts: Counter[tuple[str, str]] = Counter()
+    values: Counter[tuple[str, str]] = Counter()
+    first: dict[tuple[str, str], str] = {}
     for what, about, number, path in entries:
         counts[what, about] += 1
         values[what, about] += number
         first.setdefault((what, about), path)
-    return tuple(Part(*key, counts[key], values[key], path) for key, path in first.items())
+    return tuple(
+        Part(what, about, counts[what, about], values[what, about], path) for (what, about), path in first.items()
+    )

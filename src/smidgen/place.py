@@ -54,7 +54,9 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
         module = module_at(model, owner.rpartition(".")[0])
         check_free(module, owner)
         if id(module) in idle:
-            raise AttachError(f"{owner} is read and its module never called, so no part of it can be chosen; leave it out")
+            raise AttachError(
+                f"{owner} is read and its module never called, so no part of it can be chosen; leave it out"
+            )
     record = Attachment(plan, _swaps(plan, parameters, owners), [], flags, dtype, parts=parts, new=new_names(model))
     for parameter in parameters.values():
         parameter.requires_grad_(False)

@@ -259,8 +259,8 @@ def check_calls(module: Any, args: tuple[Any, ...], output: Any) -> None:
         edits = module._modules[name].edits
         if not edits.ran and any(edit.enabled for edit in edits.values()):
             raise AttachError(
-                f"{type(module).__name__} read the weight of its {name} without calling it (a fused kernel does), so "
-                f"{next(iter(edits.values())).method} did not act; leave {name} out of the recipe, or run without the kernel"
+                f"{type(module).__name__} read the weight of its {name} without calling it (as a fused kernel does), "
+                f"so {next(iter(edits.values())).method} did not act; leave {name} out, or run without the kernel"
             )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 
 from smidgen.errors import PlanError, nearest
 from smidgen.layouts import within
@@ -37,7 +37,8 @@ def in_stack(method: Method, sites: Sequence[Site]) -> list[Site]:
 def common(reached: Iterable[str], others: Sequence[str]) -> str:
     """The name of the largest module around all of the `reached` tensors that holds none of the others; "" if none."""
     paths = [name.split(".")[:-1] for name in reached]
-    parts = os.path.commonprefix(paths) if paths else []
+    together = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+    parts = [names[0] for names in together]
     held = [any(within(name, ".".join(parts[:n])) for name in others) for n in range(1, len(parts) + 1)]
     if not held or held[-1]:
         return ""

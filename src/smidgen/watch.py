@@ -85,7 +85,11 @@ class Watch:
         """At the end of so many steps, if all were seen: warn of what was never used."""
         if self.unseen and self.steps >= steps:
             names = sorted(self.unseen)
-            why = "the task does not use them" if set(names) <= set(idle_by_word(model)) else "no token went to its expert"
+            why = (
+                "the task does not use them"
+                if set(names) <= set(idle_by_word(model))
+                else "no token went to its expert"
+            )
             why = why if set(names) <= self.idle else "chance (layerdrop) left them out"
             text = f"{_never(names, len(self.start))} in {steps} steps: {why}; they stand where they stood"
             warnings.warn(text, IdleWarning, stacklevel=2)
@@ -101,8 +105,9 @@ def check_gradients(model: nn.Module, finite: bool = True, excused: Iterable[str
     excused = {*attachment(model).plan.spare, *excused}
     unreached = [name for name, p in parameters.items() if p.grad is None and name not in excused]
     if unreached:
-        raise TrainError(f"{_never(unreached, len(parameters))}: the forward pass never used them; "
-                         f"{_narrow(model, unreached)}")
+        raise TrainError(
+            f"{_never(unreached, len(parameters))}: the forward pass never used them; {_narrow(model, unreached)}"
+        )
     broken = [n for n, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
     if broken and finite:
         raise TrainError(f"the gradient of {broken[0]} is not finite; lower the learning rate or check the data")
@@ -146,7 +151,9 @@ def _alike(group: nn.Module) -> bool:
     return len(parts) > 1 and len(set(map(type, parts))) == 1 and not any(map(is_block, parts))
 
 
-def reached_in_eval(model: nn.Module, names: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> set[str]:
+def reached_in_eval(
+    model: nn.Module, names: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> set[str]:
     """Those of the trained tensors on which the output depends when nothing is left to chance. No gradient is left."""
     parameters = {name: p for name, p in trained_parameters(model).items() if name in set(names)}
     modes = {module: module.training for module in model.modules()}
@@ -192,7 +199,7 @@ def still(model: nn.Module, start: dict[str, Tensor], rare: Iterable[str] = ()) 
 
 
 def check_moved(model: nn.Module, start: dict[str, Tensor], steps: int, rare: Iterable[str] = ()) -> None:
-    """After a few optimiser steps with a learning rate above 0: every trained tensor but the `rare` ones must have moved.
+    """After a few optimiser steps with a learning rate above 0: all trained tensors but `rare` ones must have moved.
 
     Raises:
         TrainError: naming the tensors that stand still.
