@@ -34,13 +34,15 @@ def read_at(model: nn.Module) -> set[str]:
 
 def without_gradient(root: nn.Module) -> list[str]:
     """Paths of the modules whose forward is decorated with torch.no_grad (the indexers of sparse attention)."""
-    return [path for path, module in root.named_modules() if _no_grad(type(module))]
+    classes: dict[str, Any] = {path: type(module) for path, module in root.named_modules()}
+    return [path for path, cls in classes.items() if _no_grad(cls)]
 
 
 def _read(root: nn.Module) -> Iterator[tuple[str, str, nn.Module, bool]]:
     """Path of the owner, name, the child that is read, whether it is called as well."""
     for path, owner in root.named_modules():
-        for name, called in _uses(type(owner)).items():
+        cls: Any = type(owner)
+        for name, called in _uses(cls).items():
             child = owner._modules.get(name)
             if child is not None:
                 yield path, name, child, called
