@@ -83,8 +83,8 @@ class Watch:
 
     def report(self, model: nn.Module, steps: int) -> None:
         """At the end of so many steps, if all were seen: warn of what was never used."""
-        if self.unseen and self.steps >= steps:
-            names = sorted(self.unseen)
+        names = sorted(self.unseen.difference(attachment(model).plan.spare))
+        if names and self.steps >= steps:
             why = (
                 "the task does not use them"
                 if set(names) <= set(idle_by_word(model))
