@@ -71,6 +71,9 @@ LAYERS = """
 `layers` picks blocks, counted within each stack from its input: `None` is all, `3` one, `(0, 5)` some, `"2:5"` a range,
 `"top:2"` and `"bottom:2"` the ends. Models that use one block at every depth (ALBERT) refuse it.
 
+`stack`, given by keyword, keeps a method to one part of a model: a module by its path or the end of it, such as
+`stack="language_model"` or `stack="encoder"`.
+
 Roles are `query`, `key`, `value`, `attention_out`, `ff_in`, `ff_out`. They name the same part in every model;
 a fused projection (GPT-2, Phi-3, ModernBERT) is edited by slices.
 """
@@ -205,7 +208,7 @@ def section(cls: type[Method]) -> str:
 
 def spelling(cls: type[Method]) -> str:
     """The call with every field at its default."""
-    fields = inspect.signature(cls).parameters.values()
+    fields = [f for f in inspect.signature(cls).parameters.values() if f.kind is not f.KEYWORD_ONLY]  # all have stack
     return f"`{cls.__name__}({', '.join(f'{f.name}={f.default!r}' for f in fields)})`"
 
 

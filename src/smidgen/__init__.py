@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from smidgen.data import Task
     from smidgen.delta import Delta
     from smidgen.deltas import Deltas
+    from smidgen.doctor import Diagnosis, doctor
     from smidgen.errors import SmidgenError
     from smidgen.estimate import plan
     from smidgen.evaluate import evaluate
@@ -65,6 +66,7 @@ _HOMES = {
     "data": ("Task",),
     "delta": ("Delta",),
     "deltas": ("Deltas",),
+    "doctor": ("Diagnosis", "doctor"),
     "errors": ("SmidgenError",),
     "events": ("after_step",),
     "estimate": ("plan",),

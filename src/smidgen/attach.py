@@ -19,7 +19,7 @@ from smidgen.fits import fitted
 from smidgen.method import renewed
 from smidgen.place import drop_at, place
 from smidgen.plan import Plan, resolve
-from smidgen.ports import drop_tap
+from smidgen.ports import drop_guard, drop_tap
 from smidgen.recipe import Recipe, Term
 from smidgen.rows import INDICES, START
 from smidgen.selection.chosen import Selection
@@ -90,6 +90,8 @@ def remove(model: nn.Module) -> None:
         drop_at(module_at(model, path))
     for path in record.tapped:
         drop_tap(module_at(model, path))
+    for path in record.guarded:
+        drop_guard(module_at(model, path))
     for path, _, _ in record.low_modules():
         drop_casts(module_at(model, path))
     for path in record.subset_modules():

@@ -43,6 +43,7 @@ class Attachment:
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # name of a tensor -> its owners
     handles: list[Any] = field(default_factory=list)
     tapped: list[str] = field(default_factory=list)  # paths of modules that hold a tap
+    guarded: list[str] = field(default_factory=list)  # paths of modules that may read a child with edits
     memory: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)  # of events, by index in the recipe
     active: bool = True
     new: tuple[str, ...] | None = None  # what the base's checkpoint lacked, None if none was read

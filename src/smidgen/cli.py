@@ -12,11 +12,12 @@ from typing import Annotated, Any
 import typer
 
 import smidgen as sm
-from smidgen import cli_analyze, cli_search, views, views_plan
+from smidgen import cli_analyze, cli_search, views, views_doctor, views_plan
 from smidgen.errors import DataError, DeltaError, SmidgenError
 from smidgen.locks import held
 from smidgen.options import (
     AnyData,
+    AnyRecipe,
     Base,
     Batching,
     BatchSize,
@@ -96,6 +97,21 @@ def plan(
     network, _ = sm.load(model, task=task, dtype=dtype.value)
     result = sm.plan(network, wanted, pooling=pooling, batch_size=batch_size, length=max_length or 128)
     views.show(result.to_json(), views_plan.plan(result, every), as_json)
+
+
+@app.command()
+def doctor(
+    model: Model, recipe: AnyRecipe = None, data: AnyData = None, text: Text = None, label: Label = None,
+    kind: Kind = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Look a model over: sites, norms, buffers, and whether what a recipe (or each method) attaches acts and merges."""
+    wanted = None if recipe is None else sm.parse(recipe)
+    task = None if data is None else open_task(data, text, label, kind)
+    network, _ = sm.load(model, task=task)
+    result = sm.doctor(network, wanted)
+    views.show(result.to_json(), views_doctor.diagnosis(result, recipe is not None), as_json)
+    if wanted is not None and (result.faults or result.findings[0].refused):
+        raise typer.Exit(1)
 
 
 @app.command()

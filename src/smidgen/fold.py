@@ -31,11 +31,14 @@ def live(module: Any) -> Pair:
 def seen_from(site: Site, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
     """What a site sees of them: "weight" (width_out, width_in), "bias" (width_out,) if there is one.
 
-    Of a convolution the weight is (width_out, width_in / groups * kernel size).
+    Of a convolution the weight is (width_out, width_in / groups * kernel size); of a norm that keeps its gain as the
+    distance from 1, the gain itself.
     """
     oriented = _oriented(site, weight)
     a, b = site.rows or (0, oriented.shape[0])
-    return {"weight": oriented[a:b]} | ({} if bias is None else {"bias": bias[a:b]})
+    return {"weight": oriented[a:b] + site.offset if site.offset else oriented[a:b]} | (
+        {} if bias is None else {"bias": bias[a:b]}
+    )
 
 
 def put_back(site: Site, whole: Pair, part: Pair) -> Pair:
@@ -43,7 +46,7 @@ def put_back(site: Site, whole: Pair, part: Pair) -> Pair:
     weight, bias = whole
     oriented = _oriented(site, weight)
     a, b = site.rows or (0, oriented.shape[0])
-    oriented = torch.cat((oriented[:a], part[0], oriented[b:]))
+    oriented = torch.cat((oriented[:a], part[0] - site.offset if site.offset else part[0], oriented[b:]))
     if bias is not None and part[1] is not None:
         bias = torch.cat((bias[:a], part[1], bias[b:]))
     return oriented.T.contiguous() if site.transposed else oriented.view(weight.shape), bias

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from smidgen.probe import Affine, affine, is_plain
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a normalisation without running statistics; it may have no parameters (OLMo 1)."""
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
+    if isinstance(module, NORMS):
         return True
     name = type(module).__name__.lower()
+    if "norm" not in name:
+        return False
     running = "batchnorm" in name or "instancenorm" in name or hasattr(module, "running_mean")
-    leaf = next(module.children(), None) is None
+    # MoonshineStreaming's norms have a child that normalises and owns nothing
+    whole = all(next(child.parameters(), None) is None for child in module.children())
     shapes = {tuple(p.shape) for p in module.parameters(recurse=False)}
-    return "norm" in name and leaf and not running and all(len(s) == 1 for s in shapes)
+    return whole and not running and all(len(s) == 1 or _by_head(module) for s in shapes)
+
+
+def _by_head(module: nn.Module) -> bool:
+    """Whether a norm has a gain for each head, (heads, head_dim), and normalises each head by itself."""
+    form = affine(module)
+    return form is not None and form.normalises
 
 
 def is_conv(module: nn.Module) -> bool:
@@ -34,13 +48,27 @@ def is_conv(module: nn.Module) -> bool:
     return own and not (depthwise and module.padding == (module.kernel_size[0] - 1,) != (0,))
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map of a weight of its own, and nothing else.
+
+    Not so: a subclass whose forward does something else (the routers of Llama 4 and PhiMoE), one whose weight is made
+    of other tensors, and the last map of nn.MultiheadAttention, which reads its weight and does not call it.
+    """
+    if not isinstance(module, nn.Linear | Conv1D) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    return "weight" in module._parameters and is_plain(module)
+
+
 def kind_of(module: nn.Module) -> str:
-    """One of "norm" (one or two vectors of one size), "linear", "conv", "embedding" and "other"."""
+    """One of "norm" (one or two tensors of one size, by channel or by head and channel), "linear", "conv",
+    "embedding" and "other"."""
     shapes = [tuple(p.shape) for p in module.parameters(recurse=False)]
-    if is_norm(module) and 1 <= len(shapes) <= 2 and len(set(shapes)) == 1 and len(shapes[0]) == 1:
-        return "norm"
-    # nn.MultiheadAttention reads its out_proj's weight without calling it, so no hook on it ever fires
-    if isinstance(module, nn.Linear | Conv1D) and not isinstance(module, NonDynamicallyQuantizableLinear):
+    if 1 <= len(shapes) <= 2 and len(set(shapes)) == 1 and is_norm(module):
+        # a LayerNorm over several axes has no channels of its own
+        over: Any = getattr(module, "normalized_shape", (0,))
+        if len(shapes[0]) == 1 or (len(shapes[0]) == 2 and len(over) == 1 and _by_head(module)):
+            return "norm"
+    if is_linear(module):
         return "linear"
     if is_conv(module):
         return "conv"
@@ -58,12 +86,21 @@ def widths(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, CONVOLUTIONS):
         return module.in_channels, module.out_channels
     shape = next(tuple(p.shape) for p in module.parameters(recurse=False))
-    return shape[0], shape[-1]
+    return shape[-1] if kind == "norm" else shape[0], shape[-1]
+
+
+def norm_form(module: nn.Module) -> Affine | None:
+    """How a norm's output follows from its gain and bias, if it is gain times something plus bias."""
+    if type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
+        return Affine(-1, 0.0, True)
+    return Affine(1, 0.0, True) if type(module).forward is nn.GroupNorm.forward else affine(module)
 
 
 def channel_axis(module: nn.Module) -> int:
     """The axis of a module's input and output that has their widths: the last one, but for maps of channels."""
     if is_conv(module):
         return -len(module.kernel_size) - 1  # type: ignore[arg-type]
+    if is_norm(module) and (form := norm_form(module)):
+        return form.axis
     first = isinstance(module, nn.GroupNorm) or getattr(module, "data_format", "") == "channels_first"
     return 1 if first else -1

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from smidgen.calls import never_called
 from smidgen.kinds import kind_of, widths
 
 
@@ -152,8 +153,13 @@ def linear_parts(block: nn.Module) -> tuple[Roles, dict[str, list[tuple[str, int
 
 
 def matching(block: nn.Module) -> Iterator[tuple[Layout, dict[str, nn.Module]]]:
-    """The rows of `LAYOUTS` that a block has, each with all linear maps of the block by path."""
-    linears = {path: module for path, module in block.named_modules() if kind_of(module) == "linear"}
+    """The rows of `LAYOUTS` that a block has, each with all linear maps of the block by path.
+
+    A map that is read and never called counts for nothing: no edit of its input or output would act.
+    """
+    idle = never_called(block)
+    found = ((path, module) for path, module in block.named_modules() if id(module) not in idle)
+    linears = {path: module for path, module in found if kind_of(module) == "linear"}
     for layout in LAYOUTS:
         stored = all(isinstance(linears.get(f.path), Conv1D) is f.transposed for f in layout.fused)
         if stored and linears.keys() >= layout.roles().keys():

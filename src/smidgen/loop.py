@@ -43,7 +43,7 @@ from smidgen.speed.inner import resting_modules
 from smidgen.speed.kept import Kept
 from smidgen.speed.recompute import recomputing
 from smidgen.state import borrowed, pack, unpack
-from smidgen.watch import check_gradients, check_moved, memory_guard, snapshot
+from smidgen.watch import FEW, MANY, Watch, memory_guard, snapshot
 
 UNTESTED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -139,7 +139,7 @@ class Loop:
         self.optimizer = optimizer(self.model, s.lr, s.head_lr, s.weight_decay)
         self.rates = [self.chosen["lr"][group["name"]] for group in self.optimizer.param_groups]
         self.prepared = self.accelerator.prepare_model(self.model)
-        self.start, self.best = snapshot(self.model), snapshot(self.model)
+        self.watch, self.best = Watch(self.model), snapshot(self.model)
         set_seed(s.seed + self.accelerator.process_index)
         self._dry_run()
         self._resume()
@@ -182,6 +182,7 @@ class Loop:
                             "try a lower lr, or look at the data of this step"
                         )
                     self.accelerator.backward(loss)
+        self.watch.saw(self.model)
         nn.utils.clip_grad_norm_(self.trained, self.settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -193,8 +194,8 @@ class Loop:
         if numbers["step"] % 10 == 0 or numbers["step"] == self.total:
             rate = round(self.bar.rate, 1)
             self.folder.log({"step": numbers["step"], "loss": value, "lr": factor * self.rates[0], "rate": rate})
-        if numbers["step"] == min(5, self.total) and self.total > 1:
-            check_moved(self.model, self.start, numbers["step"])
+        if numbers["step"] in (min(FEW, self.total), MANY) and self.total > 1:
+            self.watch.moved(self.model, numbers["step"])
 
     def _loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         reference = None
@@ -210,7 +211,7 @@ class Loop:
         batch = {k: v.to(self.accelerator.device) for k, v in self.collate(rows).items()}
         self.resting = resting_modules(self.model, attachment(self.model).plan, batch)
         self._loss(self.model, batch).backward()
-        check_gradients(self.model)
+        self.watch.first(self.model)
         self.optimizer.zero_grad(set_to_none=True)
 
     def _validate(self, epoch: int) -> None:
@@ -247,7 +248,8 @@ class Loop:
 
     def _finish(self) -> Delta:
         if self.total > 1:
-            check_moved(self.model, self.start, self.total)
+            self.watch.moved(self.model, self.total)
+            self.watch.report(self.model, self.total)
         assign(self.model, self.best)
         said = outcome(self.task, self.settings, self.rows.max_length, self.state.numbers, self.selection)
         delta = replace(detach(self.model), labels=tuple(self.task.labels)).with_info(**said, steps=self.total)

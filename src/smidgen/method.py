@@ -23,12 +23,12 @@ A method says what it does by the functions that it defines; the ports read them
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from smidgen.recipe import Recipe, Term
+from smidgen.recipe import OPTIONAL, Recipe, Term
 from smidgen.sites import Site
 
 Tensors = Mapping[str, Tensor]
@@ -49,6 +49,9 @@ class Method(Term, abstract=True):
     keeps: ClassVar[tuple[str, ...]] = ()
     linear: ClassVar[bool] = False
     exceptions: ClassVar[Mapping[str, str]] = {}
+
+    # a module path, or the end of one, that everything the method touches must lie in ("language_model")
+    stack: str | None = field(default=None, kw_only=True, metadata={OPTIONAL: True})
 
     def trains(self, site: Site) -> tuple[str, ...]:
         """Names of the parameters owned by the site that are trained in place."""
@@ -71,6 +74,10 @@ class Method(Term, abstract=True):
 
     def may_rest(self, site: Site, term: str) -> bool:
         """Whether this tensor may stand still in training although nothing is wrong (say why in the file)."""
+        return False
+
+    def may_idle(self, site: Site, term: str) -> bool:
+        """Whether this tensor may get no gradient at all although nothing is wrong (say why in the file)."""
         return False
 
     def rate(self, term: str) -> float:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from smidgen.attachment import Attachment, Swap, check_masters
 from smidgen.attention import KeyValueEdits, add_keys, check_attention, drop_keys
+from smidgen.calls import never_called, read_at
 from smidgen.casts import master_dtype, place_casts
 from smidgen.errors import AttachError
 from smidgen.fingerprint import base_dtype
@@ -17,7 +18,7 @@ from smidgen.inputs import add_tokens, check_tokens
 from smidgen.lacked import new_names
 from smidgen.plan import Plan
 from smidgen.pools import pool_key
-from smidgen.ports import Edit, add_edit, add_pool, add_tap, check_editable, check_pool, drop_edits
+from smidgen.ports import Edit, add_edit, add_guard, add_pool, add_tap, check_editable, check_pool, drop_edits
 from smidgen.rows import SHARED, Row
 from smidgen.sites import module_at
 from smidgen.start import blank, initial, routes
@@ -48,13 +49,23 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
     tensors = [initial(row, seed, model) if compute else blank(row) for row in added]
     partial = {row.name(t): s.indices for row in plan.rows if not row.added for t, s in row.subsets.items()}
     parts = {name: tuple(owners[id(parameters[name])]) for name in partial}
+    idle = never_called(model) if parts else set()
     for owner in (owner for found in parts.values() for owner in found):
-        check_free(module_at(model, owner.rpartition(".")[0]), owner)
+        module = module_at(model, owner.rpartition(".")[0])
+        check_free(module, owner)
+        if id(module) in idle:
+            raise AttachError(
+                f"{owner} is read and its module never called, so no part of it can be chosen; leave it out"
+            )
     record = Attachment(plan, _swaps(plan, parameters, owners), [], flags, dtype, parts=parts, new=new_names(model))
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     for row, fresh in zip(added, tensors, strict=True):
         _place_edit(model, row, fresh, record, seed)
+    for path in sorted(read_at(model) & {path for path, _ in record.edits}):
+        owner, _, name = path.rpartition(".")
+        record.handles += add_guard(module_at(model, owner), name)
+        record.guarded.append(owner)
     for name, index in partial.items():
         _place_part(model, name, index, parameters[name], record)
     for path, terms, norm in record.low_modules():

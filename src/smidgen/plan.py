@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from smidgen.calls import without_gradient
 from smidgen.errors import PlanError
 from smidgen.heads import check_pooling, head_parts, own_pooling, unused_under
 from smidgen.inputs import find_input
+from smidgen.layouts import within
 from smidgen.method import Method
 from smidgen.pools import with_pools
 from smidgen.recipe import Recipe, Term, as_recipe
 from smidgen.rows import SHARED, Row, Shape, safetensors_size
 from smidgen.sites import Site, find_sites
+from smidgen.stacks import in_stack
 from smidgen.sublayers import find_heads, find_sublayers
 from smidgen.unfit import (
     no_match,
@@ -162,6 +165,8 @@ def resolve(
     owners = find_sites(model)
     sites = [*owners, *find_sublayers(model)]
     sites += [*find_heads(model, sites), *find_input(model)]
+    shut = without_gradient(model)
+    sites = [site for site in sites if not any(within(site.path, path) for path in shut)]
     rows = _all_rows(model, recipe, sites, parameters, closed)
     refuse_no_room(model, rows)
     refuse_twice(rows, parameters)
@@ -194,12 +199,13 @@ def _all_rows(
         raise PlanError(f"{next(term for term in recipe if not isinstance(term, Method))} is not a method")
     for index, method in sorted(terms, key=lambda term: term[1].gives_way()):
         refuse_part(recipe, index, method)
-        method.check(sites)
+        near = in_stack(method, sites)
+        method.check(near)
         others = [row for rows in found.values() for row in rows if not row.added and not recipe.narrows(row.index)]
         taken = {id(parameters[name]) for row in others for name, _ in row.names()} if method.gives_way() else set()
-        here = list(_rows(index, method, sites, parameters, closed | taken))
+        here = list(_rows(index, method, near, parameters, closed | taken))
         if not here and _wants_sites(method):
-            raise PlanError(no_match(method, model, sites))
+            raise PlanError(no_match(method, model, near))
         found[index] = list(with_pools(here)) if method.overrides("shared") else here
     return [row for index in sorted(found) for row in found[index]]
 

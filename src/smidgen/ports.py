@@ -115,6 +115,7 @@ class Edits(nn.ModuleDict):
     def __init__(self) -> None:
         super().__init__()
         self.inputs: list[Tensor] | None = None
+        self.ran = False  # kept up only where the owner may read the module instead of calling it
 
 
 class Tap(nn.Module):
@@ -228,6 +229,43 @@ def add_pool(model: Any, key: str, pool: Edit) -> None:
         model._edit_handles = []
     pool.train(model.training)
     model.edits[key] = pool
+
+
+def add_guard(owner: Any, name: str) -> list[RemovableHandle]:
+    """Let a module that reads its child's tensors on some ways say so when it takes one of them."""
+    handles = [owner._modules[name].register_forward_hook(note_call)]
+    if "_guarded" not in owner.__dict__:
+        owner.__dict__["_guarded"] = ()
+        handles += [owner.register_forward_pre_hook(expect_calls), owner.register_forward_hook(check_calls)]
+    owner.__dict__["_guarded"] += (name,)
+    return handles
+
+
+def drop_guard(owner: Any) -> None:
+    """Take away what `add_guard` left on the owner, its hooks apart."""
+    owner.__dict__.pop("_guarded", None)
+
+
+def note_call(module: Any, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of a guarded child."""
+    module.edits.ran = True
+
+
+def expect_calls(module: Any, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of the owner of guarded children."""
+    for name in module._guarded:
+        module._modules[name].edits.ran = False
+
+
+def check_calls(module: Any, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of the owner: each child that has edits in use was called, or they did not act."""
+    for name in module._guarded:
+        edits = module._modules[name].edits
+        if not edits.ran and any(edit.enabled for edit in edits.values()):
+            raise AttachError(
+                f"{type(module).__name__} read the weight of its {name} without calling it (as a fused kernel does), "
+                f"so {next(iter(edits.values())).method} did not act; leave {name} out, or run without the kernel"
+            )
 
 
 def add_tap(entry: Any, module: Any) -> RemovableHandle | None:

@@ -19,6 +19,8 @@ from typing import Any, ClassVar
 from smidgen.errors import RecipeError, nearest
 from smidgen.named import NAMED
 
+OPTIONAL = "optional"  # in a field's metadata: saved where it is set, and files without it can be read
+
 
 class Term:
     """One registered part of a recipe. Subclasses are frozen dataclasses with a docstring."""
@@ -45,13 +47,16 @@ class Term:
 
     def __str__(self) -> str:
         """The spelling, with fields at their defaults left out."""
-        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        fields = sorted(dataclasses.fields(self), key=lambda f: OPTIONAL in f.metadata)  # type: ignore[arg-type]
         shown = [f"{f.name}={getattr(self, f.name)!r}" for f in fields if getattr(self, f.name) != f.default]
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def to_json(self) -> dict[str, Any]:
-        """Every field, so that a changed default never changes a saved file."""
-        return {"name": type(self).__name__, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+        """Every field, so that a changed default never changes a saved file; optional ones only where they are set."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        left_out = {f.name for f in fields if f.metadata.get(OPTIONAL) and getattr(self, f.name) == f.default}
+        values = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {"name": type(self).__name__} | {k: v for k, v in values.items() if k not in left_out}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Term:
@@ -60,7 +65,8 @@ class Term:
         later = registry()[name].later if (name := str(data.get("name"))) in registry() else {}
         fields = {**later, **fields}
         term = build(name, (), fields)
-        missing = {f.name for f in dataclasses.fields(term)} - set(fields)  # type: ignore[arg-type]
+        wanted = dataclasses.fields(term)  # type: ignore[arg-type]
+        missing = {f.name for f in wanted if not f.metadata.get(OPTIONAL)} - set(fields)
         if missing:
             raise RecipeError(f"saved {data['name']} lacks the field(s) {', '.join(sorted(missing))}")
         return term

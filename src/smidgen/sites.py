@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from smidgen.kinds import channel_axis, is_norm, kind_of, widths
+from smidgen.calls import never_called
+from smidgen.kinds import channel_axis, is_norm, kind_of, norm_form, widths
 from smidgen.layouts import NORM_ROLES, linear_parts, norm_roles, within
 
 _ATTENTION = ("attention", "query", "key", "value", "attention_out")
@@ -26,6 +27,10 @@ class Site:
     A slice has its one own role (query, key, value, ff_in) and nothing else; what covers the whole fused map
     (attention, ff, block) is on the whole site, so that no role selects the same weights twice. `axis` is where the
     module's input and output have their widths; methods see them last.
+
+    Attributes:
+        affine: of a norm, whether its output is (gain + `offset`) * something + bias by channel, so that what scales
+            and shifts the output folds into the two.
     """
 
     path: str
@@ -45,6 +50,8 @@ class Site:
     heads: int = 0
     head_dim: int = 0
     axis: int = -1
+    affine: bool = False
+    offset: float = 0.0
 
     @property
     def name(self) -> str:
@@ -70,12 +77,15 @@ def find_sites(model: nn.Module) -> list[Site]:
     """Every module that owns parameters, once each, in order of registration; slices follow the whole."""
     stacks = find_blocks(model)
     parts = _parts_outside(model, stacks) | _parts_of_blocks(stacks)
+    idle = never_called(model)
     sites: list[Site] = []
     for path, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is None:
             continue
         part = parts.get(id(module), _Part())
         whole = _site(path, module, part, _corrected(part.roles, model, path))
+        if id(module) in idle and whole.kind in ("linear", "conv"):
+            whole = replace(whole, kind="other", width_in=0, width_out=0, axis=-1)
         sites.append(whole)
         for role, start, stop in part.slices:
             sites.append(replace(whole, roles=frozenset({role}), rows=(start, stop), width_out=stop - start))
@@ -118,6 +128,7 @@ def _site(path: str, module: nn.Module, part: _Part, roles: frozenset[str]) -> S
     kind = kind_of(module)
     bias = next((name for name in ("bias", "in_proj_bias", "beta") if name in terms), None)
     width_in, width_out = widths(module)
+    form = norm_form(module) if kind == "norm" else None
     return Site(
         path=path,
         kind=kind,
@@ -132,6 +143,8 @@ def _site(path: str, module: nn.Module, part: _Part, roles: frozenset[str]) -> S
         gain=next((name for name in terms if name != bias), None) if kind == "norm" else None,
         bias=bias,
         axis=channel_axis(module),
+        affine=form is not None and len(next(iter(terms.values()))) == 1,
+        offset=form.offset if form else 0.0,
     )
 
 
@@ -139,7 +152,7 @@ def _count(module: nn.Module, kind: str) -> int:
     return sum(kind_of(m) == kind for m in module.modules())
 
 
-def _is_block(module: nn.Module) -> bool:
+def is_block(module: nn.Module) -> bool:
     """Whether a module has a norm and two linear maps, as transformer, Mamba and ConvNeXt blocks do."""
     return any(map(is_norm, module.modules())) and _count(module, "linear") >= 2
 
@@ -151,7 +164,7 @@ def _alike(modules: nn.Module) -> bool:
 def _is_stack(module: nn.Module) -> bool:
     """Whether a module is a list of blocks; a Sequential of several classes is a chain, no list."""
     listed = isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and _alike(module))
-    return listed and any(True for _ in module.children()) and all(map(_is_block, module.children()))
+    return listed and any(True for _ in module.children()) and all(map(is_block, module.children()))
 
 
 def _stacks_in(module: nn.Module) -> dict[str, nn.Module]:

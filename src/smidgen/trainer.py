@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback as Base
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -19,9 +20,7 @@ from smidgen.events import after_step
 from smidgen.files import write_files
 from smidgen.penalties import penalty
 from smidgen.place import refuse_save
-from smidgen.watch import check_gradients, check_moved, snapshot
-
-WATCH = 5
+from smidgen.watch import FEW, MANY, Watch, reached_in_eval
 
 
 class TrainerCallback(Base):
@@ -41,6 +40,9 @@ class TrainerCallback(Base):
 
     def __init__(self, penalised: bool = False) -> None:
         self.penalised = penalised
+        self.watch: Watch | None = None
+        self.hook: RemovableHandle | None = None
+        self.batch: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -53,27 +55,48 @@ class TrainerCallback(Base):
                 f"{attachment(model).plan.recipe} adds a penalty to the loss, which Trainer does not: use smidgen.fit, "
                 "or add smidgen.penalty(model) in compute_loss and say TrainerCallback(penalised=True)"
             )
-        self.begin, self.first = snapshot(model), state.global_step
+        self.watch, self.first = Watch(model), state.global_step
+        self.hook = model.register_forward_pre_hook(self._keep, with_kwargs=True)
         model.__dict__["save_pretrained"] = functools.partial(save_trained, model)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """At the first step: every trained tensor has a gradient; under float16's loss scaling it may overflow."""
+        """At the first step: every trained tensor has a gradient, or has one where nothing is left to chance
+        (layerdrop); under float16's loss scaling it may overflow."""
+        model = kwargs["model"]
+        self.watch = self.watch or Watch(model)
         if state.global_step == self.first:
-            check_gradients(kwargs["model"], finite=not args.fp16)
+            self._drop()
+            missed = [name for name, p in trained_parameters(model).items() if p.grad is None]
+            also = reached_in_eval(model, missed, *self.batch) if missed and self.batch else ()
+            self.watch.first(model, finite=not args.fp16, reached=also)
+            self.batch = None
+        self.watch.saw(model)
+
+    def _keep(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: the first batch."""
+        self.batch = self.batch or (args, kwargs)
+
+    def _drop(self) -> None:
+        if self.hook is not None:
+            self.hook.remove()
+        self.hook = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Events; after a few steps, or at the end of a shorter run: every trained tensor has moved."""
         after_step(kwargs["model"], kwargs["optimizer"], state.global_step, state.max_steps, args.seed)
-        steps = state.global_step - self.first
-        if steps > 1 and steps == min(WATCH, state.max_steps - self.first):
-            check_moved(kwargs["model"], self.begin, steps)
+        steps, last = state.global_step - self.first, state.max_steps - self.first
+        if self.watch and steps > 1 and steps in (min(FEW, last), MANY):
+            self.watch.moved(kwargs["model"], steps)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """From here on saving the attached model whole is refused again."""
+        """Say what was never used. From here on saving the attached model whole is refused again."""
+        self._drop()
+        if self.watch:
+            self.watch.report(kwargs["model"], state.global_step - self.first)
         kwargs["model"].__dict__["save_pretrained"] = refuse_save
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import nn
 from transformers import PreTrainedModel
 
+from smidgen.calls import without_gradient
 from smidgen.errors import PlanError
 from smidgen.fields import LINEAR_ROLES
 from smidgen.inputs import position_limit, prompt_length
@@ -48,6 +49,9 @@ def no_match(method: Method, model: nn.Module, sites: Sequence[Site]) -> str:
     if method.overrides("keys_values") and (classes := no_interface(model, sites)):
         text += f"; {', '.join(classes)} does not go through transformers' AttentionInterface, so no keys can be added"
         text += ": choose a method that adds none"
+    shut = [p for p in without_gradient(model) if any(True for _ in model.get_submodule(p).parameters())]
+    if shut:
+        text += f"; no gradient passes through {shut[0] or 'its forward'}, which stands under torch.no_grad"
     if not any(site.roles & set(LINEAR_ROLES) for site in sites):
         text += f"; {UNKNOWN}"
     if stacked := [site.path for site in sites if _stacked(model, site)]:

@@ -1,34 +1,189 @@
-"""Nothing fails in silence: every trained tensor is reached by a gradient and moves."""
+"""Nothing fails in silence: every trained tensor is reached by a gradient and moves.
+
+What a forward pass in eval mode never uses is refused at once. Two kinds of tensor are judged over more steps: those of
+an expert to which no token went, and those that chance left out (layerdrop).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from smidgen.attachment import attachment, trained_parameters
 from smidgen.errors import TrainError
+from smidgen.sites import is_block
+from smidgen.stacks import common
+
+MANY = 50  # steps after which chance is no reason any more: a layer is dropped with 0.5 in all of them once in 1e15
 
 
-def check_gradients(model: nn.Module, finite: bool = True) -> None:
+FEW = 5  # steps in which each tensor moves, LoRA's A as well, which stands still in the first
+
+
+class IdleWarning(UserWarning):
+    """Some trained tensors were never used."""
+
+
+class Watch:
+    """What training shows of the tensors of an attached model, step by step.
+
+    Attributes:
+        steps: how many were watched.
+        seen: name of each trained tensor -> in how many of them a gradient reached it.
+        idle: names of those that may have none: of experts, and by their method's word.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.start = snapshot(model)
+        self.seen, self.steps = dict.fromkeys(self.start, 0), 0
+        self.idle = set(idle_by_word(model))
+
+    def first(self, model: nn.Module, finite: bool = True, reached: Iterable[str] = ()) -> None:
+        """After the first backward pass: all is reached, now or in another pass (`reached`), or excused.
+
+        Raises:
+            TrainError: naming the tensors that the loss does not depend on, or whose gradient is not finite.
+        """
+        missed = {name for name, p in trained_parameters(model).items() if p.grad is None} - set(reached)
+        self.idle |= set(routed(model, missed))
+        check_gradients(model, finite, {*reached, *self.idle})
+
+    def saw(self, model: nn.Module) -> None:
+        """In each step, before gradients are dropped."""
+        self.steps += 1
+        if self.steps <= MANY or self.unseen:
+            for name, p in trained_parameters(model).items():
+                self.seen[name] += p.grad is not None
+
+    @property
+    def unseen(self) -> set[str]:
+        """Names of the tensors that no gradient has reached yet."""
+        return {name for name, count in self.seen.items() if not count}
+
+    def moved(self, model: nn.Module, steps: int) -> None:
+        """After some optimiser steps: what was reached in several has moved; after many, all but what is excused was
+        reached.
+
+        Raises:
+            TrainError: naming the tensors that stand still.
+        """
+        late = sorted(self.unseen - self.idle)
+        if late and self.steps >= MANY:
+            raise TrainError(
+                f"{_never(late, len(self.start))} in {self.steps} steps, more than chance (layerdrop) explains; "
+                f"{_narrow(model, late)}"
+            )
+        rare = {name for name, count in self.seen.items() if count < min(FEW, self.steps)}
+        check_moved(model, self.start, steps, rare)
+
+    def report(self, model: nn.Module, steps: int) -> None:
+        """At the end of so many steps, if all were seen: warn of what was never used."""
+        names = sorted(self.unseen.difference(attachment(model).plan.spare))
+        if names and self.steps >= steps:
+            why = (
+                "the task does not use them"
+                if set(names) <= set(idle_by_word(model))
+                else "no token went to its expert"
+            )
+            why = why if set(names) <= self.idle else "chance (layerdrop) left them out"
+            text = f"{_never(names, len(self.start))} in {steps} steps: {why}; they stand where they stood"
+            warnings.warn(text, IdleWarning, stacklevel=2)
+
+
+def check_gradients(model: nn.Module, finite: bool = True, excused: Iterable[str] = ()) -> None:
     """After a backward pass: every trained tensor must have a gradient, and a finite one unless told otherwise.
 
     Raises:
         TrainError: naming the tensors that the loss does not depend on, or whose gradient is not finite.
     """
     parameters = trained_parameters(model)
-    spare = attachment(model).plan.spare
-    unreached = [name for name, p in parameters.items() if p.grad is None and name not in spare]
+    excused = {*attachment(model).plan.spare, *excused}
+    unreached = [name for name, p in parameters.items() if p.grad is None and name not in excused]
     if unreached:
         raise TrainError(
-            f"{len(unreached)} of {len(parameters)} trained tensors got no gradient, first {unreached[0]}: the "
-            "forward pass never used them; narrow the recipe (which=, layers=, target=) to what this model runs"
+            f"{_never(unreached, len(parameters))}: the forward pass never used them; {_narrow(model, unreached)}"
         )
     broken = [n for n, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
     if broken and finite:
         raise TrainError(f"the gradient of {broken[0]} is not finite; lower the learning rate or check the data")
+
+
+def _never(names: list[str], count: int) -> str:
+    return f"{len(names)} of {count} trained tensors got no gradient, first {names[0]}"
+
+
+def _narrow(model: nn.Module, unreached: list[str]) -> str:
+    head = {name for name, _ in attachment(model).plan.head}
+    reached = trained_parameters(model).keys() - set(unreached) - head
+    part = common((n.partition(".edits.")[0] + "." for n in reached), [n for n in unreached if n not in head])
+    fields = f"stack={part!r}" if part else "which=, layers=, target=, stack="
+    return f"narrow the recipe ({fields}) to what this model runs"
+
+
+def idle_by_word(model: nn.Module) -> Iterator[str]:
+    """Names of trained tensors that may get no gradient at all, by their method's word, or of parts of the head."""
+    yield from attachment(model).plan.spare
+    for row in attachment(model).plan.rows:
+        yield from (name for term, name, _ in row.trained() if row.method.may_idle(row.site, term))
+
+
+def routed(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
+    """Those of the tensors without gradient that belong to one of several experts, of which others have gradients.
+
+    Experts are modules of one class in a list or dict that are no blocks of the model: they have no norm.
+    """
+    reached = {name for name, p in trained_parameters(model).items() if p.grad is not None}
+    lists = (nn.ModuleList, nn.ModuleDict)
+    groups = [path for path, module in model.named_modules() if isinstance(module, lists) and _alike(module)]
+    for name in names:
+        around = [path for path in groups if name.startswith(path + ".")]
+        if any(other.startswith(path + ".") for path in around for other in reached):
+            yield name
+
+
+def _alike(group: nn.Module) -> bool:
+    parts = list(group.children())
+    return len(parts) > 1 and len(set(map(type, parts))) == 1 and not any(map(is_block, parts))
+
+
+def reached_in_eval(
+    model: nn.Module, names: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> set[str]:
+    """Those of the trained tensors on which the output depends when nothing is left to chance. No gradient is left."""
+    parameters = {name: p for name, p in trained_parameters(model).items() if name in set(names)}
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.enable_grad():
+            total = scalar(model.eval()(*args, **kwargs))
+            found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return {name for name, grad in zip(parameters, found, strict=True) if grad is not None}
+
+
+def scalar(outputs: Any) -> Tensor:
+    """The loss in a model's outputs, or the sum of all floating tensors that depend on something."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+    return loss if isinstance(loss, Tensor) else sum((t.float().sum() for t in floats(outputs)), torch.zeros(()))
+
+
+def floats(outputs: Any) -> Iterator[Tensor]:
+    """All floating tensors in what a model gives, in order."""
+    if isinstance(outputs, Tensor):
+        if outputs.is_floating_point():
+            yield outputs
+    elif isinstance(outputs, Mapping):
+        for value in outputs.values():
+            yield from floats(value)
+    elif isinstance(outputs, list | tuple):
+        for value in outputs:
+            yield from floats(value)
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -36,20 +191,20 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in trained_parameters(model).items()}
 
 
-def still(model: nn.Module, start: dict[str, Tensor]) -> list[str]:
-    """Names of trained tensors that are bit for bit where they were, without a declared reason."""
-    excused = set(resting(model))
+def still(model: nn.Module, start: dict[str, Tensor], rare: Iterable[str] = ()) -> list[str]:
+    """Names of trained tensors that are bit for bit where they were, without a declared reason or a name in `rare`."""
+    excused = {*resting(model), *rare}
     now = trained_parameters(model)
     return [n for n, p in now.items() if n not in excused and torch.equal(p.detach(), start[n])]
 
 
-def check_moved(model: nn.Module, start: dict[str, Tensor], steps: int) -> None:
-    """After a few optimiser steps with a learning rate above 0: every trained tensor must have moved.
+def check_moved(model: nn.Module, start: dict[str, Tensor], steps: int, rare: Iterable[str] = ()) -> None:
+    """After a few optimiser steps with a learning rate above 0: all trained tensors but `rare` ones must have moved.
 
     Raises:
         TrainError: naming the tensors that stand still.
     """
-    names = still(model, start)
+    names = still(model, start, rare)
     if names:
         raise TrainError(
             f"{len(names)} of {len(start)} trained tensors did not move in {steps} steps, first {names[0]}: is it in "

@@ -69,6 +69,10 @@ class Full(Method):
     def gives_way(self) -> bool:
         return self.target is not None
 
+    def may_idle(self, site: Site, term: str) -> bool:
+        # It trains everything there is, also what a task never uses (XLNet's mask_emb, for masked positions).
+        return True
+
     def may_rest(self, site: Site, term: str) -> bool:
         # The bias of a key has zero gradient under softmax.
         return "key" in site.roles and term == site.bias

@@ -36,9 +36,9 @@ class SSF(Method):
         layers: as in LN.
 
     Departures: the paper draws g and t close to one and zero (standard deviation 0.02), so that training starts beside
-    the pretrained model; here it starts at it. Norms before the blocks, norms without a bias (RMSNorm) and BatchNorm
-    (the paper's models have none) are left alone. A BatchNorm in training mode undoes what is done right before it:
-    keep it in eval mode.
+    the pretrained model; here it starts at it. Left alone: norms before the blocks, norms without a bias (RMSNorm),
+    norms by head, norms with an activation or a mask of their own, BatchNorm (the paper's models have none). A
+    BatchNorm in training mode undoes what is done right before it: keep it in eval mode.
     """
 
     target: str | tuple[str, ...] = "linear"
@@ -66,7 +66,7 @@ class SSF(Method):
             check_targets("SSF", "target", self._names(), sites)
 
     def acts(self, site: Site) -> bool:
-        norm = site.kind == "norm" and (site.gain, site.bias) == ("weight", "bias")
+        norm = site.affine and (site.gain, site.bias) == ("weight", "bias")
         wanted = (self.norms and norm and bool(site.roles & {"block", "final"})) or (self.convs and site.kind == "conv")
         return (wanted or targeted(site, self._names())) and in_layers(site, self.layers)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import vjp, vmap
 
 from smidgen.kinds import channel_axis
+from smidgen.probe import is_bias
 
 Tensors = dict[str, Tensor]
 CACHE_BYTES = 2 * 2**20  # products of this size are squared before they leave a core's cache
@@ -46,11 +47,10 @@ def norm(p: Mapping[str, Tensor], calls: Sequence[Call], limit: int) -> Tensors:
     gain = next((term for term in p if term != bias), None)
     found: Tensors = {}
     if bias is not None:
-        found[bias] = _squared([_tokens(_g(call, p), call.module).sum(1) for call in calls])
+        found[bias] = _squared([_tokens(_g(call, p), call.module, p[bias]).sum(1) for call in calls])
     if gain is not None:
-        found[gain] = _squared(
-            [_tokens(_g(call, p) * _normalised(call, p[gain]), call.module).sum(1) for call in calls]
-        )
+        parts = ((_g(call, p) * _normalised(call, p[gain]), call.module) for call in calls)
+        found[gain] = _squared([_tokens(part, module, p[gain]).sum(1) for part, module in parts])
     return found
 
 
@@ -96,11 +96,6 @@ def general(p: Mapping[str, Tensor], calls: Sequence[Call], limit: int) -> Tenso
 
 
 RULES: dict[str, Rule] = {"norm": norm, "linear": linear, "embedding": embedding}
-
-
-def is_bias(term: str) -> bool:
-    """Whether a norm's parameter is added rather than multiplied."""
-    return term in ("bias", "beta")
 
 
 def outer_squares(a: Tensor, b: Tensor, limit: int) -> Tensor:
@@ -152,9 +147,9 @@ def _normalised(call: Call, gain: Tensor) -> Tensor:
         return found - call.function(zeros, x) if rest.any() else found
 
 
-def _tokens(t: Tensor, module: nn.Module) -> Tensor:
-    """(B, tokens, width) of a norm's output, whose width lies last, or behind the batch."""
-    return _flat(t.movedim(channel_axis(module), -1))
+def _tokens(t: Tensor, module: nn.Module, like: Tensor) -> Tensor:
+    """(B, tokens, *width) of a norm's output, whose width lies last, or behind the batch; a norm by head has two."""
+    return t.movedim(channel_axis(module), -1).reshape(len(t), -1, *like.shape)
 
 
 def _flat(t: Tensor) -> Tensor:

@@ -1,0 +1,153 @@
+"""Tensors that a forward pass does not use: by chance, by routing, by the task, or never."""
+
+import warnings
+
+import pytest
+import torch
+import transformers as T
+from transformers import Trainer, TrainingArguments
+
+import smidgen as sm
+from smidgen.attachment import trained_parameters
+from smidgen.errors import PlanError, TrainError
+from smidgen.plan import resolve
+from smidgen.recipe import parse
+from smidgen.watch import IdleWarning
+from tests import helpers as h
+from tests import odd_models as odd
+
+
+def train(model, recipe, name, tmp_path, steps=8, rows=2, labels=None):
+    """Trainer with the callback; gives the names that moved."""
+    model = sm.attach(model.float(), recipe)
+    start = {n: p.detach().clone() for n, p in trained_parameters(model).items()}
+    batch = {k: v.float() if v.is_floating_point() else v for k, v in odd.inputs(name, rows).items()}
+    batch["labels"] = labels if labels is not None else batch.get("decoder_input_ids", batch["input_ids"])
+    made = Trainer(
+        model,
+        TrainingArguments(
+            str(tmp_path), max_steps=steps, per_device_train_batch_size=1, report_to=[], save_strategy="no",
+            disable_tqdm=True, use_cpu=True, seed=3,
+        ),
+        train_dataset=[{k: v[i] for k, v in batch.items()} for i in range(rows)],
+        optimizers=(sm.optimizer(model, lr=1e-2), None),
+        callbacks=[sm.TrainerCallback()],
+    )  # fmt: skip
+    made.train()
+    return {n for n, p in trained_parameters(model).items() if not torch.equal(p, start[n])}
+
+
+def test_a_layer_that_chance_drops_is_no_fault(tmp_path):
+    """wav2vec 2.0 drops layers while it trains, by default; here nearly always."""
+    model = odd.build("wav2vec2")
+    model.config.layerdrop, model.config.apply_spec_augment = 0.8, False
+    labels = torch.randint(3, 20, (2, 3), generator=torch.Generator().manual_seed(0))
+    warnings.simplefilter("ignore", IdleWarning)
+    moved = train(model, "LN(which='block')", "wav2vec2", tmp_path, steps=12, labels=labels)
+    assert moved, "no layer was ever kept"
+
+
+def test_a_layer_that_is_never_run_is_one_also_under_layerdrop(tmp_path):
+    model = odd.build("wav2vec2")
+    model.config.layerdrop, model.config.apply_spec_augment = 0.5, False
+    model.wav2vec2.encoder.layers[1].forward = lambda hidden, *args, **kwargs: hidden
+    labels = torch.ones(2, 3, dtype=torch.long)
+    with pytest.raises(TrainError, match=r"got no gradient, first wav2vec2\.encoder\.layers\.1"):
+        train(model, "LN(which='block')", "wav2vec2", tmp_path, labels=labels)
+
+
+def test_an_expert_that_meets_no_token_is_no_fault(tmp_path):
+    model = odd.build("switch")
+    for module in model.modules():
+        if hasattr(module, "router"):  # rows of zeros: the first of the largest is expert 0 or 1, never 2 or 3
+            torch.nn.init.zeros_(module.router.classifier.weight[1:])
+    recipe = "LoRA(rank=1, target=('wi', 'wo'))"
+    said = r"of 80 trained tensors got no gradient, first \w+\.\S*\.experts\.expert_2\.\S+ in 8 steps: no token went"
+    with pytest.warns(IdleWarning, match=said):
+        moved = train(model, recipe, "switch", tmp_path, rows=1)
+    assert 0 < len(moved) < len(trained_parameters(model))
+
+
+def test_full_trains_what_the_task_uses(tmp_path):
+    """XLNet's mask_emb stands for positions to be guessed, and r_s_bias for segments: there are none here."""
+    model = odd.build("xlnet").float()
+    model.resize_token_embeddings(len(h.WORDS))
+    task = h.task(tmp_path / "task", 16, 4)
+    with pytest.warns(
+        IdleWarning,
+        match=r"5 of 40 .*first transformer\.layer\.0\.rel_attn\.r_s_bias in 4 steps: the task does not use them",
+    ):
+        sm.fit(model, "Full()", task, tokenizer=h.tokenizer(), epochs=2, batch_size=8, progress=False)
+
+
+def test_no_gradient_passes_through_an_indexer():
+    """DeepSeek's picks keys under torch.no_grad: nothing in it can be trained."""
+    model = odd.build("deepseek_v32")
+    for recipe in ("LN()", "Full()", "LoRA(rank=2, target='linear')"):
+        names = resolve(model, recipe).shapes
+        assert names
+        assert not any("indexer" in name for name in names), recipe
+    sm.attach(model, "LN()")
+    model(**odd.inputs("deepseek_v32")).logits.square().sum().backward()
+    assert [n for n, p in trained_parameters(model).items() if p.grad is None] == []
+
+
+def test_a_model_that_passes_no_gradient_is_refused():
+    class Closed(T.BertModel):
+        forward = torch.no_grad()(T.BertModel.forward)
+
+    with pytest.raises(PlanError, match=r"no gradient passes through its forward, which stands under torch\.no_grad"):
+        resolve(Closed(T.BertConfig(**h.BASE)), "LN()")
+
+
+def test_a_tower_that_is_not_run_can_be_left_out(tmp_path):
+    with pytest.raises(TrainError, match=r"vision_tower.*narrow the recipe \(stack='language_model'\)"):
+        train(odd.build("gemma3"), "LN()", "gemma3", tmp_path)
+    moved = train(odd.build("gemma3"), "LN(stack='language_model')", "gemma3", tmp_path)
+    assert moved
+    assert all("language_model" in name for name in moved)
+
+
+# stack=
+
+
+@pytest.mark.parametrize("recipe", ["LoRA(target='linear', stack='encoder')", "SSF(stack='model.encoder')"])
+def test_stack_keeps_to_a_module(recipe):
+    model = T.BartModel(T.BartConfig(**odd_bart()))
+    whole = resolve(model, recipe.replace(", stack='encoder'", "").replace("stack='model.encoder'", ""))
+    part = resolve(T.BartForConditionalGeneration(T.BartConfig(**odd_bart())) if "model." in recipe else model, recipe)
+    assert 0 < part.trained < whole.trained
+    assert all(".edits." in n and n.removeprefix("model.").startswith("encoder.") for n in part.shapes)
+
+
+def odd_bart():
+    sides = {f"{side}_{k}": v for side in ("encoder", "decoder")
+             for k, v in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 24))}  # fmt: skip
+    return {"d_model": 16, "vocab_size": 40, "max_position_embeddings": 32, **sides}
+
+
+def test_a_stack_that_is_not_there():
+    model = odd.build("gemma3")
+    with pytest.raises(PlanError, match=r"stack='langage_model' is no module .*did you mean 'language_model'"):
+        resolve(model, "LN(stack='langage_model')")
+    for wrong in ("3", "''"):
+        with pytest.raises(PlanError, match="must be a module path or the end of one"):
+            resolve(model, f"LN(stack={wrong})")
+
+
+def test_stack_is_saved_where_it_is_given():
+    recipe = parse("LN(which='qk', stack='encoder')")
+    assert str(recipe) == "LN(which='qk', stack='encoder')"
+    assert type(recipe).from_json(recipe.to_json()) == recipe
+    assert "stack" not in parse("LN()").to_json()[0], "files without it are as they were"
+
+
+def test_a_delta_of_one_stack_comes_back(tmp_path):
+    model = odd.build("gemma3").float()
+    sm.attach(model, "LN(stack='language_model') + LoRA(rank=2, stack='vision_tower')")
+    for p in trained_parameters(model).values():
+        torch.nn.init.normal_(p)
+    wanted = model(**odd.inputs("gemma3")).logits.detach()
+    sm.detach(model).save(tmp_path)
+    sm.attach(model, sm.Delta.load(tmp_path))
+    assert torch.equal(model(**odd.inputs("gemma3")).logits, wanted)
