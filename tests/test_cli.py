@@ -395,7 +395,7 @@ def test_the_next_commands_run_as_they_are_printed(tmp_path: Path) -> None:
 def test_the_next_commands_name_no_more_than_was_given(world: World) -> None:
     run = ["--delta", str(world.delta)]
     assert _following(world.said) == [
-        ["evaluate", *run, "--data", str(world.data)], ["predict", *run, "--text", "..."],
+        ["evaluate", *run, "--data", str(world.data)], ["predict", *run, "--text", "a text"],
         ["merge", *run, "--out", f"{world.delta}-merged"],
     ]  # fmt: skip
 

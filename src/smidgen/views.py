@@ -136,7 +136,7 @@ def tuned(delta: Delta, out: Path, task: Task, data: Sequence[str], already: boo
 
 
 def _predict(out: Path, pair: bool = False) -> tuple[str, ...]:
-    return ("predict", "--delta", str(out), "--text", "...", *(("--pair", "...") if pair else ()))
+    return ("predict", "--delta", str(out), "--text", "a text", *(("--pair", "a second one") if pair else ()))
 
 
 def _next(*commands: Sequence[str]) -> Text:
