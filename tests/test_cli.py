@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -365,6 +366,38 @@ def test_two_texts(tmp_path: Path) -> None:
     alone = call(*ask)
     assert alone.code == 2
     assert "takes 2 texts" in alone.err
+
+
+def _following(said: Said) -> list[list[str]]:
+    """The commands that a run prints as the next ones, read as a shell does."""
+    lines = said.out[said.out.index("next:") + 5 :].splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.strip()]
+
+
+def test_the_next_commands_run_as_they_are_printed(tmp_path: Path) -> None:
+    """With a space in every name, columns that no one could guess, and no test split."""
+    bert(tmp_path / "a base")
+    made = [{"my text": r["text"], "that text": "it is", "its label": float(i % 2)} for i, r in enumerate(rows(40))]
+    data = jsonl(tmp_path / "my data.jsonl", made)
+    columns = ["--text", "my text", "--text", "that text", "--label", "its label", "--kind", "classification"]
+    files = ["--model", tmp_path / "a base", "--data", data, "--out", tmp_path / "a run"]
+    said = call("tune", *files, "--epochs", 1, *columns, "--metric", "f1")
+    assert said.code == 0, said.err
+    commands = _following(said)
+    assert [command[0] for command in commands] == ["evaluate", "predict", "merge"]
+    for command in commands:
+        done = call(*command)
+        assert done.code == 0, (command, done.err)
+    assert "f1" in call(*commands[0], "--json").json["scores"]
+    assert (tmp_path / "a run-merged" / "model.safetensors").exists()
+
+
+def test_the_next_commands_name_no_more_than_was_given(world: World) -> None:
+    run = ["--delta", str(world.delta)]
+    assert _following(world.said) == [
+        ["evaluate", *run, "--data", str(world.data)], ["predict", *run, "--text", "a text"],
+        ["merge", *run, "--out", f"{world.delta}-merged"],
+    ]  # fmt: skip
 
 
 def test_causal_lm_continues(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ from smidgen.options import (
     RecipeText,
     Text,
     TuneDtype,
+    data_options,
     dtype_of,
     open_delta,
     open_selection,
@@ -149,7 +150,8 @@ def tune(
         views.note(f"stopped at step {step}; the same command goes on from there")
         raise typer.Exit(130) from None
     report = {**_summary(delta), "out": str(out), "already_finished": already, "files": views.sizes(out)}
-    views.show(report, views.tuned(delta, out, data, already, folds(delta.recipe, delta.pooling)), as_json)
+    told = data_options(data, text, label, kind, metric)
+    views.show(report, views.tuned(delta, out, task, told, already, folds(delta.recipe, delta.pooling)), as_json)
 
 
 app.command()(cli_search.search)

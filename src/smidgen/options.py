@@ -54,6 +54,15 @@ def open_task(
     return task
 
 
+def data_options(
+    data: str, text: list[str] | None, label: str | None, kind: str | None, metric: str | None
+) -> list[str]:
+    """The options that open the same task in another command."""
+    single = {"--label": label, "--kind": kind, "--metric": metric}
+    given = [("--data", data), *(("--text", name) for name in text or ()), *single.items()]
+    return [word for option, value in given if value is not None for word in (option, value)]
+
+
 def dtype_of(choice: str, out: Path) -> str:
     """What "auto" means: as recorded in `out` if it holds an earlier start, else as measured; said on stderr."""
     import torch

@@ -12,6 +12,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -21,8 +22,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from smidgen.delta import META
-from smidgen.errors import TrainError
+from smidgen.errors import RecipeError, TrainError
 from smidgen.files import read_json, write_files
+from smidgen.recipe import Recipe
 from smidgen.selection.chosen import FILE as SELECTION
 from smidgen.selection.chosen import Selection
 
@@ -184,10 +186,24 @@ def check_same(path: Path, before: Mapping[str, Any], asked: Mapping[str, Any]) 
     """Raises TrainError, naming the first difference, if what is asked now is not what a folder was begun with."""
     for key in sorted(asked):
         if _spelled(before.get(key)) != _spelled(asked[key]):
-            raise TrainError(
-                f"{path} holds another run: {key} was {before.get(key)!r}, now {asked[key]!r}; "
-                "choose another --out, or remove the folder"
-            )
+            name, then, now = _difference(key, before.get(key), asked[key])
+            what = f"{name} was {then}, now {now}"
+            raise TrainError(f"{path} holds another run: {what}; choose another --out, or remove the folder")
+
+
+def _difference(key: str, before: Any, asked: Any) -> tuple[str, str, str]:
+    """What differs, and both of its values as a person reads them. Of settings, the first that differs."""
+    if key == "recipe" and before is not None:
+        with suppress(RecipeError):  # of an earlier version, with other fields
+            return key, str(Recipe.from_json(before)), str(Recipe.from_json(asked))
+    if isinstance(before, list | tuple) and isinstance(asked, list | tuple):
+        if len(before) != len(asked):
+            return f"the number of {key}", str(len(before)), str(len(asked))
+        before, asked = next(pair for pair in zip(before, asked, strict=True) if _spelled(pair[0]) != _spelled(pair[1]))
+    if isinstance(before, Mapping) and isinstance(asked, Mapping):
+        inner = next(k for k in sorted({*before, *asked}) if _spelled(before.get(k)) != _spelled(asked.get(k)))
+        return f"{inner} of {key}", repr(before.get(inner)), repr(asked.get(inner))
+    return key, repr(before), repr(asked)
 
 
 def _spelled(value: Any) -> str:

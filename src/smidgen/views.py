@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from smidgen.predict import Prediction
 
 WIDTH = 120  # of output that goes to a file or a pipe
-PREDICT, MERGE = "predict --delta {} --text '...'", "merge --delta {} --out {}-merged"
-PLAN, TUNE = "plan --model minilm --recipe 'LN() + LoRA(rank=8)'", "tune --model minilm --data your.csv --out run"
+PLAN = ("plan", "--model", "minilm", "--recipe", "LN() + LoRA(rank=8)")
+TUNE = ("tune", "--model", "minilm", "--data", "your.csv", "--out", "run")
 
 
 def show(data: Any, view: RenderableType, as_json: bool) -> None:
@@ -37,7 +38,7 @@ def show(data: Any, view: RenderableType, as_json: bool) -> None:
     if as_json:
         print(json.dumps(plain(data), ensure_ascii=False))
     else:
-        Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False).print(view)
+        Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False).print(view, crop=False)
 
 
 def note(text: object) -> None:
@@ -119,21 +120,28 @@ def evaluated(result: Scores, delta: Delta, data: str, split: str) -> Renderable
     return Group(title, scores(result.values), Text(cut))
 
 
-def tuned(delta: Delta, out: Path, data: str, already: bool, can_merge: bool) -> RenderableType:
-    """A finished run: scores, files, what to do next."""
+def tuned(delta: Delta, out: Path, task: Task, data: Sequence[str], already: bool, can_merge: bool) -> RenderableType:
+    """A finished run: scores, files, what to do next. data: the options that say what `task` is."""
     done = "was already finished; this is its result" if already else "finished"
     head = f", head {delta.head_values:,}" if delta.head else ""
-    merge = [MERGE.format(out, out)] if can_merge else []
+    split = [] if "test" in task.splits else ["--split", "validation"]
+    merge = [("merge", "--delta", str(out), "--out", f"{out}-merged")] if can_merge else []
+    pair = len(task.text) == 2 and task.kind in ("classification", "regression")
     return Group(
         Text(f"{delta.recipe} {done}: {delta.trained:,} values{head}", style="bold"),
         scores(delta.info.get("scores", {})),
         listing(out),
-        _next(f"evaluate --delta {out} --data {data}", PREDICT.format(out), *merge),
+        _next(("evaluate", "--delta", str(out), *data, *split), _predict(out, pair), *merge),
     )
 
 
-def _next(*commands: str) -> Text:
-    lines = "\n       ".join(f"smidgen {command}" for command in commands)
+def _predict(out: Path, pair: bool = False) -> tuple[str, ...]:
+    return ("predict", "--delta", str(out), "--text", "a text", *(("--pair", "a second one") if pair else ()))
+
+
+def _next(*commands: Sequence[str]) -> Text:
+    """Commands as a shell reads them."""
+    lines = "\n       ".join(shlex.join(["smidgen", *command]) for command in commands)
     return Text(f"next:  {lines}", style="dim", no_wrap=True, overflow="ignore")
 
 
@@ -193,5 +201,5 @@ def demonstrated(result: Demonstration, out: Path) -> RenderableType:
         Text(result.remark),
         Text(f"LN()'s delta is in {out}. Read back from disk, it says:", style="bold"),
         predictions(result.predictions),
-        _next(f"inspect {out}", PREDICT.format(out), PLAN, TUNE),
+        _next(("inspect", str(out)), _predict(out), PLAN, TUNE),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +28,7 @@ def report(result: Report, shown: Sequence[str], out: Path | None) -> Renderable
             parts += [Text(f"\n{section.title}"), numbers(section)]  # type: ignore[arg-type]
     parts += [Text(paragraph + "\n") for paragraph in result.summary]
     if out is not None:
-        parts += [views.listing(out), Text(f"open {out / 'report.html'}", style="dim")]
+        parts += [views.listing(out), Text(f"open {shlex.quote(str(out / 'report.html'))}", style="dim")]
     return Group(*parts)
 
 
