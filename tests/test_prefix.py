@@ -397,12 +397,13 @@ def test_the_network_is_dropped_on_saving(tmp_path):
 
 
 def test_the_network_says_what_the_formula_says():
-    method, site = sm.Prefix(3, mlp=4), SimpleNamespace(heads=2, head_dim=5)
+    method, site = sm.Prefix(3, mlp=4), SimpleNamespace(heads=2, head_dim=5, value_dim=3)
     p = {k: v.double() for k, v in method.init(site).items()}
     K, V = method.keys_values(method.settle(p, site), site)
     for i in range(3):
         row = p["W2"] @ torch.tanh(p["W1"] @ p["E"][i] + p["b1"]) + p["b2"]
         torch.testing.assert_close(torch.cat((K[:, i].flatten(), V[:, i].flatten())), row)
+    assert (K.shape, V.shape) == ((2, 3, 5), (2, 3, 3))
 
 
 def test_a_network_cannot_be_narrowed():

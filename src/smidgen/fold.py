@@ -1,11 +1,10 @@
-"""A module's tensors as its sites see them, and back: Conv1D stores the transpose, slices are runs of rows, a
+"""A module's tensors as its sites see them, and back: Conv1D stores the transpose, slices are some of the rows, a
 convolution's weight has more axes than two and its channels lie before the places of an image."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from smidgen.casts import master_dtype
@@ -28,19 +27,18 @@ def seen_from(site: Site, weight: Tensor, bias: Tensor | None) -> dict[str, Tens
     Of a convolution the weight is (width_out, width_in / groups * kernel size).
     """
     oriented = _oriented(site, weight)
-    a, b = site.rows or (0, oriented.shape[0])
-    return {"weight": oriented[a:b]} | ({} if bias is None else {"bias": bias[a:b]})
+    seen = {"weight": oriented} | ({} if bias is None else {"bias": bias})
+    return seen if site.rows is None else {term: site.rows.take(whole) for term, whole in seen.items()}
 
 
 def put_back(site: Site, whole: Pair, part: Pair) -> Pair:
     """The stored tensors with a site's part of them replaced."""
     weight, bias = whole
     oriented = _oriented(site, weight)
-    a, b = site.rows or (0, oriented.shape[0])
-    oriented = torch.cat((oriented[:a], part[0], oriented[b:]))
+    new = part[0] if site.rows is None else site.rows.put(oriented, part[0])
     if bias is not None and part[1] is not None:
-        bias = torch.cat((bias[:a], part[1], bias[b:]))
-    return oriented.T.contiguous() if site.transposed else oriented.view(weight.shape), bias
+        bias = part[1] if site.rows is None else site.rows.put(bias, part[1])
+    return new.T.contiguous() if site.transposed else new.view(weight.shape), bias
 
 
 def _oriented(site: Site, weight: Tensor) -> Tensor:
@@ -64,4 +62,4 @@ def overlap(one: Site, other: Site) -> bool:
     """Whether two sites of one module share rows."""
     if one.rows is None or other.rows is None:
         return True
-    return one.rows[0] < other.rows[1] and other.rows[0] < one.rows[1]
+    return one.rows.overlaps(other.rows)

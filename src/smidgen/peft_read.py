@@ -166,9 +166,9 @@ def _ia3_parts(reader: Reader, site: Site, vector: Tensor) -> Iterator[tuple[Sit
     rest = vector.clone()
     for part in (s for s in reader.sites if s.path == site.path and s.rows and IA3().acts(s)):
         reader.shaped(f"{site.path}.ia3_l", vector, (site.width_out, 1))
-        a, b = part.rows or (0, 0)
-        yield part, vector[a:b, 0]
-        rest[a:b] = 1
+        assert part.rows is not None
+        yield part, part.rows.take(vector[:, 0])
+        rest[part.rows.numbers(len(rest))] = 1
     if not bool((rest == 1).all()):
         raise reader.refusal(
             f"ia3_l of {site.path} scales what is neither key, value nor ff_out; IA3() trains only those"

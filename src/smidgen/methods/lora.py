@@ -35,7 +35,7 @@ class LoRA(LowRank):
     Fields:
         rank, alpha: width of the bottleneck and strength; alpha=None means alpha = rank.
         target: roles ("query", "key", "value", "attention_out", "ff_in", "ff_out"), "linear" for every linear
-            map in the blocks, or endings of module paths ("q_proj").
+            map in the blocks (but gates with a single output), or endings of module paths ("q_proj").
         layers: as in LN.
         exclude: roles or endings of module paths to leave out.
         dropout: on the input of A, in training.
