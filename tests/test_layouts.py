@@ -2,16 +2,18 @@
 
 import pytest
 import torch
+import transformers as T
 
 import smidgen as sm
 from smidgen.attachment import trained_parameters
-from smidgen.errors import AttachError, PlanError
+from smidgen.errors import AttachError, PlanError, RecipeError
 from smidgen.plan import resolve
+from smidgen.selection.units import _number
 from smidgen.sites import find_sites
 from smidgen.slices import Rows
 from smidgen.sublayers import find_sublayers, no_interface
 from smidgen.testing import shake
-from tests.odd_layouts import ODD, odd, output
+from tests.odd_layouts import ODD, SIZES, odd, output
 
 ROLES = ("query", "key", "value", "attention_out", "ff_in", "ff_out")
 KINDS = ("attention", "cross_attention", "feed_forward")
@@ -130,7 +132,7 @@ def test_what_is_put_is_what_is_taken():
     expected[:, places] = -1.0
     assert torch.equal(rows.put(whole, torch.full((2, 9, 4), -1.0), 1), expected)
     assert torch.equal(rows.put(whole, rows.take(whole, 1), -2), whole)
-    assert (rows.count, rows.overlaps(Rows(4, 6, 3)), rows.overlaps(Rows(5, 6, 3))) == (9, True, False)
+    assert (rows.length, rows.overlaps(Rows(4, 6, 3)), rows.overlaps(Rows(5, 6, 3))) == (9, True, False)
 
 
 # Methods
@@ -226,3 +228,48 @@ def test_a_prefix_reaches_every_attention_or_is_refused(name):
     assert not [n for n, p in values.items() if p.grad is None or not p.grad.abs().max() > 0]
     sm.detach(model)
     assert torch.equal(logits(model, name), before)
+
+
+def test_a_text_that_keys_would_not_reach_is_no_place_for_a_prefix():
+    """GIT's text has an attention of its own code; only its image tower would get keys, which a text does not enter."""
+    vision = {**SIZES, "image_size": 8, "patch_size": 4}
+    model = T.GitForCausalLM(T.GitConfig(**SIZES, vision_config=vision))
+    with pytest.raises(PlanError, match="Prefix.*GitSelfAttention in git.encoder.layer does not go .* choose a method"):
+        sm.attach(model, "Prefix(3)")
+    assert resolve(model, "LoRA()").rows
+
+
+def test_a_gate_with_one_output_is_left_out_of_all_linear_maps():
+    """A product of two matrices of rank 8 has no place in a weight of rank 1; by its name it can have one of rank 1."""
+    model = odd("qwen2_moe")
+    paths = {row.site.path.rpartition(".")[2] for row in resolve(model, "LoRA(target='linear')").rows}
+    assert "shared_expert_gate" not in paths
+    assert {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"} <= paths
+    assert len(resolve(model, "LoRA(rank=1, target='shared_expert_gate')").rows) == 2
+    with pytest.raises(RecipeError, match="at most 1 works, or exclude='shared_expert_gate'"):
+        resolve(model, "LoRA(rank=2, target=('linear', 'shared_expert_gate'))")
+
+
+def test_heads_of_rows_by_head():
+    """A row of GPT-NeoX's fused bias belongs to the head of its block, whichever part it is of."""
+    found = torch.full((48,), -1)
+    for site in (s for s in find_sites(odd("gpt_neox")) if s.rows and s.layer == 0):
+        _number(found, 0, site.rows, 4)
+    assert found.tolist() == [row // 12 for row in range(48)]
+
+
+@pytest.mark.parametrize("form", ["sequential", "parallel"])
+def test_an_adapter_reads_what_entered_with_the_same_tokens(form):
+    """Pegasus-X enters its attention with the text and then with global tokens, and leaves it the other way round."""
+    model = odd("pegasus_x")
+    entered, seen = [], []
+    block = model.model.encoder.layers[0].self_attn
+    block.q_proj.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    sm.attach(model, f"Adapter('attention', layers=0, width=3, form={form!r})")
+    edit = block.out_proj.edits["0"]
+    after = edit.after
+    edit.after = lambda x, y, base=None: (seen.append((x, y)), after(x, y, base))[1]
+    logits(model, "pegasus_x")
+    assert len(entered) == len(seen) == 2
+    wanted = entered[::-1] if form == "parallel" else [y for _, y in seen]
+    assert all(torch.equal(x, other) for (x, _), other in zip(seen, wanted, strict=True))

@@ -37,7 +37,7 @@ class KeyValueEdits(Edits):
     def running(self) -> tuple[str, Function]:
         """The implementation that the model asks for now, by name, and its function."""
         name = self.config._attn_implementation
-        return name, self.interface.get_interface(name, self.eager)
+        return name, self.interface.get_interface(name, self.eager)  # type: ignore[arg-type]
 
 
 def attend(

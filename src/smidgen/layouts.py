@@ -121,16 +121,8 @@ LAYOUTS: tuple[Layout, ...] = (
     _attention("t5", "layer.0.SelfAttention", "q", "k", "v", "o"),
     _attention("longt5 local", "layer.0.LocalSelfAttention", "q", "k", "v", "o"),
     _attention("longt5 global", "layer.0.TransientGlobalSelfAttention", "q", "k", "v", "o"),
-    Layout(
-        "bigbird_pegasus",
-        *((f"self_attn.self.{part}",) for part in QKV),
-        attention_out=("self_attn.output",),
-    ),
-    Layout(
-        "led",
-        *((f"self_attn.longformer_self_attn.{part}",) for part in QKV),
-        attention_out=("self_attn.output",),
-    ),
+    _attention("bigbird_pegasus", "self_attn", "self.query", "self.key", "self.value", "output"),
+    _attention("led", "self_attn", *(f"longformer_self_attn.{part}" for part in ("query", "key", "value")), "output"),
     _attention("t5 cross", "layer.1.EncDecAttention", "q", "k", "v", "o"),
     _attention("wav2vec2, hubert", "attention", "q_proj", "k_proj", "v_proj", "out_proj"),
     _attention("vit, deit, beit, ast, dinov2, swin", "attention", "q_proj", "k_proj", "v_proj", "o_proj"),

@@ -80,7 +80,7 @@ def find_sites(model: nn.Module) -> list[Site]:
         whole = _site(path, module, part, _corrected(part.roles, model, path))
         sites.append(whole)
         for role, rows in part.slices:
-            sites.append(replace(whole, roles=frozenset({role}), rows=rows, width_out=rows.count))
+            sites.append(replace(whole, roles=frozenset({role}), rows=rows, width_out=rows.length))
     return sites
 
 

@@ -21,12 +21,12 @@ class Rows(NamedTuple):
     groups: int = 1
 
     @property
-    def count(self) -> int:
+    def length(self) -> int:
         """How many rows these are."""
         return self.groups * (self.stop - self.start)
 
     def take(self, whole: Tensor, dim: int = 0) -> Tensor:
-        """These places of a tensor that has all rows along `dim`: (..., rows, ...) -> (..., count, ...)."""
+        """These places of a tensor that has all rows along `dim`: (..., rows, ...) -> (..., length, ...)."""
         if self.groups == 1:
             return whole.narrow(dim, self.start, self.stop - self.start)
         dim %= whole.ndim
@@ -34,7 +34,7 @@ class Rows(NamedTuple):
         return blocks.narrow(dim + 1, self.start, self.stop - self.start).flatten(dim, dim + 1)
 
     def put(self, whole: Tensor, part: Tensor, dim: int = 0) -> Tensor:
-        """The tensor with these places replaced, out of place: (..., rows, ...) and (..., count, ...)."""
+        """The tensor with these places replaced, out of place: (..., rows, ...) and (..., length, ...)."""
         dim %= whole.ndim
         blocks, new = (t.unflatten(dim, (self.groups, -1)) for t in (whole, part))
         after = blocks.shape[dim + 1] - self.stop
@@ -42,7 +42,7 @@ class Rows(NamedTuple):
         return torch.cat(around, dim=dim + 1).flatten(dim, dim + 1)
 
     def numbers(self, total: int) -> Tensor:
-        """The numbers of these rows among all, (count,)."""
+        """The numbers of these rows among all, (length,)."""
         return self.take(torch.arange(total))
 
     def overlaps(self, other: Rows) -> bool:

@@ -122,8 +122,8 @@ def find_heads(model: nn.Module, sites: Iterable[Site]) -> list[Site]:
         size, value = head_dim(module), head_dim(module, VALUE_DIMS)
         heads = width // value if width and value else getattr(module.config, "num_attention_heads", 0)
         if heads and size:
-            heads_of = {"heads": heads, "head_dim": size, "value_dim": value}
-            found.append(replace(site, path=path, kind="keys_values", entry="", **heads_of))
+            place = replace(site, path=path, kind="keys_values", entry="")
+            found.append(replace(place, heads=heads, head_dim=size, value_dim=value))
     return found
 
 

@@ -123,8 +123,8 @@ def refuse_passed_by(method: Method, model: nn.Module, sites: Sequence[Site], ro
         names = dict.fromkeys(type(model.get_submodule(s.path.rpartition(".")[0])).__name__ for s in passed)
         here, there = (", ".join(dict.fromkeys(s.stack for s in at)) for at in (passed, [row.site for row in rows]))
         raise PlanError(
-            f"{method}: {', '.join(names)} in {here} does not go through transformers' AttentionInterface, so keys would "
-            f"reach {there} alone; choose a method that adds none"
+            f"{method}: {', '.join(names)} in {here} does not go through transformers' AttentionInterface, so keys "
+            f"would reach {there} alone; choose a method that adds none"
         )
 
 

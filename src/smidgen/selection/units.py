@@ -125,10 +125,10 @@ def _parts(c: Candidate, slices: Sequence[Site]) -> list[tuple[int, Rows]]:
 
 def _number(local: Tensor, dim: int, rows: Rows, count: int) -> None:
     """Write head 0 ... count - 1 over equal runs of these places along the dimension."""
-    if rows.count % count:
-        raise PlanError(f"granularity='head': {rows.count} rows do not divide into {count} heads")
+    if rows.length % count:
+        raise PlanError(f"granularity='head': {rows.length} rows do not divide into {count} heads")
     shape = [1] * local.ndim
-    shape[dim] = rows.count
-    heads = torch.arange(count).repeat_interleave(rows.count // count).view(shape)
+    shape[dim] = rows.length
+    heads = torch.arange(count).repeat_interleave(rows.length // count).view(shape)
     places = rows.numbers(local.shape[dim])
-    local.index_copy_(dim, places, heads.expand(*local.shape[:dim], rows.count, *local.shape[dim + 1 :]))
+    local.index_copy_(dim, places, heads.expand(*local.shape[:dim], rows.length, *local.shape[dim + 1 :]))
