@@ -106,7 +106,6 @@ OLMO_1B = {
     "intermediate_size": 8192,
     "num_key_value_heads": 16,
 }
-MIXED_12 = (0, 0, 0, 12, 12, 12)
 
 CASES = {
     "bert-base": Case("BertModel", T.BertConfig(), 38_400, (12, 12, 1, 0, 0), plain(12), {"encoder.layer": 12}),
@@ -131,7 +130,7 @@ CASES = {
         plain(1),
         {"encoder.albert_layer_groups": 1},
     ),
-    "deberta-base": Case("DebertaModel", T.DebertaConfig(), 38_400, (12, 12, 1, 0, 0), MIXED_12),
+    "deberta-base": Case("DebertaModel", T.DebertaConfig(), 38_400, (12, 12, 1, 0, 0), plain(12)),
     "deberta-v3-base": Case("DebertaV2Model", DEBERTA_V3, 39_936, (12, 12, 2, 0, 0), plain(12)),
     "modernbert-base": Case(
         "ModernBertForMaskedLM",
@@ -173,9 +172,7 @@ CASES = {
         plain(12),
     ),
     "gpt-j-6b": Case("GPTJModel", T.GPTJConfig(), (28 + 1) * 2 * 4096, (28, 28, 0, 1, 0), plain(28)),
-    "pythia-70m": Case(
-        "GPTNeoXModel", PYTHIA, (2 * 6 + 1) * 2 * 512, (6, 6, 0, 1, 0), (0, 0, 0, 6, 6, 6), {"layers": 6}
-    ),
+    "pythia-70m": Case("GPTNeoXModel", PYTHIA, (2 * 6 + 1) * 2 * 512, (6, 6, 0, 1, 0), plain(6), {"layers": 6}),
     "opt-125m": Case("OPTModel", T.OPTConfig(), 38_400, (12, 12, 0, 1, 0), plain(12), {"decoder.layers": 12}),
     "opt-350m": Case("OPTModel", OPT_350M, 98_304, (24, 24, 0, 0, 0), plain(24)),
     "bloom-560m": Case(
@@ -183,10 +180,10 @@ CASES = {
         T.BloomConfig(hidden_size=1024, n_layer=24, n_head=16),
         (2 * 24 + 2) * 2 * 1024,
         (24, 24, 1, 1, 0),
-        (0, 0, 0, 24, 24, 24),
+        plain(24),
     ),
-    "falcon-7b": Case("FalconModel", T.FalconConfig(), (32 + 1) * 2 * 4544, (32, 32, 0, 1, 0), (0, 0, 0, 32, 32, 32)),
-    "falcon-40b": Case("FalconModel", FALCON_NEW, (2 * 60 + 1) * 2 * 8192, (60, 60, 0, 1, 0), (0, 0, 0, 60, 60, 60)),
+    "falcon-7b": Case("FalconModel", T.FalconConfig(), (32 + 1) * 2 * 4544, (32, 32, 0, 1, 0), plain(32)),
+    "falcon-40b": Case("FalconModel", FALCON_NEW, (2 * 60 + 1) * 2 * 8192, (60, 60, 0, 1, 0), plain(60)),
     "phi-1.5": Case("PhiModel", T.PhiConfig(), (24 + 1) * 2 * 2048, (24, 24, 0, 1, 0), plain(24)),
     "phi-3-mini": Case("Phi3Model", T.Phi3Config(), (2 * 32 + 1) * 3072, (32, 32, 0, 1, 0), gated(32)),
     "llama-7b": Case("LlamaForCausalLM", T.LlamaConfig(), 266_240, (32, 32, 0, 1, 0), gated(32)),

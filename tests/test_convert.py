@@ -52,6 +52,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**VOCAB, **SMALL, num_key_value_heads=1)),
     "llama-score": lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**VOCAB, **SMALL)),
     "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**GPT2)),
+    "gpt_neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**VOCAB, **SMALL)),
     "t5": lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5)),
 }
 
@@ -300,6 +301,9 @@ def test_one_term_of_a_norm(term: str, tmp_path: Path) -> None:
         ("modernbert", "LoRA(rank=2, target='value')"),
         ("modernbert", "IA3()"),
         ("gpt2", "IA3(target='c_attn', inputs='c_attn')"),
+        ("gpt_neox", "LoRA(rank=2)"),
+        ("gpt_neox", "DoRA(rank=2, target=('query', 'value'))"),
+        ("gpt_neox", "IA3()"),
     ],
 )
 def test_slices_become_one_block(name: str, recipe: str, tmp_path: Path) -> None:

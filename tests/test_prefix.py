@@ -128,10 +128,9 @@ class Stub(nn.Module):
     def __init__(self, groups, edits, implementation):
         super().__init__()
         self.num_key_value_groups = groups
-        function = AttentionInterface().get_interface(
-            implementation, T.models.llama.modeling_llama.eager_attention_forward
-        )
-        self.edits = attention.KeyValueEdits(function, implementation)
+        config = SimpleNamespace(_attn_implementation=implementation)
+        eager = T.models.llama.modeling_llama.eager_attention_forward
+        self.edits = attention.KeyValueEdits(config, AttentionInterface(), eager)
         for i, pair in enumerate(edits):
             self.edits[str(i)] = Given(pair)
 
@@ -290,6 +289,97 @@ def test_an_unpickled_model_needs_no_import(tmp_path):
     assert "the same" in process.communicate(timeout=120)[0]
 
 
+# The implementation is switched while a prefix is attached
+
+
+SWITCHES = {
+    "set_attn_implementation": lambda model, name: model.set_attn_implementation(name),
+    "the configuration": lambda model, name: setattr(model.config, "_attn_implementation", name),
+}
+
+
+def switched(name, first, second, how):
+    model, inputs, _ = family(name, first)
+    prefixed(model)
+    SWITCHES[how](model, second)
+    return model, inputs
+
+
+@pytest.mark.parametrize(("first", "second"), [("eager", "sdpa"), ("sdpa", "eager")])
+@pytest.mark.parametrize("how", SWITCHES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_switch_of_the_implementation_is_followed(name, how, first, second):
+    """The model's masks are made for what its configuration names, so the edited modules run that as well."""
+    if (name, how) in (("t5", "the configuration"),):
+        pytest.skip("T5's stacks have copies of the configuration, which this way of switching does not reach")
+    model, inputs = switched(name, first, second, how)
+    plain, _, _ = family(name, second)
+    expected = h.logits(prefixed(plain), **inputs)
+    torch.testing.assert_close(h.logits(model, **inputs), expected, rtol=1e-9, atol=1e-9)
+    with sm.disabled(model), sm.disabled(plain):
+        assert torch.equal(h.logits(model, **inputs), h.logits(plain, **inputs))
+    sm.detach(model), sm.detach(plain)
+    assert torch.equal(h.logits(model, **inputs), h.logits(plain, **inputs))
+
+
+@pytest.mark.parametrize(("first", "second"), [("eager", "sdpa"), ("sdpa", "eager")])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_the_future_is_hidden_after_a_switch(name, first, second):
+    model, inputs = switched(name, first, second, "set_attn_implementation")
+    before, key = h.logits(model, **inputs), "decoder_input_ids" if name == "t5" else "input_ids"
+    changed = {**inputs, key: inputs[key].clone()}
+    changed[key][:, -1] = 60
+    after = h.logits(model, **changed)
+    torch.testing.assert_close(after[:, :-1], before[:, :-1], rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(after[:, -1], before[:, -1])
+
+
+def llava(**options):
+    vision = T.CLIPVisionConfig(**{**SMALL, "vocab_size": 8, **IMAGE}, projection_dim=16)
+    text = T.LlamaConfig(**SMALL, num_key_value_heads=1, **TOKENS)
+    config = T.LlavaConfig(vision_config=vision, text_config=text, image_token_id=60, vision_feature_layer=-1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = T.LlavaForConditionalGeneration._from_config(config, **options).double().eval()
+    shake(model.parameters(), 0.2)
+    return model
+
+
+@pytest.mark.parametrize("parts", [{"text_config": "sdpa"}, {"vision_config": "sdpa"}, {"": "sdpa"}])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_each_part_of_a_composed_model_runs_what_its_own_configuration_names(parts, when):
+    ids = IDS["input_ids"].clone()
+    ids[:, :4] = 60  # four patches
+    inputs = {"input_ids": ids, "pixel_values": PIXELS["pixel_values"].double()}
+    expected = h.logits(prefixed(llava(attn_implementation="sdpa")), **inputs)
+    model = llava(attn_implementation="eager")
+    for step in (prefixed, lambda m: m.set_attn_implementation(parts))[:: 1 if when == "after" else -1]:
+        step(model)
+    found = h.logits(model, **inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)  # eager softmax is in float32
+    changed = {**inputs, "input_ids": torch.cat((ids[:, :-1], ids[:, -1:] + 1), 1)}
+    torch.testing.assert_close(h.logits(model, **changed)[:, :-1], found[:, :-1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_switch_to_what_takes_no_keys_is_refused_at_the_forward(name):
+    model, inputs, _ = family(name)
+    prefixed(model)
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(AttachError, match=r"runs 'flash_attention_2', to which no keys can be added; .*implementation"):
+        h.logits(model, **inputs)
+    model.set_attn_implementation("sdpa")
+    h.logits(model, **inputs)
+
+
+def test_eager_is_what_the_module_itself_runs_as_eager():
+    """Llama 4's vision attention asks for a function of its own, beside the text's in the same file."""
+    code = T.models.llama4.modeling_llama4
+    assert attention._looked_up(code.Llama4VisionAttention.__new__(code.Llama4VisionAttention))[1] is (
+        code.vision_eager_attention_forward
+    )
+
+
 # The reparametrisation
 
 
@@ -309,19 +399,20 @@ def test_the_network_is_dropped_on_saving(tmp_path):
 @pytest.mark.parametrize("mlp", [None, 4, 100, 800])
 def test_keys_and_values_start_equally_wide_with_and_without_a_network(mlp):
     torch.manual_seed(0)
-    method, site = sm.Prefix(30, mlp=mlp), SimpleNamespace(heads=8, head_dim=32)
+    method, site = sm.Prefix(30, mlp=mlp), SimpleNamespace(heads=8, head_dim=32, value_dim=32)
     start = method.settle(method.init(site), site)
     for symbol in "KV":
         assert float(start[symbol].square().mean().sqrt()) == pytest.approx(0.02, rel=0.1)
 
 
 def test_the_network_says_what_the_formula_says():
-    method, site = sm.Prefix(3, mlp=4), SimpleNamespace(heads=2, head_dim=5)
+    method, site = sm.Prefix(3, mlp=4), SimpleNamespace(heads=2, head_dim=5, value_dim=3)
     p = {k: v.double() for k, v in method.init(site).items()}
     K, V = method.keys_values(method.settle(p, site), site)
     for i in range(3):
         row = p["W2"] @ torch.tanh(p["W1"] @ p["E"][i] + p["b1"]) + p["b2"]
         torch.testing.assert_close(torch.cat((K[:, i].flatten(), V[:, i].flatten())), row)
+    assert (K.shape, V.shape) == ((2, 3, 5), (2, 3, 3))
 
 
 def test_a_network_cannot_be_narrowed():

@@ -12,6 +12,7 @@ from smidgen.layers import layer_indices
 from smidgen.layouts import LAYOUTS, NORM_ROLES
 from smidgen.sites import ROLES, find_sites, roles_found, shares_layers
 from tests.architectures import CASES
+from tests.odd_layouts import ODD, odd
 
 NORM_PARTS = ("attention", "output", "embedding", "final", "qk")
 LINEAR_PARTS = ("query", "key", "value", "attention_out", "ff_in", "ff_out")
@@ -112,14 +113,16 @@ def test_no_role_selects_a_weight_twice(built, name):
     for role in roles_found(sites):
         rows = {}
         for s in having(sites, role):
-            a, b = s.rows or (0, s.width_out)
-            assert all(b <= c or d <= a for c, d in rows.get(s.path, []))
-            rows.setdefault(s.path, []).append((a, b))
+            own = {*range(s.width_out)} if s.rows is None else {*s.rows.numbers(s.terms[0][1][-s.transposed]).tolist()}
+            assert len(own) == s.width_out
+            assert not own & rows.setdefault(s.path, set())
+            rows[s.path] |= own
 
 
 def test_every_row_of_the_table_is_met(built):
     needed = {(row.name, path) for row in LAYOUTS for path in row.roles()}
     met = {path for name in CASES for s in built(name)[1] if s.stack for path in endings(s.path)}
+    met |= {path for name in ODD for s in find_sites(odd(name)) for path in endings(s.path)}
     elsewhere = {"bert cross", "older vit", "torch", "dinov2 swiglu"}
     assert not {(name, path) for name, path in needed if path not in met and name not in elsewhere}
     assert elsewhere <= {row.name for row in LAYOUTS}
@@ -147,12 +150,12 @@ def endings(path):
 def test_slices(built, name, fused, rows):
     _, sites = built(name)
     assert {s.name: s.rows for s in sites if s.path == fused and s.rows} == {
-        f"{fused}[{part}]": run for part, run in rows.items()
+        f"{fused}[{part}]": (*run, 1) for part, run in rows.items()
     }
     whole = at(sites, fused)
     assert not whole.roles & {"query", "key", "value", "ff_in"}
     assert whole.transposed == name.startswith("gpt2")
-    assert all(s.width_out == s.rows[1] - s.rows[0] for s in sites if s.rows)
+    assert all(s.width_out == s.rows.stop - s.rows.start for s in sites if s.rows)
 
 
 def test_shapes_where_query_and_key_differ(built):
@@ -204,12 +207,12 @@ def spied(name):
 
 
 def sliced(module, site, x):
-    a, b = site.rows
-    weight = module.weight[:, a:b].T if site.transposed else module.weight[a:b]
-    return nn.functional.linear(x, weight, module.bias[a:b] if module.bias is not None else None)
+    rows = site.rows.numbers(module.weight.shape[-1 if site.transposed else 0])
+    weight = module.weight[:, rows].T if site.transposed else module.weight[rows]
+    return nn.functional.linear(x, weight, module.bias[rows] if module.bias is not None else None)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "phi3", "modernbert"])
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "modernbert", "gpt_neox"])
 def test_a_slice_is_what_the_attention_receives(name):
     model, fused, x, received = spied(name)
     slices = [s for s in find_sites(model) if s.rows and model.get_submodule(s.path) is fused]
@@ -220,9 +223,8 @@ def test_a_slice_is_what_the_attention_receives(name):
         torch.testing.assert_close(sliced(fused, slices[0], x), received[1])
 
 
-def test_mixed_rows_are_really_mixed():
-    model, fused, x, (query, _, _) = spied("gpt_neox")
-    assert not [s for s in find_sites(model) if s.rows or s.roles & {"query", "key", "value"}]
+def test_rows_by_head_are_no_run_of_rows():
+    _, fused, x, (query, _, _) = spied("gpt_neox")
     rows = fused(x).detach()
     assert not torch.allclose(rows[:, :32], query)
     torch.testing.assert_close(rows.view(1, 4, 3, 8)[:, :, 0].flatten(1), query)
@@ -344,8 +346,9 @@ FAMILIES = (
 
 
 def test_names_alone_do_not_make_gpt2():
+    """Their attentions have the same names, but GPT-BigCode's rows go head by head."""
     model = T.GPTBigCodeModel(T.GPTBigCodeConfig(**GPT2, multi_query=False))
-    assert not [s for s in find_sites(model) if s.rows]
+    assert {s.rows.groups for s in find_sites(model) if s.rows} == {GPT2["n_head"]}
 
 
 def test_norms_of_a_head_are_neither_final_nor_embedding(built):

@@ -1,18 +1,19 @@
 """The attention port: keys and values that every query sees beside the text's own.
 
 An edited attention module gets a copy of its configuration that names `attend` as its implementation, so that masks are
-made as before and no other module notices. `attend` reads `module.edits` and hands on to what the module ran before.
+made as before and no other module notices. `attend` reads `module.edits` and hands on to the implementation that the
+module's own configuration names: the model's masks are made for that one, after a switch as well.
 """
 
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
+from inspect import unwrap
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from smidgen.errors import AttachError
@@ -23,12 +24,20 @@ NAME = "smidgen"
 CAUSAL = {"sdpa": True, "eager": False}  # whether no mask may mean a causal one
 
 
-class KeyValueEdits(Edits):
-    """The edits at one attention module, and the function that it ran before."""
+Function = Callable[..., Any]
 
-    def __init__(self, function: Callable[..., Any], implementation: str) -> None:
+
+class KeyValueEdits(Edits):
+    """The edits at one attention module, the configuration that it had, and where its code looks up what to run."""
+
+    def __init__(self, config: Any, interface: AttentionInterface, eager: Function | None) -> None:
         super().__init__()
-        self.function, self.causal = function, CAUSAL[implementation]
+        self.config, self.interface, self.eager = config, interface, eager
+
+    def running(self) -> tuple[str, Function]:
+        """The implementation that the model asks for now, by name, and its function."""
+        name = self.config._attn_implementation
+        return name, self.interface.get_interface(name, self.eager)  # type: ignore[arg-type]
 
 
 def attend(
@@ -36,15 +45,18 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function of transformers: query (B, H, T, h), key and value (B, H_kv, S, h), mask (B, 1, T, S)."""
     edits = module.edits
+    name, function = edits.running()
     found = [edit.keys_values(key) for edit in edits.values() if edit.enabled]
     if found:
+        check_implementation(name, type(module).__name__)
         count = sum(k.shape[1] for k, _ in found)
-        attention_mask = _widened(module, query, key, attention_mask, count, kwargs.get("is_causal"))
+        is_causal = kwargs.get("is_causal") if CAUSAL[name] else False
+        attention_mask = _widened(module, query, key, attention_mask, count, is_causal)
         if kwargs.get("position_bias") is not None:
             kwargs["position_bias"] = _in_front(kwargs["position_bias"], count)
         key = torch.cat([*(_batched(k, key) for k, _ in found), key], dim=2)
         value = torch.cat([*(_batched(v, value) for _, v in found), value], dim=2)
-    output: tuple[Tensor, Tensor | None] = edits.function(module, query, key, value, attention_mask, **kwargs)
+    output: tuple[Tensor, Tensor | None] = function(module, query, key, value, attention_mask, **kwargs)
     return output
 
 
@@ -65,7 +77,7 @@ def _widened(
     if mask is None:
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         rows, columns = query.shape[2], key.shape[2]
-        if not (module.edits.causal and is_causal and rows > 1):
+        if not (is_causal and rows > 1):
             return None
         mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril()[None, None]
     return _in_front(mask, count)
@@ -73,39 +85,43 @@ def _widened(
 
 def check_attention(module: Any, site: Site) -> None:
     """Raises AttachError, before anything is touched, if an attention module cannot take more keys."""
-    name = module.config._attn_implementation
-    if name not in CAUSAL:
-        raise AttachError(
-            f"{type(module).__name__} at {site.name} runs {name!r}, to which no keys can be added; load the model with "
-            "attn_implementation='sdpa' or 'eager'"
-        )
+    check_implementation(module.config._attn_implementation, f"{type(module).__name__} at {site.name}")
     if getattr(module, "reorder_and_upcast_attn", False):
         raise AttachError(f"{type(module).__name__} at {site.name} has reorder_and_upcast_attn, which passes keys by")
     if hasattr(module, "edits"):
         raise AttachError(f"{type(module).__name__} at {site.name} already has an attribute 'edits'")
 
 
+def check_implementation(name: str | None, place: str) -> None:
+    """Raises AttachError if an implementation is one to which no keys can be added."""
+    if name not in CAUSAL:
+        raise AttachError(
+            f"{place} runs {name!r}, to which no keys can be added; load the model with attn_implementation='sdpa' or "
+            "'eager', or switch with model.set_attn_implementation('sdpa')"
+        )
+
+
 def add_keys(module: Any, key: str, edit: Edit) -> None:
     """Put an edit on an attention module, behind those that are there."""
     if not isinstance(getattr(module, "edits", None), KeyValueEdits):
-        name = module.config._attn_implementation
-        code = sys.modules[unwrapped(type(module)).__module__]
-        function = code.ALL_ATTENTION_FUNCTIONS.get_interface(name, code.eager_attention_forward)
-        module.add_module("edits", KeyValueEdits(function, name))
-        module._own_config, module.config = module.config, copy.copy(module.config)
+        module.add_module("edits", KeyValueEdits(module.config, *_looked_up(module)))
+        module.config = copy.copy(module.config)
         module.config._attn_implementation_internal = NAME
     edit.train(module.training)
     module.edits[key] = edit
 
 
-def unwrapped(cls: type) -> type:
-    """The class in a module's order of resolution that defines its forward."""
-    return next(base for base in cls.__mro__ if "forward" in vars(base))
+def _looked_up(module: nn.Module) -> tuple[AttentionInterface, Function | None]:
+    """The interface that a module's forward asks, and the function that it asks for by default (there are several)."""
+    forward = unwrap(type(module).forward)
+    known = {name: forward.__globals__.get(name) for name in forward.__code__.co_names}
+    eager = next((f for name, f in known.items() if name.endswith("eager_attention_forward")), None)
+    return known["ALL_ATTENTION_FUNCTIONS"], eager
 
 
 def drop_keys(module: Any) -> None:
     """Take all edits off an attention module; its own configuration comes back."""
-    module.config = module.__dict__.pop("_own_config")
+    module.config = module.edits.config
     del module._modules["edits"]
 
 

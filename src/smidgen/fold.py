@@ -1,11 +1,10 @@
-"""A module's tensors as its sites see them, and back: Conv1D stores the transpose, slices are runs of rows, a
+"""A module's tensors as its sites see them, and back: Conv1D stores the transpose, slices are some of the rows, a
 convolution's weight has more axes than two and its channels lie before the places of an image."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from smidgen.casts import master_dtype
@@ -35,21 +34,22 @@ def seen_from(site: Site, weight: Tensor, bias: Tensor | None) -> dict[str, Tens
     distance from 1, the gain itself.
     """
     oriented = _oriented(site, weight)
-    a, b = site.rows or (0, oriented.shape[0])
-    return {"weight": oriented[a:b] + site.offset if site.offset else oriented[a:b]} | (
-        {} if bias is None else {"bias": bias[a:b]}
-    )
+    part = oriented if site.rows is None else site.rows.take(oriented)
+    seen = {"weight": part + site.offset if site.offset else part}
+    if bias is not None:
+        seen["bias"] = bias if site.rows is None else site.rows.take(bias)
+    return seen
 
 
 def put_back(site: Site, whole: Pair, part: Pair) -> Pair:
     """The stored tensors with a site's part of them replaced."""
     weight, bias = whole
     oriented = _oriented(site, weight)
-    a, b = site.rows or (0, oriented.shape[0])
-    oriented = torch.cat((oriented[:a], part[0] - site.offset if site.offset else part[0], oriented[b:]))
+    stored_part = part[0] - site.offset if site.offset else part[0]
+    new = stored_part if site.rows is None else site.rows.put(oriented, stored_part)
     if bias is not None and part[1] is not None:
-        bias = torch.cat((bias[:a], part[1], bias[b:]))
-    return oriented.T.contiguous() if site.transposed else oriented.view(weight.shape), bias
+        bias = part[1] if site.rows is None else site.rows.put(bias, part[1])
+    return new.T.contiguous() if site.transposed else new.view(weight.shape), bias
 
 
 def _oriented(site: Site, weight: Tensor) -> Tensor:
@@ -73,4 +73,4 @@ def overlap(one: Site, other: Site) -> bool:
     """Whether two sites of one module share rows."""
     if one.rows is None or other.rows is None:
         return True
-    return one.rows[0] < other.rows[1] and other.rows[0] < one.rows[1]
+    return one.rows.overlaps(other.rows)

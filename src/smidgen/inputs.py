@@ -46,7 +46,10 @@ class InputEdits(Edits):
 def find_input(model: nn.Module) -> list[Site]:
     """The embedding of a text's tokens, and as `entry` the model around it that takes their ids; none for others."""
     entry: Any = _entry(model)
-    embedding = None if entry is None else entry.get_input_embeddings()
+    try:
+        embedding = None if entry is None else entry.get_input_embeddings()
+    except NotImplementedError:  # Dia's encoder does not say where its embedding is
+        return []
     if not isinstance(embedding, nn.Embedding):
         return []
     paths = {id(module): path for path, module in model.named_modules()}

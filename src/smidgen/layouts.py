@@ -6,31 +6,34 @@ decoder block with cross-attention matches three. A row counts only if all its p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from smidgen.calls import never_called
 from smidgen.kinds import kind_of, widths
+from smidgen.slices import Rows
 
 
 @dataclass(frozen=True)
 class Fused:
-    """One linear map holding several: `parts` are the roles of its consecutive runs of output rows."""
+    """One linear map holding several: `parts` are the roles of consecutive output rows in each of `groups` blocks.
+
+    `groups=None` is a block for each key head: its queries, its key, its value, or what there is of them.
+    """
 
     path: str
     parts: tuple[str, ...]
     transposed: bool = False
+    groups: int | None = 1
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The linear maps of one sublayer, as exact paths relative to the block.
-
-    `mixed` maps hold query, key and value head by head, so no run of rows is the query: they get no slices.
-    """
+    """The linear maps of one sublayer, as exact paths relative to the block; `latent` ones feed the others."""
 
     name: str
     query: tuple[str, ...] = ()
@@ -39,18 +42,20 @@ class Layout:
     attention_out: tuple[str, ...] = ()
     ff_in: tuple[str, ...] = ()
     ff_out: tuple[str, ...] = ()
-    mixed: tuple[str, ...] = ()
     fused: tuple[Fused, ...] = ()
+    latent: tuple[str, ...] = ()
 
     def roles(self) -> dict[str, frozenset[str]]:
         """Path of each whole linear map -> its roles; a fused map has only the role that covers all of it."""
         found = {path: frozenset({role, COVERS[role]}) for role in COVERS for path in getattr(self, role)}
-        found |= {path: frozenset({"attention"}) for path in self.mixed}
+        found |= {path: frozenset({"attention"}) for path in self.latent}
         return found | {fused.path: frozenset({COVERS[fused.parts[0]]}) for fused in self.fused}
 
 
-QKV = ("query", "key", "value")
+QKV, QVK = ("query", "key", "value"), ("query", "value", "key")
 HALVES = ("ff_in", "ff_in")
+HEAD_DIMS = ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "d_head")
+VALUE_DIMS = ("v_head_dim", *HEAD_DIMS)
 COVERS = dict.fromkeys((*QKV, "attention_out"), "attention") | {"ff_in": "ff", "ff_out": "ff"}
 
 
@@ -59,10 +64,21 @@ def _attention(name: str, root: str, *parts: str) -> Layout:
     return Layout(name, query, key, value, out)
 
 
+def _by_head(name: str, fused: str, out: str) -> Layout:
+    return Layout(name, attention_out=(out,), fused=(Fused(fused, QKV, groups=None),))
+
+
 def _ff(name: str, root: str, into: tuple[str, ...], out: str) -> Layout:
     return Layout(name, ff_in=tuple(f"{root}{part}" for part in into), ff_out=(f"{root}{out}",))
 
 
+def _latent(name: str, *latent: str, query: str) -> Layout:
+    paths = tuple(f"self_attn.{path}" for path in latent)
+    kv = Fused("self_attn.kv_b_proj", QKV[1:], groups=None)
+    return Layout(name, (f"self_attn.{query}",), attention_out=("self_attn.o_proj",), fused=(kv,), latent=paths)
+
+
+_DBRX = "norm_attn_norm.attn"
 LAYOUTS: tuple[Layout, ...] = (
     # attention; BERT's row serves RoBERTa, ELECTRA, XLM-R and CamemBERT as well
     _attention("bert", "attention", "self.query", "self.key", "self.value", "output.dense"),
@@ -72,11 +88,23 @@ LAYOUTS: tuple[Layout, ...] = (
     _attention("albert", "attention", "query", "key", "value", "dense"),
     _attention("deberta 2", "attention", "self.query_proj", "self.key_proj", "self.value_proj", "output.dense"),
     # rows: head 0's query, key and value, then head 1's (Falcon: all queries of one key head, key, value)
-    Layout("deberta v1", attention_out=("attention.output.dense",), mixed=("attention.self.in_proj",)),
-    Layout("gpt_neox", attention_out=("attention.dense",), mixed=("attention.query_key_value",)),
-    Layout("bloom", attention_out=("self_attention.dense",), mixed=("self_attention.query_key_value",)),
+    _by_head("deberta v1", "attention.self.in_proj", "attention.output.dense"),
+    _by_head("gpt_neox", "attention.query_key_value", "attention.dense"),
+    _by_head("bloom, falcon", "self_attention.query_key_value", "self_attention.dense"),
+    _by_head("persimmon", "self_attn.query_key_value", "self_attn.dense"),
+    _by_head("gpt_bigcode", "attn.c_attn", "attn.c_proj"),
+    Layout("mpt", attention_out=("attn.out_proj",), fused=(Fused("attn.Wqkv", QKV),)),
+    Layout("dbrx", attention_out=(f"{_DBRX}.out_proj",), fused=(Fused(f"{_DBRX}.Wqkv", QKV),)),
+    Layout("bark", attention_out=("attn.out_proj",), fused=(Fused("attn.att_proj", QKV),)),
+    Layout("qwen-vl, glm-v, sam", attention_out=("attn.proj",), fused=(Fused("attn.qkv", QKV),)),
+    Layout("blip", attention_out=("self_attn.projection",), fused=(Fused("self_attn.qkv", QKV),)),
+    # what makes the latents is neither query nor key; each head has rows of a key without position, then of a value
+    _latent("deepseek", "kv_a_proj_with_mqa", query="q_proj"),
+    _latent("deepseek, query from a latent", "kv_a_proj_with_mqa", "q_a_proj", query="q_b_proj"),
+    # rows: four blocks, one for each core of the machine that the model was trained on
+    Layout("codegen", attention_out=("attn.out_proj",), fused=(Fused("attn.qkv_proj", QVK, groups=4),)),
     Layout("modernbert", attention_out=("attn.Wo",), fused=(Fused("attn.Wqkv", QKV),)),
-    # GPT-BigCode has GPT-2's names on nn.Linear, with rows mixed by head: only a Conv1D is cut here
+    # GPT-BigCode has GPT-2's names on nn.Linear, with rows by head: this is for a Conv1D
     Layout("gpt2", attention_out=("attn.c_proj",), fused=(Fused("attn.c_attn", QKV, transposed=True),)),
     Layout(
         "gpt2 cross",
@@ -92,11 +120,33 @@ LAYOUTS: tuple[Layout, ...] = (
     _attention("phi", "self_attn", "q_proj", "k_proj", "v_proj", "dense"),
     Layout("phi3", attention_out=("self_attn.o_proj",), fused=(Fused("self_attn.qkv_proj", QKV),)),
     _attention("t5", "layer.0.SelfAttention", "q", "k", "v", "o"),
+    _attention("longt5 local", "layer.0.LocalSelfAttention", "q", "k", "v", "o"),
+    _attention("longt5 global", "layer.0.TransientGlobalSelfAttention", "q", "k", "v", "o"),
+    _attention("bigbird_pegasus", "self_attn", "self.query", "self.key", "self.value", "output"),
+    _attention("led", "self_attn", *(f"longformer_self_attn.{part}" for part in ("query", "key", "value")), "output"),
     _attention("t5 cross", "layer.1.EncDecAttention", "q", "k", "v", "o"),
     _attention("wav2vec2, hubert", "attention", "q_proj", "k_proj", "v_proj", "out_proj"),
     _attention("vit, deit, beit, ast, dinov2, swin", "attention", "q_proj", "k_proj", "v_proj", "o_proj"),
     # vision models before transformers 5.23
     _attention("older vit", "attention", "attention.query", "attention.key", "attention.value", "output.dense"),
+    _attention("internvl", "attention", "q_proj", "k_proj", "v_proj", "projection_layer"),
+    _attention("dia", "self_attention", "q_proj", "k_proj", "v_proj", "o_proj"),
+    _attention("dia cross", "cross_attention", "q_proj", "k_proj", "v_proj", "o_proj"),
+    _attention("moonshine cross", "encoder_attn", "q_proj", "k_proj", "v_proj", "o_proj"),
+    _attention("mllama cross, t5gemma cross", "cross_attn", "q_proj", "k_proj", "v_proj", "o_proj"),
+    _attention("seamless cross, nllb-moe cross", "cross_attention", "q_proj", "k_proj", "v_proj", "out_proj"),
+    _attention("modernbert decoder", "attn", "q_proj", "k_proj", "v_proj", "Wo"),
+    _attention("wav2vec2-bert, conformers", "self_attn", "linear_q", "linear_k", "linear_v", "linear_out"),
+    _attention("prophetnet", "self_attn", "query_proj", "key_proj", "value_proj", "out_proj"),
+    _attention("prophetnet cross", "cross_attn", "query_proj", "key_proj", "value_proj", "out_proj"),
+    _attention("recurrent_gemma", "temporal_block", "q_proj", "k_proj", "v_proj", "o_proj"),
+    _attention("nemotron_h", "mixer", "q_proj", "k_proj", "v_proj", "o_proj"),
+    _attention("ctrl", "multi_head_attention", "Wq", "Wk", "Wv", "dense"),
+    _attention("funnel", "attention", "q_head", "k_head", "v_head", "post_proj"),
+    _attention("zamba", "shared_transf.self_attn", "q_proj", "k_proj", "v_proj", "o_proj"),
+    _attention("blip-2 cross", "crossattention", *(f"attention.{part}" for part in QKV), "output.dense"),
+    # the elements of lists side by side, in place of blocks
+    Layout("xlm, flaubert", ("q_lin",), ("k_lin",), ("v_lin",), ("out_lin",)),
     # feed-forward
     _ff("bert, mpnet, deberta", "", ("intermediate.dense",), "output.dense"),
     _ff("distilbert", "ffn.", ("lin1",), "lin2"),
@@ -115,6 +165,28 @@ LAYOUTS: tuple[Layout, ...] = (
     _ff("wav2vec2, hubert", "feed_forward.", ("intermediate_dense",), "output_dense"),
     _ff("convnext", "", ("pwconv1",), "pwconv2"),
     _ff("torch", "", ("linear1",), "linear2"),
+    _ff("nemotron, arcee, apertus", "mlp.", ("up_proj",), "down_proj"),
+    _ff("nemotron_h", "mixer.", ("up_proj",), "down_proj"),
+    _ff("lfm2", "feed_forward.", ("w1", "w3"), "w2"),
+    _ff("falcon_h1, jamba, pixtral", "feed_forward.", ("gate_proj", "up_proj"), "down_proj"),
+    _ff("zamba", "shared_transf.feed_forward.", ("gate_proj", "up_proj"), "down_proj"),
+    _ff("recurrent_gemma", "mlp_block.", ("gate_proj", "up_proj"), "down_proj"),
+    _ff("switch encoder", "layer.1.mlp.", ("wi",), "wo"),
+    _ff("switch decoder", "layer.2.mlp.", ("wi",), "wo"),
+    _ff("mpt", "ffn.", ("up_proj",), "down_proj"),
+    _ff("bark", "mlp.", ("in_proj",), "out_proj"),
+    _ff("kosmos-2, nllb-moe, seamless", "ffn.", ("fc1",), "fc2"),
+    _ff("conformers, first half", "ffn1.", ("intermediate_dense",), "output_dense"),
+    _ff("conformers, second half", "ffn2.", ("intermediate_dense",), "output_dense"),
+    _ff("parakeet, first half", "feed_forward1.", ("linear1",), "linear2"),
+    _ff("parakeet, second half", "feed_forward2.", ("linear1",), "linear2"),
+    _ff("prophetnet", "feed_forward.", ("intermediate",), "output"),
+    _ff("ctrl", "ffn.", ("0",), "2"),
+    _ff("funnel", "ffn.", ("linear_1",), "linear_2"),
+    _ff("sam", "mlp.", ("lin1",), "lin2"),
+    _ff("qwen3-vl", "mlp.", ("linear_fc1",), "linear_fc2"),
+    _ff("blip-2, of queries", "", ("intermediate_query.dense",), "output_query.dense"),
+    _ff("xlm, flaubert", "", ("lin1",), "lin2"),
     Layout("modernbert", ff_out=("mlp.Wo",), fused=(Fused("mlp.Wi", HALVES),)),
     Layout("phi3", ff_out=("mlp.down_proj",), fused=(Fused("mlp.gate_up_proj", HALVES),)),
     Layout("dinov2 swiglu", ff_out=("mlp.weights_out",), fused=(Fused("mlp.weights_in", HALVES),)),
@@ -142,13 +214,16 @@ NORM_ROLES: dict[tuple[str, str], str] = {
 Roles = dict[str, frozenset[str]]
 
 
-def linear_parts(block: nn.Module) -> tuple[Roles, dict[str, list[tuple[str, int, int]]]]:
-    """Path of each known linear map of a block -> its roles; of fused ones -> (role, first row, end)s."""
+Slices = list[tuple[str, Rows]]
+
+
+def linear_parts(block: nn.Module) -> tuple[Roles, dict[str, Slices]]:
+    """Path of each known linear map of a block -> its roles; of fused ones -> role and rows of each part."""
     roles: Roles = {}
-    slices: dict[str, list[tuple[str, int, int]]] = {}
+    slices: dict[str, Slices] = {}
     for layout, linears in matching(block):
         roles = layout.roles() | roles
-        slices |= {f.path: _slices(f, layout, linears) for f in layout.fused}
+        slices |= {f.path: _slices(block, f, layout, linears) for f in layout.fused}
     return roles, slices
 
 
@@ -166,13 +241,33 @@ def matching(block: nn.Module) -> Iterator[tuple[Layout, dict[str, nn.Module]]]:
             yield layout, linears
 
 
-def _slices(fused: Fused, layout: Layout, linears: dict[str, nn.Module]) -> list[tuple[str, int, int]]:
-    """Parts of equal size, but a query has as many rows as the attention's output map has inputs."""
+def _slices(block: nn.Module, fused: Fused, layout: Layout, linears: dict[str, nn.Module]) -> Slices:
+    """The parts of a fused map; none if its rows do not divide as the table says."""
     total = widths(linears[fused.path])[1]
-    first = widths(linears[layout.attention_out[0]])[0] if fused.parts == QKV else total // len(fused.parts)
-    rest = (total - first) // (len(fused.parts) - 1)
-    ends = [first + i * rest for i in range(len(fused.parts))]
-    return list(zip(fused.parts, [0, *ends], ends, strict=False)) if ends[-1] == total else []
+    out = widths(linears[layout.attention_out[0]])[0] if layout.attention_out else 0
+    counts = _counts(fused, total, out)
+    size = head_dim(block.get_submodule(fused.path.rpartition(".")[0]), VALUE_DIMS)
+    groups = fused.groups or (counts[-1] // size if size else 0)
+    if not groups or sum(counts) != total or any(count % groups for count in counts):
+        return []
+    ends = list(accumulate(count // groups for count in counts))
+    return [(part, Rows(a, b, groups)) for part, a, b in zip(fused.parts, [0, *ends], ends, strict=False)]
+
+
+def _counts(fused: Fused, total: int, out: int) -> list[int]:
+    """Rows of each part: a query's heads, or those of a value by the head, are the inputs of the output map.
+
+    The other parts are of equal size.
+    """
+    known = "query" if "query" in fused.parts else "value" if fused.groups is None else None
+    rest = (total - out) // (len(fused.parts) - 1) if known else total // len(fused.parts)
+    return [out if part == known else rest for part in fused.parts]
+
+
+def head_dim(attention: nn.Module, names: Sequence[str] = HEAD_DIMS) -> int:
+    """Width of a key's head (or of a value's), as an attention module says it; 0 if it does not."""
+    found = (getattr(attention, name, 0) for name in names)
+    return next((size for size in found if isinstance(size, int) and size), 0)
 
 
 def norm_roles(block: nn.Module, linear_roles: Roles) -> Roles:

@@ -62,7 +62,11 @@ class LowRank(Method, abstract=True):
 
     def acts(self, site: Site) -> bool:
         """At maps of `target` in `layers` that `exclude` does not name."""
-        wanted = targeted(site, as_names(self.target)) and not targeted(site, as_names(self.exclude))
+        names = as_names(self.target)
+        if min(site.width_in, site.width_out) == 1:
+            # a gate with one output, such as that of a shared expert: its whole weight is of rank 1
+            names = tuple(name for name in names if name != "linear")
+        wanted = targeted(site, names) and not targeted(site, as_names(self.exclude))
         return wanted and in_layers(site, self.layers)
 
     def check_rank(self, site: Site) -> None:
@@ -71,5 +75,6 @@ class LowRank(Method, abstract=True):
         if self.rank > most:
             raise RecipeError(
                 f"{type(self).__name__}: rank={self.rank} is above the smaller side of {site.name} "
-                f"({site.width_out} x {site.width_in}); at most {most} works"
+                f"({site.width_out} x {site.width_in}); at most {most} works, or "
+                f"exclude={site.path.rpartition('.')[2]!r}"
             )

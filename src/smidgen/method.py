@@ -130,6 +130,10 @@ class Method(Term, abstract=True):
         """The module's new output. x: (..., width_in), y: (..., width_out)."""
         return y
 
+    def reads_entry(self, site: Site) -> bool:
+        """Whether `after` at a sublayer reads what entered it; else its x is y."""
+        return True
+
     def after_with(self, p: Tensors, x: Tensor, y: Tensor, base: Tensors, site: Site) -> Tensor:
         """As `after`, from the module's own tensors too: `base` as in `from_base`, with earlier edits folded in.
 
@@ -138,7 +142,7 @@ class Method(Term, abstract=True):
         return y
 
     def keys_values(self, p: Tensors, site: Site) -> tuple[Tensor, Tensor]:
-        """Keys and values (heads, length, head_dim) each that an attention puts before those of the text."""
+        """Keys (heads, length, head_dim) and values (heads, length, value_dim) that stand before those of the text."""
         raise NotImplementedError
 
     def tokens(self, p: Tensors, site: Site) -> Tensor:

@@ -153,9 +153,7 @@ def _spread(group: list[Placed], model: nn.Module) -> Tensor:
     columns = []
     for site, tensors in group:
         column = tensors["B"].new_zeros(whole_width(site, model), tensors["B"].shape[1])
-        a, b = site.rows or (0, len(column))
-        column[a:b] = tensors["B"]
-        columns.append(column)
+        columns.append(tensors["B"] if site.rows is None else site.rows.put(column, tensors["B"]))
     return torch.cat(columns, dim=1)
 
 
@@ -168,5 +166,5 @@ def _lengths(group: list[Placed], model: nn.Module) -> Tensor:
     weight, _ = stored(module)
     whole = torch.linalg.vector_norm(weight.T if site.transposed else weight, dim=1).to(tensors["m"])
     for part, values in group:
-        whole[slice(*(part.rows or (0, 0)))] = values["m"]
+        whole = whole if part.rows is None else part.rows.put(whole, values["m"])
     return whole

@@ -144,7 +144,7 @@ def _full(config: Any) -> bool:
 
 def _shape(model: Model, sites: list[Site], n: int, refuse: Refuse) -> torch.Size:
     """(n, layers, 2, heads, head_dim) of PEFT's table."""
-    shapes = {(site.heads, site.head_dim) for site in sites}
+    shapes = {(site.heads, width) for site in sites for width in (site.head_dim, site.value_dim)}
     if len(shapes) > 1 or len(sites) != model.config.num_hidden_layers:
         raise refuse(
             f"{type(model).__name__} has {len(sites)} attentions in {model.config.num_hidden_layers} layers, of "

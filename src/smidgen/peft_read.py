@@ -208,14 +208,15 @@ def _cut(reader: Reader, whole: Mapping[str, Scaled]) -> dict[str, Scaled]:
     """The same with vectors of fused projections cut up, where all but the slices that IA3() scales are ones."""
     found: dict[str, Scaled] = {}
     for name, (site, vector, inner) in whole.items():
-        slices = [s for s in reader.sites if s.path == site.path and s.rows and IA3().acts(s)]
+        slices = [] if inner else [s for s in reader.sites if s.path == site.path and s.rows and IA3().acts(s)]
         rest = vector.clone()
         for part in slices:
-            rest[slice(*(part.rows or ()))] = 1
-        if inner or not slices or not bool((rest == 1).all()):
+            assert part.rows is not None
+            rest[part.rows.numbers(len(rest))] = 1
+        if not slices or not bool((rest == 1).all()):
             found[name] = Scaled(site, vector, inner)
         else:
-            found |= {part.name: Scaled(part, vector[slice(*(part.rows or ()))], False) for part in slices}
+            found |= {p.name: Scaled(p, p.rows.take(vector), False) for p in slices if p.rows is not None}
     return found
 
 

@@ -67,7 +67,7 @@ def write_ia3(method: Method, sites: list[Placed], model: nn.Module) -> Parts:
             tensors[name] = vector[:, None]
         else:
             whole = tensors.setdefault(name, vector.new_ones(whole_width(site, model), 1))
-            whole[slice(*site.rows), 0] = vector
+            whole[site.rows.numbers(len(whole)), 0] = vector
     paths = {site.path for site, _ in sites}
     wanted, inside = _ia3_targets(paths, inner, model)
     fields = {"target_modules": wanted, "feedforward_modules": inside}

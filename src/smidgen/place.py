@@ -116,7 +116,11 @@ def _place_edit(model: nn.Module, row: Row, fresh: Mapping[str, Tensor], record:
         record.handles += add_tokens(model, row.key, edit)
     else:
         add_edit(module, row.key, edit)
-    if row.site.kind in SUBLAYERS and (handle := add_tap(module_at(model, row.site.entry), module)):
+    if (
+        row.site.kind in SUBLAYERS
+        and edit.reads_entry
+        and (handle := add_tap(module_at(model, row.site.entry), module))
+    ):
         record.handles.append(handle)
         record.tapped += [row.site.entry, row.site.path]
     if row.site.kind != SHARED:

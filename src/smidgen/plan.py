@@ -28,6 +28,7 @@ from smidgen.unfit import (
     refuse_headless,
     refuse_no_room,
     refuse_part,
+    refuse_passed_by,
     refuse_resized,
     refuse_twice,
     refuse_unfoldable,
@@ -206,6 +207,7 @@ def _all_rows(
         here = list(_rows(index, method, near, parameters, closed | taken))
         if not here and _wants_sites(method):
             raise PlanError(no_match(method, model, near))
+        refuse_passed_by(method, model, near, here)
         found[index] = list(with_pools(here)) if method.overrides("shared") else here
     return [row for index in sorted(found) for row in found[index]]
 

@@ -36,6 +36,7 @@ class Edit(nn.Module):
         super().__init__()
         self.method, self.site, self.enabled = method, site, True
         self.reads_base = method.overrides("after_with")
+        self.reads_entry = bool(site.entry) and method.reads_entry(site)
         self.symbols, self.subsets = (*tensors, *(f"{s}0" for s in method.keeps)), nn.ModuleDict()
         self.pool: tuple[Edit, ...] = ()  # in a tuple, so that the pool is not registered here as well
         for symbol in method.keeps:
@@ -85,18 +86,17 @@ class Edit(nn.Module):
     def formula(self, p: Tensors, x: Tensor, y: Tensor, base: Tensors | None) -> Tensor:
         """`after` of the given tensors, a pure function."""
         x, y = channels_last(self.site, x), channels_last(self.site, y)
-        a, b = self.site.rows or (0, y.shape[-1])
-        part = y if self.site.rows is None else y[..., a:b]
+        rows = self.site.rows
+        part = y if rows is None else rows.take(y, -1)
         if self.reads_base:
             found = self.method.after_with(p, x, part, base or {}, self.site)
         else:
             found = self.method.after(p, x, part, self.site)
         found = found.to(y.dtype)
-        whole = found if self.site.rows is None else torch.cat((y[..., :a], found, y[..., b:]), dim=-1)
-        return channels_back(self.site, whole)
+        return channels_back(self.site, found if rows is None else rows.put(y, found, -1))
 
     def keys_values(self, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (heads, length, head_dim), in the dtype of `key`."""
+        """Keys (heads, length, head_dim) and values (heads, length, value_dim), in the dtype of `key`."""
         k, v = self.method.keys_values(self.method.settle(self.tensors(), self.site), self.site)
         return k.to(key.dtype), v.to(key.dtype)
 
@@ -119,18 +119,22 @@ class Edits(nn.ModuleDict):
 
 
 class Tap(nn.Module):
-    """What entered a sublayer, on its way to where it is left; one object without tensors, child of both modules."""
+    """What entered a sublayer, on its way to where it is left; one object without tensors, child of both modules.
+
+    Pegasus-X enters its attention with the text and with global tokens, and leaves with the tokens first: what entered
+    last is left first. At most two are kept: recomputation may stop before a sublayer is left.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.value: Tensor | None = None
+        self.values: tuple[Tensor, ...] = ()
 
 
 def keep_input(module: Any, args: tuple[Any, ...]) -> None:
     """Forward pre-hook of the module that a sublayer is entered by, before its own edits."""
     if not args:
         raise AttachError(f"{type(module).__name__} was called without a positional input; its edits need one")
-    module.tap.value = args[0]
+    module.tap.values = (*module.tap.values[-1:], args[0])
 
 
 def run_before(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -153,11 +157,13 @@ def run_after(module: Any, args: tuple[Any, ...], output: Any) -> Any:
     """
     edits = module.edits
     inputs, edits.inputs = edits.inputs, None
-    entered = _entered(module)
     output, *rest = output if isinstance(output, tuple) else (output,)
+    entered = _entered(module, output) if "tap" in module._modules else None
     for level, edit in enumerate(edits.values()):
         if edit.enabled:
-            x = entered if edit.site.entry else inputs[level] if inputs else args[0]
+            x = inputs[level] if inputs else args[0]
+            if edit.site.entry:
+                x = output if entered is None else entered
             output = edit.after(x, output, base_below(module, level) if edit.reads_base else None)
     return (output, *rest) if rest else output
 
@@ -186,12 +192,20 @@ def fold(edit: Edit, weight: Tensor, bias: Tensor | None) -> Pair:
     return put_back(site, (weight, bias), part)
 
 
-def _entered(module: Any) -> Tensor | None:
+def _entered(module: Any, output: Tensor) -> Tensor | None:
     """What a tap brings, to a module that a sublayer is left by; the one it is entered by may have edits as well."""
-    if not any(edit.site.entry for edit in module.edits.values()):
+    if not any(edit.reads_entry for edit in module.edits.values()):
         return None
-    value, module.tap.value = module.tap.value, None
-    return value
+    values = module.tap.values
+    value, module.tap.values = values[-1] if values else None, values[:-1]
+    if value is None or value.shape[:-1] != output.shape[:-1]:
+        shape = None if value is None else tuple(value.shape)
+        raise AttachError(
+            f"a sublayer that was entered with {shape} is left with {tuple(output.shape)}: this model calls its parts "
+            "in an order of its own, so what entered cannot be read; an adapter of the form 'sequential' works"
+        )
+    found: Tensor = value
+    return found
 
 
 def check_pool(model: Any, sites: Sequence[Site], method: Method) -> None:

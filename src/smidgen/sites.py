@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from smidgen.calls import never_called
 from smidgen.kinds import channel_axis, is_norm, kind_of, norm_form, widths
-from smidgen.layouts import NORM_ROLES, linear_parts, norm_roles, within
+from smidgen.layouts import NORM_ROLES, linear_parts, matching, norm_roles, within
+from smidgen.slices import Rows
 
 _ATTENTION = ("attention", "query", "key", "value", "attention_out")
 ROLES = ("embedding", *_ATTENTION, "ff_in", "ff_out", "ff", "block", "norm", "final", "qk", "output")
@@ -22,7 +23,7 @@ ROLES = ("embedding", *_ATTENTION, "ff_in", "ff_out", "ff", "block", "norm", "fi
 
 @dataclass(frozen=True)
 class Site:
-    """A module that owns parameters, a run of output rows of one (`rows`), a sublayer (`entry`), or heads (`heads`).
+    """A module that owns parameters, some output rows of one (`rows`), a sublayer (`entry`), or heads (`heads`).
 
     A slice has its one own role (query, key, value, ff_in) and nothing else; what covers the whole fused map
     (attention, ff, block) is on the whole site, so that no role selects the same weights twice. `axis` is where the
@@ -42,13 +43,14 @@ class Site:
     stack: str = ""
     width_in: int = 0
     width_out: int = 0
-    rows: tuple[int, int] | None = None
+    rows: Rows | None = None
     transposed: bool = False
     gain: str | None = None
     bias: str | None = None
     entry: str = ""
     heads: int = 0
     head_dim: int = 0
+    value_dim: int = 0
     axis: int = -1
     affine: bool = False
     offset: float = 0.0
@@ -59,7 +61,7 @@ class Site:
         if self.rows is None:
             return self.path
         (role,) = self.roles
-        return f"{self.path}[{role}{self.rows[0] // self.width_out if role == 'ff_in' else ''}]"
+        return f"{self.path}[{role}{self.rows.start // self.width_out if role == 'ff_in' else ''}]"
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,13 @@ class _Part:
     layer: int | None = None
     depth: int = 0
     stack: str = ""
-    slices: tuple[tuple[str, int, int], ...] = ()
+    slices: tuple[tuple[str, Rows], ...] = ()
 
 
 def find_sites(model: nn.Module) -> list[Site]:
     """Every module that owns parameters, once each, in order of registration; slices follow the whole."""
     stacks = find_blocks(model)
-    parts = _parts_outside(model, stacks) | _parts_of_blocks(stacks)
+    parts = _parts_outside(model, stacks) | _parts_of_blocks(stacks) | _parts_of_lists(model, stacks)
     idle = never_called(model)
     sites: list[Site] = []
     for path, module in model.named_modules():
@@ -87,8 +89,8 @@ def find_sites(model: nn.Module) -> list[Site]:
         if id(module) in idle and whole.kind in ("linear", "conv"):
             whole = replace(whole, kind="other", width_in=0, width_out=0, axis=-1)
         sites.append(whole)
-        for role, start, stop in part.slices:
-            sites.append(replace(whole, roles=frozenset({role}), rows=(start, stop), width_out=stop - start))
+        for role, rows in part.slices:
+            sites.append(replace(whole, roles=frozenset({role}), rows=rows, width_out=rows.length))
     return sites
 
 
@@ -201,6 +203,23 @@ def _parts_of_blocks(stacks: dict[str, list[nn.Module]]) -> dict[int, _Part]:
                 roles = known.get(path, frozenset[str]()) | {"block"}
                 part = _Part(roles, blocks.index(block), len(blocks), stack, tuple(slices.get(path, ())))
                 parts.setdefault(id(module), part)
+    return parts
+
+
+def loose_parts(model: nn.Module, stacks: Iterable[str]) -> Iterator[nn.Module]:
+    """Sublayers that stand in lists side by side, all attentions in one, in a model that has no blocks (XLM)."""
+    if not any(True for _ in stacks):
+        lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+        yield from (child for found in lists for child in found.children() if any(True for _ in matching(child)))
+
+
+def _parts_of_lists(model: nn.Module, stacks: Iterable[str]) -> dict[int, _Part]:
+    """Identity of each linear map of the model's `loose_parts` -> its part there; they count no layers."""
+    parts: dict[int, _Part] = {}
+    for part in loose_parts(model, stacks):
+        linears, slices = linear_parts(part)
+        for path, roles in linears.items():
+            parts[id(part.get_submodule(path))] = _Part(roles | {"block"}, slices=tuple(slices.get(path, ())))
     return parts
 
 

@@ -7,18 +7,18 @@ around it differ (BERT's hold the norm, BLOOM's the residual connection).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from inspect import unwrap
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from smidgen.errors import PlanError
-from smidgen.kinds import is_norm, widths
-from smidgen.layouts import Layout, matching, within
-from smidgen.sites import Site, find_blocks
+from smidgen.kinds import widths
+from smidgen.layouts import VALUE_DIMS, Layout, head_dim, matching, within
+from smidgen.sites import Site, find_blocks, loose_parts
 
-HEAD_DIMS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 SUBLAYERS = ("attention", "cross_attention", "feed_forward")
 UNKNOWN = "the layout of its blocks is not known; methods for norms work, and target= with endings of module paths"
 
@@ -36,34 +36,75 @@ def find_sublayers(model: nn.Module) -> list[Site]:
     """Each attention, cross-attention and feed-forward sublayer of the blocks, in order.
 
     `kind` is one of `SUBLAYERS`, `path` the map that the sublayer is left by, `entry` the one that it is entered by. A
-    mixture of experts, whose maps are no modules, is one module with its router: both paths are that.
+    mixture of experts is one module with its router: both paths are that.
     """
     paths = {id(module): path for path, module in model.named_modules()}
+    stacks = find_blocks(model)
     found: list[Site] = []
-    for stack, blocks in find_blocks(model).items():
+    for stack, blocks in stacks.items():
         for layer, block in enumerate(blocks):
             spans = list(_spans(block))
-            dense = any(kind == "feed_forward" for kind, _, _ in spans)
-            for kind, entry, path in spans if dense else (*spans, *_experts(block)):
-                place = (frozenset({"block", kind}), (), layer, len(blocks), stack, *_widths(block, entry, path))
-                root = f"{paths[id(block)]}."
-                found.append(Site(root + path, kind, *place, entry=root + entry))
-    return found
+            dense = any(span.kind == "feed_forward" for span in spans)
+            for span in spans if dense else (*spans, *_experts(block)):
+                found.append(_placed(span, f"{paths[id(block)]}.", layer=layer, depth=len(blocks), stack=stack))
+    for part in loose_parts(model, stacks):
+        found += [_placed(span, f"{paths[id(part)]}.") for span in _spans(part)]
+    own = {(id(model.get_submodule(site.path)), site.kind): site for site in reversed(found)}
+    return list(own.values())[::-1]  # Zamba's blocks share one
 
 
-def _widths(block: nn.Module, entry: str, path: str) -> tuple[int, int]:
-    """Of what enters and what leaves; the block's own, as its norms have it, where the two are one module."""
-    if entry != path:
-        return widths(block.get_submodule(entry))[0], widths(block.get_submodule(path))[1]
-    return next((widths(child) for child in block.children() if is_norm(child)), (0, 0))
+@dataclass(frozen=True)
+class _Span:
+    """A sublayer of a block: kind, first map, last map, and the widths of what enters and what leaves."""
+
+    kind: str
+    entry: str
+    path: str
+    widths: tuple[int, int]
 
 
-def _experts(block: nn.Module) -> Iterator[tuple[str, str, str]]:
-    """The children of a block that hold experts stacked in 3-D parameters."""
-    for name, child in block.named_children():
-        leaves = (m for m in child.modules() if not isinstance(m, nn.modules.conv._ConvNd))
-        if any(p.ndim == 3 for leaf in leaves for p in leaf.parameters(recurse=False)):
-            yield "feed_forward", name, name
+def _placed(span: _Span, root: str, **place: Any) -> Site:
+    width_in, width_out = span.widths
+    roles = frozenset({"block", span.kind})
+    path, entry = root + span.path, root + span.entry
+    return Site(path, span.kind, roles, (), width_in=width_in, width_out=width_out, entry=entry, **place)
+
+
+def _experts(block: nn.Module) -> Iterator[_Span]:
+    """The mixtures of experts of a block: a router and, beside it, experts in a list or stacked in 3-D parameters.
+
+    Not an attention, which may have experts (JetMoe) or a weight for each head (Funnel) of its own.
+    """
+    found: list[str] = []
+    for path, module in reversed(list(block.named_modules())):  # from the inside out
+        if not path or any(within(inner, path) for inner in found) or _in_attention(block, path):
+            continue
+        if width := _routed(module):
+            found.append(path)
+            yield _Span("feed_forward", path, path, (width, width))
+
+
+def _routed(module: nn.Module) -> int:
+    """The width of a router's input, in a module that holds a router and experts; 0 for any other."""
+    stacked = [child for child in module.modules() if _is_stacked(child)]
+    experts = [child for name, child in module.named_children() if name == "experts"]
+    count = next((p.shape[0] for child in stacked for p in child.parameters(recurse=False) if p.ndim == 3), 0)
+    inside = {id(p) for child in (*stacked, *experts) for p in child.parameters()}
+    if not inside:
+        return 0
+    routers = (p for p in module.parameters() if p.ndim == 2 and id(p) not in inside)
+    return next((p.shape[1] for p in routers if not count or p.shape[0] == count), 0)
+
+
+def _is_stacked(module: nn.Module) -> bool:
+    convolution = isinstance(module, nn.modules.conv._ConvNd)
+    return not convolution and any(p.ndim == 3 for p in module.parameters(recurse=False))
+
+
+def _in_attention(block: nn.Module, path: str) -> bool:
+    parts = path.split(".")
+    classes = (type(block.get_submodule(".".join(parts[: i + 1]))).__name__.lower() for i in range(len(parts)))
+    return any("attention" in name for name in classes)
 
 
 def find_heads(model: nn.Module, sites: Iterable[Site]) -> list[Site]:
@@ -77,13 +118,35 @@ def find_heads(model: nn.Module, sites: Iterable[Site]) -> list[Site]:
         if path is None:
             continue
         module: Any = model.get_submodule(path)
-        width = next((s.width_out for s in sites if "key" in s.roles and within(s.path, path)), 0)
-        size = next((getattr(module, name) for name in HEAD_DIMS if getattr(module, name, 0)), 0)
-        # projections with rows mixed by head have no key site
-        heads = width // size if width and size else getattr(module.config, "num_attention_heads", 0)
+        width = next((s.width_out for s in sites if "value" in s.roles and within(s.path, path)), 0)
+        size, value = head_dim(module), head_dim(module, VALUE_DIMS)
+        heads = width // value if width and value else getattr(module.config, "num_attention_heads", 0)
         if heads and size:
-            found.append(replace(site, path=path, kind="keys_values", entry="", heads=heads, head_dim=size))
+            place = replace(site, path=path, kind="keys_values", entry="")
+            found.append(replace(place, heads=heads, head_dim=size, value_dim=value))
     return found
+
+
+def without_keys(model: nn.Module, sites: Iterable[Site]) -> list[Site]:
+    """Attentions of a text's own stacks that compute without AttentionInterface, as `find_heads` has the others.
+
+    A tower for images or sound may lack it (Donut's): the text goes by there.
+    """
+    lacking = [s for s in sites if s.kind in SUBLAYERS[:2] and _interface(model, s.entry) is None]
+    return [
+        replace(site, kind="keys_values", entry="", path=site.entry) for site in lacking if _reads_text(model, site)
+    ]
+
+
+def _reads_text(model: nn.Module, site: Site) -> bool:
+    """Whether the innermost model around a site has token ids as its first input."""
+    path = site.path
+    while path:
+        path = path.rpartition(".")[0]
+        module = model.get_submodule(path)
+        if isinstance(module, PreTrainedModel):
+            return module.main_input_name in ("input_ids", "decoder_input_ids")
+    return False
 
 
 def no_interface(model: nn.Module, sites: Iterable[Site]) -> list[str]:
@@ -104,16 +167,17 @@ def _interface(model: nn.Module, entry: str) -> str | None:
     return None
 
 
-def _spans(block: nn.Module) -> Iterator[tuple[str, str, str]]:
-    """Kind, first map and last map of each sublayer that a row of the table describes."""
+def _spans(block: nn.Module) -> Iterator[_Span]:
+    """Each sublayer of a block that a row of the table describes."""
     seen: set[str] = set()
-    for layout, _ in matching(block):
+    for layout, linears in matching(block):
         fused = tuple(part.path for part in layout.fused)
-        first = (*layout.query, *layout.ff_in, *fused, *layout.mixed)
+        first = (*layout.latent, *layout.query, *layout.ff_in, *fused)
         last = (*layout.attention_out, *layout.ff_out)
         if first and last and last[0] not in seen:
             seen.add(last[0])
-            yield _kind(layout), first[0], last[0]
+            ends = widths(linears[first[0]])[0], widths(linears[last[0]])[1]
+            yield _Span(_kind(layout), first[0], last[0], ends)
 
 
 def _kind(layout: Layout) -> str:

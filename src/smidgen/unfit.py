@@ -19,7 +19,7 @@ from smidgen.method import Method, renewed
 from smidgen.recipe import Recipe
 from smidgen.rows import Row
 from smidgen.sites import ROLES, Site, roles_found, shares_layers
-from smidgen.sublayers import SUBLAYERS, UNKNOWN, no_interface
+from smidgen.sublayers import SUBLAYERS, UNKNOWN, no_interface, without_keys
 
 # A norm in every place at once: what a method does with norms.
 _NORM = Site(
@@ -116,6 +116,20 @@ def refuse_part(recipe: Recipe, index: int, method: Method) -> None:
         raise PlanError(f"{method} grows while it trains, so no part of it can be kept; leave out the Select")
     if why := by.refuses(method):
         raise PlanError(why)
+
+
+def refuse_passed_by(method: Method, model: nn.Module, sites: Sequence[Site], rows: Sequence[Row]) -> None:
+    """Raises PlanError if keys would reach some of a text's attentions only: the others do not ask for any."""
+    if not rows or not method.overrides("keys_values"):
+        return
+    passed = [site for site in without_keys(model, sites) if method.acts(site)]
+    if passed:
+        names = dict.fromkeys(type(model.get_submodule(s.path.rpartition(".")[0])).__name__ for s in passed)
+        here, there = (", ".join(dict.fromkeys(s.stack for s in at)) for at in (passed, [row.site for row in rows]))
+        raise PlanError(
+            f"{method}: {', '.join(names)} in {here} does not go through transformers' AttentionInterface, so keys "
+            f"would reach {there} alone; choose a method that adds none"
+        )
 
 
 def refuse_no_room(model: nn.Module, rows: Sequence[Row]) -> None:

@@ -16,6 +16,7 @@ from smidgen.analyze.measures import CAVEAT, MEASURES, measure
 from smidgen.analyze.numbers import plain, restored
 from smidgen.errors import ModelError, nearest
 from smidgen.heads import head_names
+from smidgen.slices import Rows
 
 Values = NDArray[np.float64]
 Weights = nn.Module | Mapping[str, Tensor]
@@ -113,7 +114,7 @@ class Changes:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Changes:
         """The inverse of `to_json`."""
-        parts = (Part(**{**p, "rows": tuple(p["rows"]) if p["rows"] else None}) for p in data["parts"])
+        parts = (Part(**{**p, "rows": Rows(*p["rows"]) if p["rows"] else None}) for p in data["parts"])
         values = [[[restored(x) for x in part] for part in run] for run in data["values"]]
         runs = tuple(Run(**run) for run in data["runs"])
         return cls(data["model"], data["recipe"], tuple(parts), runs, np.array(values), data["caveat"])

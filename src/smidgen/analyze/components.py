@@ -1,4 +1,4 @@
-"""Model -> the parts that an analysis speaks of: each parameter, or run of its rows, with component, layer and term."""
+"""Model -> the parts that an analysis speaks of: each parameter, or some of its rows, with component and layer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from smidgen.errors import ModelError, nearest
 from smidgen.heads import head_names
 from smidgen.layouts import within
 from smidgen.sites import Site, find_blocks, find_sites
+from smidgen.slices import Rows
 
 NORMS = {
     "embedding": "embedding LN",
@@ -41,7 +42,7 @@ Key = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Part:
-    """A parameter, or a run of output rows of a fused one.
+    """A parameter, or some output rows of a fused one.
 
     Attributes:
         name: of the parameter in the model.
@@ -49,7 +50,7 @@ class Part:
         term: "gain" (of a norm), "bias" or "weight".
         layer: index within its stack, None outside the blocks.
         stack: path of the stack of blocks, "" outside.
-        rows: (first, end) among the output rows, None for the whole parameter.
+        rows: which of the output rows, None for the whole parameter.
         transposed: whether output rows lie along the last axis (GPT-2).
     """
 
@@ -58,7 +59,7 @@ class Part:
     term: str
     layer: int | None = None
     stack: str = ""
-    rows: tuple[int, int] | None = None
+    rows: Rows | None = None
     transposed: bool = False
 
     @property
@@ -70,8 +71,7 @@ class Part:
         """The part's values of a tensor with the parameter's shape."""
         if self.rows is None:
             return tensor
-        first, end = self.rows
-        return tensor[..., first:end] if self.transposed or tensor.ndim == 1 else tensor[first:end]
+        return self.rows.take(tensor, -1 if self.transposed or tensor.ndim == 1 else 0)
 
 
 def components(model: nn.Module) -> list[Part]:

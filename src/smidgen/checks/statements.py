@@ -76,7 +76,7 @@ def _check_shapes(row: Row) -> None:
     method: Method = row.method
     fields = {name: getattr(method, name) for name in method.__dataclass_fields__}
     names = {**fields, "width_in": row.site.width_in, "width_out": row.site.width_out}
-    names |= {"heads": row.site.heads, "head_dim": row.site.head_dim}
+    names |= {"heads": row.site.heads, "head_dim": row.site.head_dim, "value_dim": row.site.value_dim}
     if row.site.kind == SHARED:  # (its sites are alike)
         names |= {"width_in": row.sites[0].width_in, "width_out": row.sites[0].width_out, "sites": len(row.sites)}
     for symbol, shape in row.terms:

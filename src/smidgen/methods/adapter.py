@@ -89,6 +89,9 @@ class Adapter(Method):
         # A ReLU that is off for all tokens of a batch passes no gradient to its bias.
         return self.activation == "relu" and term == "d"
 
+    def reads_entry(self, site: Site) -> bool:
+        return self.form == "parallel"
+
     def after(self, p: Tensors, x: Tensor, y: Tensor, site: Site) -> Tensor:
         x = x if self.form == "parallel" else y
         hidden = ACTIVATIONS[self.activation](F.linear(x, p["D"], p["d"].to(x.dtype)))  # (..., width)

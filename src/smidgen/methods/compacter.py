@@ -103,6 +103,9 @@ class Compacter(Method):
         # A ReLU that is off for all tokens of a batch passes no gradient to its bias.
         return self.activation == "relu" and term == "d"
 
+    def reads_entry(self, site: Site) -> bool:
+        return False
+
     def after(self, p: Tensors, x: Tensor, y: Tensor, site: Site) -> Tensor:
         D = kronecker_sum(p["S"], p["s"] @ p["t"])  # (width_out, width)
         U = kronecker_sum(p["S"], p["v"] @ p["w"])  # (width, width_out)

@@ -36,7 +36,7 @@ class LoRA(LowRank):
         rank, alpha: width of the bottleneck and strength. alpha does not follow the rank, so that ranks can be compared
             at one learning rate; alpha=None means alpha = rank (s = 1, or sqrt(rank) with "rslora").
         target: roles ("query", "key", "value", "attention_out", "ff_in", "ff_out"), "linear" for every linear
-            map in the blocks, or endings of module paths ("q_proj").
+            map in the blocks (but gates with a single output), or endings of module paths ("q_proj").
         layers: as in LN.
         exclude: roles or endings of module paths to leave out.
         dropout: on the input of A, in training.

@@ -27,7 +27,7 @@ class Prefix(Method):
 
     Shapes:
         K: (heads, length, head_dim)  normal, standard deviation 0.02; of key heads, behind rotary positions
-        V: (heads, length, head_dim)  as K
+        V: (heads, length, value_dim)  as K
         E: (length, mlp)  normal, standard deviation 1
         W1: (mlp, mlp)  uniform in +-1/sqrt(mlp)
         b1: (mlp,)  zeros
@@ -39,6 +39,8 @@ class Prefix(Method):
         mlp: width of the reparametrisation, None for none.
         cross: cross-attention as well, where there is one.
         layers: as in LN.
+
+    Where values are not as wide as keys (DeepSeek), W2 and b2 have heads * (head_dim + value_dim) rows.
 
     Departures: the paper draws the prefix from one table and network for all layers; here each layer has its own. The
     recipe MAM of He et al. trains its prefix through a network of width 800; by its name it has none here, and is saved
@@ -69,9 +71,9 @@ class Prefix(Method):
 
     def init(self, site: Site) -> dict[str, Tensor]:
         if self.mlp is None:
-            shape = (site.heads, self.length, site.head_dim)
-            return {"K": 0.02 * torch.randn(shape), "V": 0.02 * torch.randn(shape)}
-        width, bound = 2 * site.heads * site.head_dim, 1 / math.sqrt(self.mlp)
+            rows = (site.heads, self.length)
+            return {"K": 0.02 * torch.randn(*rows, site.head_dim), "V": 0.02 * torch.randn(*rows, site.value_dim)}
+        width, bound = site.heads * (site.head_dim + site.value_dim), 1 / math.sqrt(self.mlp)
         E, W1 = torch.randn(self.length, self.mlp), torch.empty(self.mlp, self.mlp).uniform_(-bound, bound)
         hidden = torch.tanh(F.linear(E, W1)).square().sum(1).mean()  # what a variance of 1 in W2 would become
         return {
@@ -89,8 +91,9 @@ class Prefix(Method):
         if self.mlp is None:
             return dict(p)
         both = F.linear(torch.tanh(F.linear(p["E"], p["W1"], p["b1"])), p["W2"], p["b2"])
-        both = both.view(self.length, 2, site.heads, site.head_dim).permute(1, 2, 0, 3)  # (2, heads, length, head_dim)
-        return {"K": both[0].contiguous(), "V": both[1].contiguous()}
+        keys, values = both.split([site.heads * site.head_dim, site.heads * site.value_dim], dim=1)
+        by_head = (t.unflatten(1, (site.heads, -1)).transpose(0, 1).contiguous() for t in (keys, values))
+        return dict(zip(("K", "V"), by_head, strict=True))
 
     def keys_values(self, p: Tensors, site: Site) -> tuple[Tensor, Tensor]:
         return p["K"], p["V"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from smidgen.errors import PlanError
 from smidgen.rows import Row, Shape
 from smidgen.sites import Site, find_sites
+from smidgen.slices import Rows
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def check_heads(model: nn.Module, found: Sequence[Candidate]) -> None:
     """Raises PlanError unless some of the candidates are heads' own, and the model says how many heads it has."""
     head_count(model)
     slices = [site for site in find_sites(model) if site.rows is not None]
-    if not any(_runs(c, slices) for c in found):
+    if not any(_parts(c, slices) for c in found):
         raise PlanError(
             "granularity='head' needs tensors of query, key, value or attention output, such as those of BitFit() or "
             "LoRA(); the recipe has none (norms belong to no head)"
@@ -82,8 +83,8 @@ def _heads(model: nn.Module, found: Sequence[Candidate]) -> tuple[Tensor, int]:
     for c in found:
         key = layer_key(c.row.site)
         local = torch.full(c.shape, -1)
-        for dim, start, stop in _runs(c, slices):
-            _number(local, dim, start, stop, count)
+        for dim, rows in _parts(c, slices):
+            _number(local, dim, rows, count)
         if (local >= 0).any():
             local[local >= 0] += numbers.setdefault(key, len(numbers) * count)
         parts.append(local.flatten())
@@ -104,30 +105,31 @@ def head_count(model: nn.Module, fields: Sequence[str] = GROUPED) -> int:
     raise PlanError(f"granularity='head': {type(model).__name__} does not say how many heads it has")
 
 
-def _runs(c: Candidate, slices: Sequence[Site]) -> list[tuple[int, int, int]]:
-    """Runs (dimension, start, stop) of a tensor that hold one projection's outputs, or the output map's inputs."""
+def _parts(c: Candidate, slices: Sequence[Site]) -> list[tuple[int, Rows]]:
+    """Dimension and places of a tensor that hold one projection's outputs, or the output map's inputs."""
     site, shape = c.row.site, c.shape
     fused = [s for s in slices if s.path == site.path] if site.rows is None and not c.row.added else []
     if fused:
         dim = len(shape) - 1 if site.transposed else 0
-        return [(dim, *s.rows) for s in fused if s.rows and s.roles & {"query", "key", "value"}]
+        return [(dim, s.rows) for s in fused if s.rows and s.roles & {"query", "key", "value"}]
     enters = c.row.added and len(shape) == 1 and c.row.method.enters(site)  # a vector of the input's width
     if site.roles & {"query", "key", "value"} and not enters:
         dim = len(shape) - 1 if site.transposed and not c.row.added else 0
-        return [(dim, 0, shape[dim])] if shape[dim] == site.width_out else []
+        return [(dim, Rows(0, shape[dim]))] if shape[dim] == site.width_out else []
     if "attention_out" in site.roles and c.row.added and shape == (site.width_in,):
-        return [(0, 0, site.width_in)] if enters else []
+        return [(0, Rows(0, site.width_in))] if enters else []
     if "attention_out" in site.roles and len(shape) == 2:
         dim = 0 if site.transposed and not c.row.added else 1
-        return [(dim, 0, shape[dim])] if shape[dim] == site.width_in else []
+        return [(dim, Rows(0, shape[dim]))] if shape[dim] == site.width_in else []
     return []
 
 
-def _number(local: Tensor, dim: int, start: int, stop: int, count: int) -> None:
-    """Write head 0 ... count - 1 over equal runs of the dimension from start to stop."""
-    if (stop - start) % count:
-        raise PlanError(f"granularity='head': {stop - start} rows do not divide into {count} heads")
-    heads = torch.arange(count).repeat_interleave((stop - start) // count)
+def _number(local: Tensor, dim: int, rows: Rows, count: int) -> None:
+    """Write head 0 ... count - 1 over equal runs of these places along the dimension."""
+    if rows.length % count:
+        raise PlanError(f"granularity='head': {rows.length} rows do not divide into {count} heads")
     shape = [1] * local.ndim
-    shape[dim] = stop - start
-    local.narrow(dim, start, stop - start).copy_(heads.view(shape).expand_as(local.narrow(dim, start, stop - start)))
+    shape[dim] = rows.length
+    heads = torch.arange(count).repeat_interleave(rows.length // count).view(shape)
+    places = rows.numbers(local.shape[dim])
+    local.index_copy_(dim, places, heads.expand(*local.shape[:dim], rows.length, *local.shape[dim + 1 :]))
