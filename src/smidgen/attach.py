@@ -90,8 +90,7 @@ def remove(model: nn.Module) -> None:
         drop_at(module_at(model, path))
     for path in record.tapped:
         drop_tap(module_at(model, path))
-    for path, _, _ in record.low_modules():
-        drop_casts(module_at(model, path))
+    drop_casts(model, record.low_modules())
     for path in record.subset_modules():
         drop_parts(module_at(model, path))
     for handle in record.handles:

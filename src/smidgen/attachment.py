@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smidgen.casts import LOW, master_dtype
+from smidgen.casts import LOW, Low, master_dtype
 from smidgen.errors import AttachError
 from smidgen.method import Method
 from smidgen.plan import Plan
@@ -105,16 +105,16 @@ class Attachment:
             for symbol, _ in row.routes:
                 yield row.name(symbol) + INDICES, getattr(module.edits[row.key], symbol).to(torch.int32)
 
-    def low_modules(self) -> list[tuple[str, tuple[str, ...], bool]]:
-        """Modules of a low-precision base that hold masters: path, terms, whether it is a norm."""
+    def low_modules(self) -> list[Low]:
+        """Modules of a low-precision base that hold masters."""
         norms = {row.site.path for row in self.plan.rows if row.site.kind == "norm"}
-        terms: dict[str, list[str]] = {}
+        terms: dict[str, dict[str, torch.dtype]] = {}
         for swap in self.swaps:
             if swap.original.dtype in LOW:
                 for owner in swap.owners:
                     path, _, term = owner.rpartition(".")
-                    terms.setdefault(path, []).append(term)
-        return [(path, tuple(names), path in norms) for path, names in terms.items()]
+                    terms.setdefault(path, {})[term] = swap.original.dtype
+        return [(path, stored, path in norms) for path, stored in terms.items()]
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Saved name and master of every trained tensor, head included, in the plan's order."""

@@ -57,8 +57,7 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
         _place_edit(model, row, fresh, record, seed)
     for name, index in partial.items():
         _place_part(model, name, index, parameters[name], record)
-    for path, terms, norm in record.low_modules():
-        place_casts(module_at(model, path), terms, dtype, norm)
+    record.handles += place_casts(model, record.low_modules())
     record.plug(model)
     record.handles.append(model.register_forward_pre_hook(refuse_cast))
     if plan.pooling is not None:
