@@ -45,7 +45,8 @@ MODELS = {
 INPUTS = {"siglip": {"pixel_values": drawn(2, 3, 8, 8)}, "wavlm": {"input_values": drawn(2, 60)}}
 READ = [  # what is read by others than its own module: the dtype of a norm, biases and weights of maps
     *((kind, recipe) for kind in ("mamba", "falcon_mamba", "mamba2", "nemotron_h") for recipe in ("LN()", "BitFit()")),
-    ("mamba", "Full()"), ("falcon_mamba", "Full()"), ("siglip", "BitFit()"), ("siglip", "Full()"), ("wavlm", "BitFit()"),
+    ("mamba", "Full()"), ("falcon_mamba", "Full()"), ("siglip", "BitFit()"), ("siglip", "Full()"),
+    ("wavlm", "BitFit()"),
 ]  # fmt: skip
 MIXED = [(kind, recipe) for kind in ("t5", "mt5", "umt5") for recipe in ("LN()", "Adapter(width=4)")]
 

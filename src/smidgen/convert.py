@@ -17,6 +17,7 @@ from smidgen.attach import attached
 from smidgen.attachment import attachment, trained_parameters
 from smidgen.delta import Delta
 from smidgen.errors import DeltaError
+from smidgen.finite import not_finite
 from smidgen.method import Method
 from smidgen.methods.adapter import Adapter as Bottleneck
 from smidgen.methods.bitfit import BitFit
@@ -85,6 +86,8 @@ def from_peft(source: str | os.PathLike[str], model: nn.Module) -> Delta:
     method, values = READERS[adapter.kind](Reader(adapter, model))
     plan = resolve(model, method)
     missing = _add_head(adapter, model, plan, values)
+    if found := not_finite(values):
+        raise DeltaError(f"{source}: {found}; its training diverged, or the file is damaged")
     named = _by_saved_name(plan, values)
     info = {"source": f"peft {adapter.kind}"} | ({"head_from_model": missing} if missing else {})
     with attached(model, method):

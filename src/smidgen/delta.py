@@ -20,6 +20,7 @@ from smidgen.casts import master_dtype
 from smidgen.errors import DeltaError
 from smidgen.files import read_json, write_files
 from smidgen.fingerprint import Fingerprint
+from smidgen.finite import not_finite
 from smidgen.method import renewed
 from smidgen.plan import resolve
 from smidgen.recipe import Recipe, Term
@@ -136,8 +137,12 @@ class Delta(Operand):
         """Write delta.safetensors, delta.json and a card; each file appears whole or not at all.
 
         Raises:
-            DeltaError: the folder cannot be written, or the disk is full.
+            DeltaError: a value is not finite, the folder cannot be written, or the disk is full.
         """
+        if found := not_finite(self.tensors):
+            raise DeltaError(
+                f"the delta is not saved: {found}; its training diverged, train again with a lower learning rate"
+            )
         meta = self.to_json()
         data = {
             TENSORS: save({n: t.contiguous() for n, t in sorted(pack_indices(self.tensors).items())}),
@@ -148,7 +153,8 @@ class Delta(Operand):
 
     @classmethod
     def load(cls, source: str | os.PathLike[str], revision: str | None = None) -> Delta:
-        """Read a folder, or a hub id. Strict: wrong, missing or extra keys, names, dtypes and shapes are errors.
+        """Read a folder, or a hub id. Strict: wrong, missing or extra keys, names, dtypes and shapes are errors, and so
+        are values that are not finite.
 
         Raises:
             DeltaError: naming the file and what is wrong with it.
@@ -161,6 +167,8 @@ class Delta(Operand):
             head, labels = tuple(meta["head"]), tuple(meta["labels"])
         except (TypeError, AttributeError, KeyError, IndexError) as error:
             raise DeltaError(f"{folder / META} is damaged: {error}") from None
+        if found := not_finite(tensors):
+            raise DeltaError(f"{folder / TENSORS}: {found}; its training diverged, or the file is damaged")
         if not set(head) <= set(tensors):
             raise DeltaError(
                 f"{folder / META} names head tensors that the file lacks: {sorted(set(head) - set(tensors))}"

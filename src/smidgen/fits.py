@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from smidgen.errors import DeltaError
 from smidgen.fingerprint import Fingerprint
 from smidgen.fingerprint import verify as verify_base
+from smidgen.finite import not_finite
 from smidgen.heads import head_names
 from smidgen.method import renewed
 from smidgen.plan import Plan, resolve
@@ -55,8 +56,13 @@ def fitted(model: nn.Module, delta: Trained, verify: bool = True) -> Plan:
     """The plan of a delta's recipe on a model, narrowed as the delta's indices say.
 
     Raises:
-        DeltaError: another base (with `verify`), or a tensor that is missing, unexpected or of another shape.
+        DeltaError: another base (with `verify`), a tensor that is missing, unexpected or of another shape, or a value
+            that is not finite.
     """
+    if found := not_finite(delta.tensors):
+        raise DeltaError(
+            f"the delta is not attached: {found}; its training diverged, train again with a lower learning rate"
+        )
     if verify:
         verify_base(model, delta.base, held(model, delta))
     # the base is the one of the training, so its head is what was head there

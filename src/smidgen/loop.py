@@ -182,7 +182,12 @@ class Loop:
                             "try a lower lr, or look at the data of this step"
                         )
                     self.accelerator.backward(loss)
-        nn.utils.clip_grad_norm_(self.trained, self.settings.clip)
+        norm = float(nn.utils.clip_grad_norm_(self.trained, self.settings.clip))
+        if not math.isfinite(norm):
+            raise DivergedError(
+                f"the gradient is {norm} at step {numbers['step']}, lr {self.rates[0] * factor:.2g}; try a lower lr, "
+                "look at the data of this step, or, if the base is in float16, load it in bfloat16 or float32"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         numbers["step"] += 1

@@ -15,6 +15,7 @@ from smidgen.attach import attach, remove
 from smidgen.attachment import Attachment, attachment
 from smidgen.delta import Delta
 from smidgen.errors import AttachError
+from smidgen.finite import not_finite
 from smidgen.fold import stored
 from smidgen.lacked import keep_note
 from smidgen.ports import fold
@@ -33,7 +34,8 @@ def merge(model: nn.Module, delta: Delta | Sum[Delta] | None = None, dtype: torc
         dtype: of the merged model; by default the base's. float32 keeps trained values whole.
 
     Raises:
-        AttachError: a method cannot be folded, or a pooling that the class does not have.
+        AttachError: a method cannot be folded, a pooling that the class does not have, or a value that is not finite,
+            or not any more in the merged model's dtype.
 
     Warns:
         UntiedWarning: a weight that was tied to another got values of its own.
@@ -47,6 +49,8 @@ def merge(model: nn.Module, delta: Delta | Sum[Delta] | None = None, dtype: torc
     record = attachment(merged)
     _refuse(merged, record)
     values = _folded(merged, record)
+    if found := not_finite(values):
+        raise AttachError(f"not merged: {found}; training diverged, train again with a lower learning rate")
     edited = {f"{path}.{term}" for path, _ in record.edits for term in ("weight", "bias")}
     remove(merged)
     before = {name: merged.get_parameter(name).detach() for name in values}
@@ -57,6 +61,9 @@ def merge(model: nn.Module, delta: Delta | Sum[Delta] | None = None, dtype: torc
     for name, value in values.items():
         parameter = merged.get_parameter(name)
         rounded = value.to(parameter.dtype)
+        if found := not_finite({name: rounded}):
+            kind = str(parameter.dtype)[6:]
+            raise AttachError(f"not merged: in {kind}, {found}, too large for it; use merge(..., dtype=torch.float32)")
         lost += int(((rounded == before[name].to(parameter.dtype)) & (value != before[name])).sum())
         worst = max(worst, float((rounded.to(value.dtype) - value).abs().max()))
         parameter.data = rounded.clone()

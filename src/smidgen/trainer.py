@@ -19,7 +19,7 @@ from smidgen.events import after_step
 from smidgen.files import write_files
 from smidgen.penalties import penalty
 from smidgen.place import refuse_save
-from smidgen.watch import check_gradients, check_moved, snapshot
+from smidgen.watch import check_finite, check_gradients, check_moved, snapshot
 
 WATCH = 5
 
@@ -36,6 +36,7 @@ class TrainerCallback(Base):
 
     Raises (while training):
         TrainError: a trained tensor gets no gradient, or stands still after five steps; a penalty that is not added.
+        DivergedError: a trained value is not finite any more.
         AttachError: nothing is attached to the model.
     """
 
@@ -64,7 +65,8 @@ class TrainerCallback(Base):
             check_gradients(kwargs["model"], finite=not args.fp16)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Events; after a few steps, or at the end of a shorter run: every trained tensor has moved."""
+        """All values are finite; events; after a few steps, or at the end of a shorter run: every tensor has moved."""
+        check_finite(kwargs["model"], state.global_step)
         after_step(kwargs["model"], kwargs["optimizer"], state.global_step, state.max_steps, args.seed)
         steps = state.global_step - self.first
         if steps > 1 and steps == min(WATCH, state.max_steps - self.first):
