@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smidgen.bare import bare, check_model
 from smidgen.casts import LOW, Low, master_dtype
 from smidgen.errors import AttachError
 from smidgen.method import Method
@@ -165,9 +166,11 @@ def _set(model: nn.Module, swap: Swap, parameter: nn.Parameter) -> None:
 
 def attachment(model: nn.Module) -> Attachment:
     """The record on an attached model. Raises AttachError if nothing is attached."""
-    record = model.__dict__.get("_smidgen")
+    record = bare(model).__dict__.get("_smidgen")
     if not isinstance(record, Attachment):
-        raise AttachError(f"nothing is attached to this {type(model).__name__}; call smidgen.attach(model, recipe)")
+        raise AttachError(
+            f"nothing is attached to this {type(bare(model)).__name__}; call smidgen.attach(model, recipe)"
+        )
     return record
 
 
@@ -185,13 +188,12 @@ def check_masters(model: nn.Module) -> None:
 
 def is_attached(model: nn.Module) -> bool:
     """Whether something is attached to the model."""
-    return "_smidgen" in model.__dict__
+    return "_smidgen" in bare(model).__dict__
 
 
 def refuse_attached(model: nn.Module) -> None:
-    """Raises AttachError if something is attached to the model, or if it is none."""
-    if not isinstance(model, nn.Module):
-        raise AttachError(f"the model is of type {type(model).__name__}, {model!r:.40}; smidgen.load gives one")
+    """Raises AttachError if something is attached to the model, or if nothing can be (see `check_model`)."""
+    check_model(model)
     if is_attached(model):
         raise AttachError(f"{attachment(model).plan.recipe} is attached already; detach it first")
 
@@ -203,6 +205,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Name -> tensor of the untouched base, whether something is attached or not."""
+    model = bare(model)
     if is_attached(model):
         return dict(attachment(model).base_tensors(model))
     return dict(model.named_parameters())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from smidgen import card
 from smidgen.arithmetic import Operand
 from smidgen.attachment import attachment, check_masters
+from smidgen.bare import bare
 from smidgen.casts import master_dtype
 from smidgen.errors import DeltaError
 from smidgen.files import read_json, write_files
@@ -63,7 +64,7 @@ class Delta(Operand):
         Raises:
             AttachError: nothing is attached.
         """
-        record = attachment(model)
+        record, model = attachment(model), bare(model)
         check_masters(model)
         everything = [*record.results(), *record.fixed(model)]
         if record.result != record.plan.recipe:
@@ -89,6 +90,7 @@ class Delta(Operand):
         Raises:
             DeltaError: the recipe adds tensors or has a Select, or the two models differ in names or shapes.
         """
+        base, tuned = bare(base), bare(tuned)
         plan = resolve(base, recipe)
         if plan.pending:
             raise DeltaError(f"{plan.recipe} keeps a part, which two checkpoints do not tell; use {plan.recipe.whole}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.attachment import base_tensors
+from smidgen.bare import bare
 from smidgen.errors import DeltaError
 from smidgen.lacked import new_names
 
@@ -35,6 +36,7 @@ class Fingerprint:
 
         head: names of what the delta holds whatever stood there before. What the checkpoint lacked is left out too.
         """
+        model = bare(model)
         left_out = _first_names(model, {*head, *(new_names(model) or ())})
         tensors = {n: t for n, t in sorted(base_tensors(model).items()) if n not in left_out}
         dtype = dtype or base_dtype(tensors)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from smidgen.bare import bare
 from smidgen.errors import DeltaError
 from smidgen.fingerprint import Fingerprint
 from smidgen.fingerprint import verify as verify_base
@@ -63,6 +64,7 @@ def fitted(model: nn.Module, delta: Trained, verify: bool = True) -> Plan:
         raise DeltaError(
             f"the delta is not attached: {found}; its training diverged, train again with a lower learning rate"
         )
+    model = bare(model)
     if verify:
         verify_base(model, delta.base, held(model, delta))
     # the base is the one of the training, so its head is what was head there

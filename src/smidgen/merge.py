@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from smidgen.arithmetic import Sum
 from smidgen.attach import attach, remove
 from smidgen.attachment import Attachment, attachment
+from smidgen.bare import bare
 from smidgen.delta import Delta
 from smidgen.errors import AttachError
 from smidgen.finite import not_finite
@@ -30,6 +31,7 @@ def merge(model: nn.Module, delta: Delta | Sum[Delta] | None = None, dtype: torc
     """Fold a delta (or what is attached) into a copy of the model; the model itself is not touched.
 
     Args:
+        model: the base, or what something is attached to; of a wrapper the model inside, which is what comes back.
         delta: what to fold, or a sum of deltas; None for what is attached now.
         dtype: of the merged model; by default the base's. float32 keeps trained values whole.
 
@@ -43,6 +45,7 @@ def merge(model: nn.Module, delta: Delta | Sum[Delta] | None = None, dtype: torc
     """
     if delta is None:
         attachment(model)  # raises if there is nothing to merge
+    model = bare(model)
     merged = keep_note(model, copy.deepcopy(model))
     if delta is not None:
         attach(merged, delta)

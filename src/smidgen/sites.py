@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from smidgen.bare import bare
 from smidgen.kinds import channel_axis, is_norm, kind_of, widths
 from smidgen.layouts import NORM_ROLES, linear_parts, norm_roles, within
 
@@ -68,6 +69,7 @@ class _Part:
 
 def find_sites(model: nn.Module) -> list[Site]:
     """Every module that owns parameters, once each, in order of registration; slices follow the whole."""
+    model = bare(model)
     stacks = find_blocks(model)
     parts = _parts_outside(model, stacks) | _parts_of_blocks(stacks)
     sites: list[Site] = []

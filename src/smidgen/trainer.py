@@ -13,6 +13,7 @@ from transformers import TrainerCallback as Base
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from smidgen.attachment import attachment, trained_parameters
+from smidgen.bare import bare
 from smidgen.delta import Delta
 from smidgen.errors import TrainError
 from smidgen.events import after_step
@@ -47,7 +48,7 @@ class TrainerCallback(Base):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remember where the tensors stand; let Trainer save."""
-        model: nn.Module = kwargs["model"]
+        model: nn.Module = bare(kwargs["model"])
         attachment(model)
         if not self.penalised and penalty(model) is not None:
             raise TrainError(
@@ -76,7 +77,7 @@ class TrainerCallback(Base):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """From here on saving the attached model whole is refused again."""
-        kwargs["model"].__dict__["save_pretrained"] = refuse_save
+        bare(kwargs["model"]).__dict__["save_pretrained"] = refuse_save
 
 
 def save_trained(
