@@ -18,7 +18,7 @@ from smidgen.errors import AttachError
 from smidgen.fingerprint import verify as verify_base
 from smidgen.fits import fitted
 from smidgen.method import renewed
-from smidgen.place import drop_at, place
+from smidgen.place import REFUSED, drop_at, place
 from smidgen.plan import Plan, resolve
 from smidgen.ports import drop_tap
 from smidgen.recipe import Recipe, Term
@@ -89,6 +89,7 @@ def detach(model: nn.Module) -> Delta:
 def remove(model: nn.Module) -> None:
     """Take off what is attached without keeping it."""
     record, model = attachment(model), bare(model)
+    record.held.release()
     record.unplug(model)
     for path in {row.site.path for row in record.plan.rows if row.added}:
         drop_at(module_at(model, path))
@@ -102,7 +103,8 @@ def remove(model: nn.Module) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, flag in record.flags.items():
         parameters[name].requires_grad_(flag)
-    model.__dict__.pop("save_pretrained", None)
+    for name in REFUSED:
+        model.__dict__.pop(name, None)
     model.__dict__.pop("_smidgen")
     torch.compiler.reset()
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from smidgen.bare import bare, check_model
 from smidgen.casts import LOW, Low, master_dtype
 from smidgen.errors import AttachError
+from smidgen.held import Held, persistent_buffers
 from smidgen.method import Method
 from smidgen.plan import Plan
 from smidgen.recipe import Recipe
@@ -44,6 +45,7 @@ class Attachment:
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # name of a tensor -> its owners
     handles: list[Any] = field(default_factory=list)
     tapped: list[str] = field(default_factory=list)  # paths of modules that hold a tap
+    held: Held = field(default_factory=lambda: Held([], [], []))
     memory: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)  # of events, by index in the recipe
     active: bool = True
     new: tuple[str, ...] | None = None  # what the base's checkpoint lacked, None if none was read
@@ -150,6 +152,13 @@ class Attachment:
                 found = row.method.settle({term: values[row.name(term)] for term, _ in row.terms}, row.site)
                 yield from ((row.name(term), value) for term, value in found.items())
 
+    def check_held(self) -> None:
+        """Raises AttachError if a module or parameter of the base was replaced, or a buffer changed from outside."""
+        originals = {owner: swap for swap in self.swaps for owner in swap.owners}
+        now = {n: s.master if self.active else s.original for n, s in originals.items()}
+        self.held.check_parts(self.plan.recipe, now)
+        self.held.check_buffers(self.plan.recipe)
+
     def base_tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Every parameter of the untouched base, by its first name."""
         originals = {owner: swap.original for swap in self.swaps for owner in swap.owners}
@@ -196,6 +205,14 @@ def refuse_attached(model: nn.Module) -> None:
     check_model(model)
     if is_attached(model):
         raise AttachError(f"{attachment(model).plan.recipe} is attached already; detach it first")
+
+
+def base_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> persistent buffer of the untouched base, whether something is attached or not."""
+    model = bare(model)
+    if is_attached(model):
+        return {buffer.name: buffer.value for buffer in attachment(model).held.buffers}
+    return persistent_buffers(model)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

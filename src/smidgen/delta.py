@@ -62,10 +62,11 @@ class Delta(Operand):
         """What is attached to the model now, copied, for one's own training loop or Trainer.
 
         Raises:
-            AttachError: nothing is attached.
+            AttachError: nothing is attached, or the model was changed while something was.
         """
         record, model = attachment(model), bare(model)
         check_masters(model)
+        record.check_held()
         everything = [*record.results(), *record.fixed(model)]
         if record.result != record.plan.recipe:
             info = {"trained_as": str(record.plan.recipe), **info}

@@ -77,7 +77,7 @@ class TrainerCallback(Base):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """From here on saving the attached model whole is refused again."""
-        bare(kwargs["model"]).__dict__["save_pretrained"] = refuse_save
+        bare(kwargs["model"]).__dict__["save_pretrained"] = functools.partial(refuse_save, bare(kwargs["model"]))
 
 
 def save_trained(
