@@ -17,7 +17,7 @@ from smidgen.attachment import is_attached, trained_parameters
 from smidgen.bare import bare
 from smidgen.cases import shake
 from smidgen.convert import from_peft, to_peft
-from smidgen.errors import AttachError
+from smidgen.errors import AttachError, DeltaError
 from smidgen.plan import resolve
 from tests import helpers as h
 
@@ -201,6 +201,11 @@ def in_parts(model):
     return model
 
 
+def half_empty(model):
+    model.bert.encoder.to("meta")
+    return model
+
+
 def traced(model):
     model.config.return_dict = False
     with warnings.catch_warnings():
@@ -230,7 +235,7 @@ REFUSED = {
         OFFLOADED,
     ),
     "on disk": (on_disk, OFFLOADED),
-    "empty": (lambda m, folder: m.to("meta"), "has no values.* meta device"),
+    "half empty": (lambda m, folder: half_empty(m), r"has no values: bert\.encoder\S+ is on the meta device"),
     "traced": (lambda m, folder: traced(m), r"compiled by torch\.jit.*pass the model that it was made of"),
     "in parts": (lambda m, folder: in_parts(m), r"torch\.compile wrapped, bert\.encoder\.layer\.1,.* in place"),
     "distributed": (
@@ -269,6 +274,14 @@ def test_a_model_that_nothing_can_be_attached_to_is_refused_in_one_line(kind, tm
         with pytest.raises(AttachError, match=said) as error:
             use(model, delta, task)
         assert "\n" not in str(error.value), name
+
+
+def test_a_model_without_values_can_be_looked_at_and_no_more():
+    delta, model = trained()[1], h.bert().to("meta")
+    assert trained_parameters(sm.attach(model, RECIPE)).keys() == delta.tensors.keys()
+    for use in (lambda: sm.detach(model), lambda: sm.attach(h.bert().to("meta"), delta)):
+        with pytest.raises(DeltaError, match="on the meta device or offloaded, so its values cannot be read; load it"):
+            use()
 
 
 def test_what_was_attached_before_distribution_is_reached_through_it(group):

@@ -27,11 +27,11 @@ def stand(module: Any, put: Put, take: Take, prepend: bool = False) -> list[Remo
         module.register_forward_hook(take, always_call=True),
     ]
     if isinstance(module, GradientCheckpointingLayer):
-        if not hasattr(module, "_standing"):
-            module._standing = ()
+        standing: tuple[tuple[Put, Take], ...] = module.__dict__.get("_standing", ())
+        if not standing:
             handles.append(module.register_forward_pre_hook(wrap))
             handles.append(module.register_forward_hook(unwrap, always_call=True))
-        module._standing = (*module._standing, (put, take))
+        module.__dict__["_standing"] = (*standing, (put, take))
     return handles
 
 

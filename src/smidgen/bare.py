@@ -22,7 +22,7 @@ OFFLOADED = (
     "is offloaded by accelerate: the values of {first} are not in the module, where the trained ones have to stand; "
     "load it without a device_map, or with one that has no 'cpu' and 'disk', in bfloat16 if memory is short"
 )
-EMPTY = "has no values: {first} is on the meta device; smidgen.plan reads such a model, anything else needs it loaded"
+EMPTY = "has no values: {first} is on the meta device, which is enough to plan and no more; load the model"
 
 
 def bare(model: Any) -> Any:
@@ -57,13 +57,21 @@ def _why_not(model: nn.Module, inside: nn.Module) -> str | None:
     part = next((path for path, module in inside.named_modules() if _compiled(module)), None)
     if part is not None:
         return PART.format(path=part)
-    for name, parameter in inside.named_parameters():
-        if hasattr(parameter, "device_mesh"):
-            return MESHED.format(first=name)
-        if parameter.is_meta:
-            hooked = any(hasattr(module, "_hf_hook") for module in inside.modules())
-            return (OFFLOADED if hooked else EMPTY).format(first=name)
-    return None
+    return _elsewhere(inside)
+
+
+def _elsewhere(model: nn.Module) -> str | None:
+    """Whether values are somewhere else. A model on the meta device as a whole, to be looked at, is as it should be."""
+    parameters = dict(model.named_parameters())
+    sharded = next((name for name, p in parameters.items() if hasattr(p, "device_mesh")), None)
+    if sharded is not None:
+        return MESHED.format(first=sharded)
+    empty = next((name for name, p in parameters.items() if p.is_meta), None)
+    if empty is None:
+        return None
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return OFFLOADED.format(first=empty)
+    return None if all(p.is_meta for p in parameters.values()) else EMPTY.format(first=empty)
 
 
 def _compiled(model: Any) -> bool:

@@ -53,12 +53,14 @@ class Fingerprint:
         config: Any = getattr(model, "config", None)
         kind = getattr(config, "model_type", type(model).__name__)
         name = str(getattr(config, "_name_or_path", "") or "")
-        digests = (found.hexdigest()[:32] for found in (structure, content))
-        return cls(kind, *digests, str(dtype)[6:], name, rest.hexdigest()[:32] if buffers else "")
+        one, other, last = (found.hexdigest()[:32] for found in (structure, content, rest))
+        return cls(kind, one, other, str(dtype)[6:], name, last if buffers else "")
 
 
 def _bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:
     """The bytes of a tensor, of real numbers in this dtype."""
+    if tensor.is_meta:
+        raise DeltaError("the base is on the meta device or offloaded, so its values cannot be read; load it")
     data = tensor.detach().to(device="cpu", dtype=dtype if tensor.is_floating_point() else None).contiguous()
     found: memoryview = data.reshape(-1).view(torch.uint8).numpy().data
     return found

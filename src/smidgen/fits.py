@@ -60,9 +60,9 @@ def fitted(model: nn.Module, delta: Trained, verify: bool = True) -> Plan:
         DeltaError: another base (with `verify`), a tensor that is missing, unexpected or of another shape, or a value
             that is not finite.
     """
-    if found := not_finite(delta.tensors):
+    if broken := not_finite(delta.tensors):
         raise DeltaError(
-            f"the delta is not attached: {found}; its training diverged, train again with a lower learning rate"
+            f"the delta is not attached: {broken}; its training diverged, train again with a lower learning rate"
         )
     model = bare(model)
     if verify:

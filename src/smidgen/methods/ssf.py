@@ -37,8 +37,7 @@ class SSF(Method):
 
     Departures: the paper draws g and t close to one and zero (standard deviation 0.02), so that training starts beside
     the pretrained model; here it starts at it. Norms before the blocks, norms without a bias (RMSNorm) and BatchNorm
-    (the paper's models have none) are left alone. A BatchNorm in training mode undoes what is done right before it:
-    keep it in eval mode.
+    (the paper's models have none) are left alone.
     """
 
     target: str | tuple[str, ...] = "linear"
