@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import smidgen as sm
 from smidgen.attachment import trained_parameters
 from smidgen.cases import inputs_for, shake, tiny
+from smidgen.convert import to_peft
 from smidgen.delta import CARD, META, TENSORS, Delta
 from smidgen.errors import AttachError, DeltaError
 from smidgen.fingerprint import Fingerprint
@@ -59,9 +61,54 @@ def test_saved_and_loaded_bit_for_bit(made, saved):
 def test_odd_values_survive(tmp_path):
     _, delta = trained("LN()")
     name = next(iter(delta.tensors))
-    delta.tensors[name][:5] = torch.tensor([float("nan"), float("inf"), -0.0, 1e-42, 3.4e38])
+    delta.tensors[name][:5] = torch.tensor([-3.4e38, -1e-42, -0.0, 1e-42, 3.4e38])
     loaded = Delta.load(delta.save(tmp_path / "delta"))
     assert loaded.tensors[name].numpy().tobytes() == delta.tensors[name].numpy().tobytes()
+
+
+BROKEN = {
+    "save": lambda model, delta, folder: delta.save(folder),
+    "load": lambda model, delta, folder: Delta.load(folder),
+    "attach": lambda model, delta, folder: sm.attach(model, delta),
+    "merge": lambda model, delta, folder: sm.merge(model, delta),
+    "sum": lambda model, delta, folder: (delta + delta).on(model),
+    "switch": lambda model, delta, folder: sm.Deltas(model).update(a=delta),
+    "export": lambda model, delta, folder: to_peft(delta, model, folder),
+}
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("what", BROKEN)
+def test_values_that_are_not_finite_are_refused_by_name(what, value, tmp_path):
+    delta, model = trained("LoRA(rank=2)")[1], h.bert()
+    name = next(name for name in delta.tensors if name.endswith("query.edits.0.A"))
+    broken = replace(delta, tensors={**delta.tensors, name: delta.tensors[name].clone()})
+    broken.tensors[name][0, :3] = float(value)
+    folder = delta.save(tmp_path / "delta")
+    rewrite(folder, lambda tensors: tensors.update({name: broken.tensors[name]}))
+    said = rf"{re.escape(name)} holds 3 values of 32 that are not finite.*diverged"
+    with h.untouched(model), pytest.raises(DeltaError, match=said) as error:
+        BROKEN[what](model, broken, folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_merge_of_what_is_attached_refuses_values_that_are_not_finite():
+    model = sm.attach(h.bert(), "LN() + LoRA(rank=2)")
+    with torch.no_grad():
+        trained_parameters(model)["bert.embeddings.LayerNorm.weight"][1] = float("nan")
+    with pytest.raises(AttachError, match=r"embeddings\.LayerNorm\.weight holds 1 values of 16 that are not finite"):
+        sm.merge(model)
+
+
+def test_a_merge_that_would_overflow_is_refused():
+    model = sm.attach(h.bert(), "LN()")
+    with torch.no_grad():
+        trained_parameters(model)["bert.embeddings.LayerNorm.weight"][1] = 1e6
+    with pytest.raises(
+        AttachError, match=r"in float16, bert\.emb\S+ holds 1 values of 16 .* merge\(\.\.\., dtype=torch\.float32"
+    ):
+        sm.merge(model, dtype=torch.float16)
+    sm.merge(model)
 
 
 def test_saved_twice_the_bytes_are_equal(made, tmp_path):

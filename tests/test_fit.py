@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +16,7 @@ import smidgen as sm
 from smidgen.attachment import trained_parameters
 from smidgen.batches import ShuffledBatches
 from smidgen.cases import shake
-from smidgen.errors import AttachError, ModelError, SmidgenError, TrainError
+from smidgen.errors import AttachError, DivergedError, ModelError, SmidgenError, TrainError
 from smidgen.evaluate import Scores
 from smidgen.objective import Objective, StayClose, TaskLoss
 from smidgen.plan import resolve
@@ -302,6 +302,26 @@ def test_a_gradient_that_is_not_finite(task):
         model.bert.encoder.layer[1].output.dense.weight[0, 0] = float("nan")
     with h.untouched(h.bert()), pytest.raises(TrainError, match="not finite"):
         fit(task, "LN()", model)
+
+
+def test_a_gradient_that_is_not_finite_later(task):
+    """The loss may be finite where its gradient is not, and the last step has no loss behind it."""
+
+    @dataclass(frozen=True)
+    class Rooted(Objective):
+        steps: list = field(default_factory=list)
+
+        def __call__(self, outputs, batch, reference=None):
+            self.steps.append(0)
+            gap = outputs.loss - outputs.loss.detach()
+            return outputs.loss + (0 * gap if len(self.steps) < 4 else gap.abs().sqrt())
+
+    model, objective = h.bert(), Rooted()
+    with (
+        h.untouched(model),
+        pytest.raises(DivergedError, match=r"the gradient is nan at step 2, lr \S+; try a lower lr"),
+    ):
+        fit(task, "LN()", model, objective=objective)
 
 
 def test_a_tensor_that_is_not_reached(task):

@@ -22,7 +22,7 @@ from transformers import (
 import smidgen as sm
 from smidgen.attachment import trained_parameters
 from smidgen.cases import shake
-from smidgen.errors import AttachError, TrainError
+from smidgen.errors import AttachError, DivergedError, TrainError
 from tests import helpers as h
 
 RECIPE = "LN() + LoRA(rank=2, dropout=0.1)"
@@ -269,3 +269,20 @@ def test_sft_trainer(tmp_path):
     assert json.loads((tmp_path / "checkpoint-6" / "delta.json").read_text())["head"] == []
     sm.detach(model)
     assert all(torch.equal(t, base[n]) for n, t in model.state_dict().items())
+
+
+def test_values_that_are_not_finite_stop_training(tmp_path):
+    """Trainer leaves nan out of the loss that it logs, and goes on."""
+    run = trainer(tmp_path, recipe="LN()")
+    callback = next(c for c in run.callback_handler.callbacks if isinstance(c, sm.TrainerCallback))
+    start = callback.on_step_end
+
+    def spoil(args, state, control, **kwargs):
+        if state.global_step == 3:
+            with torch.no_grad():
+                trained_parameters(run.model)["bert.embeddings.LayerNorm.bias"][2] = float("nan")
+        return start(args, state, control, **kwargs)
+
+    callback.on_step_end = spoil
+    with pytest.raises(DivergedError, match=r"after step 3, bert\.embeddings\.LayerNorm\.bias holds 1 values of 16"):
+        run.train()

@@ -28,7 +28,7 @@ def asked(
     base = Fingerprint.of(model, (*head_names(model), *renewed(recipe, model)))
     return {
         "model": base.name,
-        "base": base.content,
+        "base": base.content + base.buffers,
         "dtype": base.dtype,
         "recipe": recipe.to_json(),
         "task": task.name,

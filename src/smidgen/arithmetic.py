@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.attachment import is_attached
+from smidgen.bare import bare, check_model
 from smidgen.changes import Rule, check_density, check_weights, dropped, elected, shares, total, weighted
 from smidgen.errors import AttachError, DeltaError, RecipeError
 from smidgen.fits import Trained, fitted
@@ -185,6 +186,8 @@ def _combined(
 ) -> D:
     weights, deltas = [weight for weight, _ in terms], [delta for _, delta in terms]
     first: Any = deltas[0]
+    model = bare(model)
+    check_model(model)
     if is_attached(model):
         raise AttachError("arithmetic needs the untouched base; detach what is attached first")
     if head not in ("first", "average"):

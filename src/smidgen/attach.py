@@ -11,13 +11,14 @@ from torch import nn
 
 from smidgen.arithmetic import Sum
 from smidgen.attachment import attachment, refuse_attached, trained_parameters
+from smidgen.bare import bare
 from smidgen.casts import drop_casts
 from smidgen.delta import Delta
 from smidgen.errors import AttachError
 from smidgen.fingerprint import verify as verify_base
 from smidgen.fits import fitted
 from smidgen.method import renewed
-from smidgen.place import drop_at, place
+from smidgen.place import REFUSED, drop_at, place
 from smidgen.plan import Plan, resolve
 from smidgen.ports import drop_guard, drop_tap
 from smidgen.recipe import Recipe, Term
@@ -43,7 +44,8 @@ def attach(
     Everything but the recipe's tensors and the head is frozen; train or eval mode stays as it is.
 
     Args:
-        model: any torch module; transformers models also get their head trained.
+        model: any torch module; transformers models also get their head trained. One that came from `torch.compile`
+            or stands in DataParallel is changed inside.
         what: a recipe or its spelling, or a Delta (which brings its own pooling), or a sum of deltas (`a + b`).
         pooling: "first", "mean" or "last" for a sequence classifier; None for the class's own.
         seed: for tensors that start at random; torch's global generator is left alone.
@@ -56,20 +58,22 @@ def attach(
         DeltaError: the delta belongs to another base or head.
     """
     refuse_attached(model)
+    inside = bare(model)
     if isinstance(what, Sum):
-        what = what.on(model, verify=verify)
+        what = what.on(inside, verify=verify)
     if isinstance(what, Delta):
         if pooling is not None or selection is not None:
             raise AttachError("a delta brings its own pooling and selection; leave pooling= and selection= out")
-        put(model, fitted(model, what, verify), what)
+        put(inside, fitted(inside, what, verify), what)
     else:
-        place(model, _narrowed(model, resolve(model, what, pooling), selection, seed, verify), seed)
+        place(inside, _narrowed(inside, resolve(inside, what, pooling), selection, seed, verify), seed)
         torch.compiler.reset()
     return model
 
 
 def put(model: nn.Module, plan: Plan, delta: Delta) -> None:
     """Attach a delta whose plan is at hand; `attach` without a look at the base."""
+    model = bare(model)
     place(model, plan, compute=False)
     fill(model, delta)
     torch.compiler.reset()  # compiled code does not notice new hooks
@@ -84,7 +88,8 @@ def detach(model: nn.Module) -> Delta:
 
 def remove(model: nn.Module) -> None:
     """Take off what is attached without keeping it."""
-    record = attachment(model)
+    record, model = attachment(model), bare(model)
+    record.held.release()
     record.unplug(model)
     for path in {row.site.path for row in record.plan.rows if row.added}:
         drop_at(module_at(model, path))
@@ -92,8 +97,7 @@ def remove(model: nn.Module) -> None:
         drop_tap(module_at(model, path))
     for path in record.guarded:
         drop_guard(module_at(model, path))
-    for path, _, _ in record.low_modules():
-        drop_casts(module_at(model, path))
+    drop_casts(model, record.low_modules())
     for path in record.subset_modules():
         drop_parts(module_at(model, path))
     for handle in record.handles:
@@ -101,7 +105,8 @@ def remove(model: nn.Module) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, flag in record.flags.items():
         parameters[name].requires_grad_(flag)
-    model.__dict__.pop("save_pretrained", None)
+    for name in REFUSED:
+        model.__dict__.pop(name, None)
     model.__dict__.pop("_smidgen")
     torch.compiler.reset()
 
@@ -109,6 +114,7 @@ def remove(model: nn.Module) -> None:
 @contextmanager
 def attached(model: nn.Module, what: str | Term | Recipe | Delta | Sum[Delta], **options: Any) -> Iterator[nn.Module]:
     """`attach` on entry, take off on exit, also after an error; a delta switches the model to eval mode inside."""
+    refuse_attached(model)
     what = what.on(model, verify=options.get("verify", True)) if isinstance(what, Sum) else what
     training = {module: module.training for module in model.modules()}
     attach(model, what, **options)
@@ -125,12 +131,12 @@ def attached(model: nn.Module, what: str | Term | Recipe | Delta | Sum[Delta], *
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Run the base inside: edits and masters off, pooling kept; gives an Objective its reference outputs."""
-    record = attachment(model)
-    record.unplug(model)
+    record, inside = attachment(model), bare(model)
+    record.unplug(inside)
     try:
         yield model
     finally:
-        record.plug(model)
+        record.plug(inside)
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
@@ -159,6 +165,7 @@ def _narrowed(model: nn.Module, plan: Plan, selection: Selection | None, seed: i
 
 def fill(model: nn.Module, delta: Delta) -> None:
     """Copy a delta's values, and the starts that it brings, into what is attached."""
+    model = bare(model)
     with torch.no_grad():
         for name, parameter in trained_parameters(model).items():
             parameter.copy_(delta.tensors[name])

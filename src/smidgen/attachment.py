@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smidgen.casts import LOW, master_dtype
+from smidgen.bare import bare, check_model
+from smidgen.casts import LOW, Low, master_dtype
 from smidgen.errors import AttachError
+from smidgen.held import Held, persistent_buffers
 from smidgen.method import Method
 from smidgen.plan import Plan
 from smidgen.recipe import Recipe
@@ -44,6 +46,7 @@ class Attachment:
     handles: list[Any] = field(default_factory=list)
     tapped: list[str] = field(default_factory=list)  # paths of modules that hold a tap
     guarded: list[str] = field(default_factory=list)  # paths of modules that may read a child with edits
+    held: Held = field(default_factory=lambda: Held([], [], []))
     memory: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)  # of events, by index in the recipe
     active: bool = True
     new: tuple[str, ...] | None = None  # what the base's checkpoint lacked, None if none was read
@@ -106,16 +109,16 @@ class Attachment:
             for symbol, _ in row.routes:
                 yield row.name(symbol) + INDICES, getattr(module.edits[row.key], symbol).to(torch.int32)
 
-    def low_modules(self) -> list[tuple[str, tuple[str, ...], bool]]:
-        """Modules of a low-precision base that hold masters: path, terms, whether it is a norm."""
+    def low_modules(self) -> list[Low]:
+        """Modules of a low-precision base that hold masters."""
         norms = {row.site.path for row in self.plan.rows if row.site.kind == "norm"}
-        terms: dict[str, list[str]] = {}
+        terms: dict[str, dict[str, torch.dtype]] = {}
         for swap in self.swaps:
             if swap.original.dtype in LOW:
                 for owner in swap.owners:
                     path, _, term = owner.rpartition(".")
-                    terms.setdefault(path, []).append(term)
-        return [(path, tuple(names), path in norms) for path, names in terms.items()]
+                    terms.setdefault(path, {})[term] = swap.original.dtype
+        return [(path, stored, path in norms) for path, stored in terms.items()]
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Saved name and master of every trained tensor, head included, in the plan's order."""
@@ -150,6 +153,13 @@ class Attachment:
                 found = row.method.settle({term: values[row.name(term)] for term, _ in row.terms}, row.site)
                 yield from ((row.name(term), value) for term, value in found.items())
 
+    def check_held(self) -> None:
+        """Raises AttachError if a module or parameter of the base was replaced, or a buffer changed from outside."""
+        originals = {owner: swap for swap in self.swaps for owner in swap.owners}
+        now = {n: s.master if self.active else s.original for n, s in originals.items()}
+        self.held.check_parts(self.plan.recipe, now)
+        self.held.check_buffers(self.plan.recipe)
+
     def base_tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Every parameter of the untouched base, by its first name."""
         originals = {owner: swap.original for swap in self.swaps for owner in swap.owners}
@@ -166,9 +176,11 @@ def _set(model: nn.Module, swap: Swap, parameter: nn.Parameter) -> None:
 
 def attachment(model: nn.Module) -> Attachment:
     """The record on an attached model. Raises AttachError if nothing is attached."""
-    record = model.__dict__.get("_smidgen")
+    record = bare(model).__dict__.get("_smidgen")
     if not isinstance(record, Attachment):
-        raise AttachError(f"nothing is attached to this {type(model).__name__}; call smidgen.attach(model, recipe)")
+        raise AttachError(
+            f"nothing is attached to this {type(bare(model)).__name__}; call smidgen.attach(model, recipe)"
+        )
     return record
 
 
@@ -186,15 +198,22 @@ def check_masters(model: nn.Module) -> None:
 
 def is_attached(model: nn.Module) -> bool:
     """Whether something is attached to the model."""
-    return "_smidgen" in model.__dict__
+    return "_smidgen" in bare(model).__dict__
 
 
 def refuse_attached(model: nn.Module) -> None:
-    """Raises AttachError if something is attached to the model, or if it is none."""
-    if not isinstance(model, nn.Module):
-        raise AttachError(f"the model is of type {type(model).__name__}, {model!r:.40}; smidgen.load gives one")
+    """Raises AttachError if something is attached to the model, or if nothing can be (see `check_model`)."""
+    check_model(model)
     if is_attached(model):
         raise AttachError(f"{attachment(model).plan.recipe} is attached already; detach it first")
+
+
+def base_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> persistent buffer of the untouched base, whether something is attached or not."""
+    model = bare(model)
+    if is_attached(model):
+        return {buffer.name: buffer.value for buffer in attachment(model).held.buffers}
+    return persistent_buffers(model)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -204,6 +223,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Name -> tensor of the untouched base, whether something is attached or not."""
+    model = bare(model)
     if is_attached(model):
         return dict(attachment(model).base_tensors(model))
     return dict(model.named_parameters())

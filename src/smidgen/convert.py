@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.attach import attached
-from smidgen.attachment import attachment, trained_parameters
+from smidgen.attachment import attachment, refuse_attached, trained_parameters
+from smidgen.bare import bare
 from smidgen.delta import Delta
 from smidgen.errors import DeltaError
+from smidgen.finite import not_finite
 from smidgen.method import Method
 from smidgen.methods.adapter import Adapter as Bottleneck
 from smidgen.methods.bitfit import BitFit
@@ -81,10 +83,13 @@ def from_peft(source: str | os.PathLike[str], model: nn.Module) -> Delta:
     Warns:
         MissingHeadWarning: the model has a head that the file lacks, in whole or in part.
     """
-    adapter = read(source)
+    refuse_attached(model)
+    model, adapter = bare(model), read(source)
     method, values = READERS[adapter.kind](Reader(adapter, model))
     plan = resolve(model, method)
     missing = _add_head(adapter, model, plan, values)
+    if found := not_finite(values):
+        raise DeltaError(f"{source}: {found}; its training diverged, or the file is damaged")
     named = _by_saved_name(plan, values)
     info = {"source": f"peft {adapter.kind}"} | ({"head_from_model": missing} if missing else {})
     with attached(model, method):
@@ -107,6 +112,7 @@ def to_peft(delta: Delta, model: nn.Module, folder: str | os.PathLike[str]) -> P
         DeltaError: PEFT has no adapter that does the same, or the model is not the delta's base.
         AttachError: something is attached to the model.
     """
+    model = bare(model)
     method, writer = _writer(delta)
     with attached(model, delta):  # proves that the delta belongs to this model
         plan = attachment(model).plan

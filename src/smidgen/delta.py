@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from smidgen import card
 from smidgen.arithmetic import Operand
 from smidgen.attachment import attachment, check_masters
+from smidgen.bare import bare
 from smidgen.casts import master_dtype
 from smidgen.errors import DeltaError
 from smidgen.files import read_json, write_files
 from smidgen.fingerprint import Fingerprint
+from smidgen.finite import not_finite
 from smidgen.method import renewed
 from smidgen.plan import resolve
 from smidgen.recipe import Recipe, Term
@@ -60,10 +62,11 @@ class Delta(Operand):
         """What is attached to the model now, copied, for one's own training loop or Trainer.
 
         Raises:
-            AttachError: nothing is attached.
+            AttachError: nothing is attached, or the model was changed while something was.
         """
-        record = attachment(model)
+        record, model = attachment(model), bare(model)
         check_masters(model)
+        record.check_held()
         everything = [*record.results(), *record.fixed(model)]
         if record.result != record.plan.recipe:
             info = {"trained_as": str(record.plan.recipe), **info}
@@ -88,6 +91,7 @@ class Delta(Operand):
         Raises:
             DeltaError: the recipe adds tensors or has a Select, or the two models differ in names or shapes.
         """
+        base, tuned = bare(base), bare(tuned)
         plan = resolve(base, recipe)
         if plan.pending:
             raise DeltaError(f"{plan.recipe} keeps a part, which two checkpoints do not tell; use {plan.recipe.whole}")
@@ -136,8 +140,12 @@ class Delta(Operand):
         """Write delta.safetensors, delta.json and a card; each file appears whole or not at all.
 
         Raises:
-            DeltaError: the folder cannot be written, or the disk is full.
+            DeltaError: a value is not finite, the folder cannot be written, or the disk is full.
         """
+        if found := not_finite(self.tensors):
+            raise DeltaError(
+                f"the delta is not saved: {found}; its training diverged, train again with a lower learning rate"
+            )
         meta = self.to_json()
         data = {
             TENSORS: save({n: t.contiguous() for n, t in sorted(pack_indices(self.tensors).items())}),
@@ -148,7 +156,8 @@ class Delta(Operand):
 
     @classmethod
     def load(cls, source: str | os.PathLike[str], revision: str | None = None) -> Delta:
-        """Read a folder, or a hub id. Strict: wrong, missing or extra keys, names, dtypes and shapes are errors.
+        """Read a folder, or a hub id. Strict: wrong, missing or extra keys, names, dtypes and shapes are errors, and so
+        are values that are not finite.
 
         Raises:
             DeltaError: naming the file and what is wrong with it.
@@ -161,6 +170,8 @@ class Delta(Operand):
             head, labels = tuple(meta["head"]), tuple(meta["labels"])
         except (TypeError, AttributeError, KeyError, IndexError) as error:
             raise DeltaError(f"{folder / META} is damaged: {error}") from None
+        if found := not_finite(tensors):
+            raise DeltaError(f"{folder / TENSORS}: {found}; its training diverged, or the file is damaged")
         if not set(head) <= set(tensors):
             raise DeltaError(
                 f"{folder / META} names head tensors that the file lacks: {sorted(set(head) - set(tensors))}"

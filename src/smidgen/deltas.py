@@ -17,6 +17,7 @@ from smidgen.attachment import (
     attachment,
     base_tensors,
     check_masters,
+    is_attached,
     refuse_attached,
     trained_parameters,
 )
@@ -63,8 +64,8 @@ class Deltas(MutableMapping[str, Delta]):
     @property
     def active(self) -> str | None:
         """Name of the delta in use; None for the untouched base, or after a `detach` from elsewhere."""
-        mine = self._record is not None and self.model.__dict__.get("_smidgen") is self._record
-        return self._name if mine else None
+        mine = self._record is not None and is_attached(self.model)
+        return self._name if mine and attachment(self.model) is self._record else None
 
     def use(self, name: str | None) -> None:
         """Let the model do what a delta does; None for the untouched base, with its very Parameter objects.

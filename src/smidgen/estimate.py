@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from smidgen.attachment import trained_parameters
+from smidgen.bare import bare
 from smidgen.grouped import OPERATOR, Grouped, flops
 from smidgen.inputs import prompt_length
 from smidgen.optim import optimizer
@@ -58,6 +59,7 @@ def plan(
         PlanError: the recipe does not fit the model.
         TrainError: `recompute` on a model whose blocks cannot be computed again.
     """
+    model = bare(model)
     resolved = settle(model, resolve(model, recipe, pooling))
     if recompute:
         recomputed(model, resolved)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from smidgen.attach import attached
+from smidgen.bare import bare
 from smidgen.data import Task
 from smidgen.delta import Delta
 from smidgen.encode import Encoded
@@ -147,7 +148,7 @@ def _language(logits: Tensor, labels: Tensor) -> list[tuple[Any, Any]]:
 
 def tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase:
     """The tokenizer of a model that knows where it came from. Raises ModelError if it does not."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    name = getattr(getattr(bare(model), "config", None), "_name_or_path", "")
     if not name:
         raise ModelError("the model does not say where it came from; pass tokenizer=")
     return load_tokenizer(name)

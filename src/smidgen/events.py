@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.attachment import Attachment, attachment, trained_parameters
+from smidgen.bare import bare
 from smidgen.errors import TrainError
 from smidgen.method import Method
 from smidgen.start import seeded
@@ -48,7 +49,7 @@ def assign(model: nn.Module, values: Mapping[str, Tensor], optimizer: torch.opti
 
     values: saved name -> tensor, for some or all trained tensors. Returns whether any was replaced.
     """
-    record, trained = attachment(model), trained_parameters(model)
+    record, trained, model = attachment(model), trained_parameters(model), bare(model)
     other = {name: value for name, value in values.items() if value.shape != trained[name].shape}
     with torch.no_grad():
         for name, value in values.items():

@@ -10,24 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smidgen.attachment import base_tensors
+from smidgen.attachment import base_buffers, base_tensors
+from smidgen.bare import bare
 from smidgen.errors import DeltaError
 from smidgen.lacked import new_names
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a delta was trained on. `content` is a digest of the bytes in `dtype`; `name` is for people."""
+    """What a delta was trained on. `content` is a digest of the parameters' bytes in `dtype`, `buffers` one of the
+    persistent buffers ("" for a model without any, and in files of before); `name` is for people."""
 
     architecture: str
     structure: str
     content: str
     dtype: str
     name: str = ""
+    buffers: str = ""
 
     def to_json(self) -> dict[str, str]:
         """Plain data."""
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if value or key != "buffers"}
 
     @classmethod
     def of(cls, model: nn.Module, head: Collection[str], dtype: torch.dtype | None = None) -> Fingerprint:
@@ -35,18 +38,32 @@ class Fingerprint:
 
         head: names of what the delta holds whatever stood there before. What the checkpoint lacked is left out too.
         """
+        model = bare(model)
         left_out = _first_names(model, {*head, *(new_names(model) or ())})
         tensors = {n: t for n, t in sorted(base_tensors(model).items()) if n not in left_out}
         dtype = dtype or base_dtype(tensors)
-        structure, content = hashlib.sha256(), hashlib.sha256()
+        structure, content, rest = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
         for name, tensor in tensors.items():
             structure.update(f"{name}{tuple(tensor.shape)}".encode())
-            data = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-            content.update(data.reshape(-1).view(torch.uint8).numpy().data)
+            content.update(_bytes(tensor, dtype))
+        buffers = base_buffers(model)
+        for name, tensor in sorted(buffers.items()):
+            rest.update(f"{name}{tuple(tensor.shape)}".encode())
+            rest.update(_bytes(tensor, dtype))
         config: Any = getattr(model, "config", None)
         kind = getattr(config, "model_type", type(model).__name__)
         name = str(getattr(config, "_name_or_path", "") or "")
-        return cls(kind, structure.hexdigest()[:32], content.hexdigest()[:32], str(dtype)[6:], name)
+        one, other, last = (found.hexdigest()[:32] for found in (structure, content, rest))
+        return cls(kind, one, other, str(dtype)[6:], name, last if buffers else "")
+
+
+def _bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:
+    """The bytes of a tensor, of real numbers in this dtype."""
+    if tensor.is_meta:
+        raise DeltaError("the base is on the meta device or offloaded, so its values cannot be read; load it")
+    data = tensor.detach().to(device="cpu", dtype=dtype if tensor.is_floating_point() else None).contiguous()
+    found: memoryview = data.reshape(-1).view(torch.uint8).numpy().data
+    return found
 
 
 def _first_names(model: nn.Module, names: Collection[str]) -> set[str]:
@@ -90,4 +107,9 @@ def verify(model: nn.Module, wanted: Fingerprint, head: Collection[str]) -> None
         raise DeltaError(
             f"{what}; this model has the same shapes but other values (fingerprint {have.content[:8]}, "
             f"wanted {wanted.content[:8]}): another checkpoint, or one that was changed"
+        )
+    if wanted.buffers and have.buffers != wanted.buffers:
+        raise DeltaError(
+            f"{what}; this model has the same parameters but other buffers (running statistics, say; fingerprint "
+            f"{have.buffers[:8] or 'none'}, wanted {wanted.buffers[:8]}): another checkpoint, or one that was trained"
         )

@@ -8,9 +8,11 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from smidgen.bare import bare
 from smidgen.errors import DeltaError
 from smidgen.fingerprint import Fingerprint
 from smidgen.fingerprint import verify as verify_base
+from smidgen.finite import not_finite
 from smidgen.heads import head_names
 from smidgen.method import renewed
 from smidgen.plan import Plan, resolve
@@ -55,8 +57,14 @@ def fitted(model: nn.Module, delta: Trained, verify: bool = True) -> Plan:
     """The plan of a delta's recipe on a model, narrowed as the delta's indices say.
 
     Raises:
-        DeltaError: another base (with `verify`), or a tensor that is missing, unexpected or of another shape.
+        DeltaError: another base (with `verify`), a tensor that is missing, unexpected or of another shape, or a value
+            that is not finite.
     """
+    if broken := not_finite(delta.tensors):
+        raise DeltaError(
+            f"the delta is not attached: {broken}; its training diverged, train again with a lower learning rate"
+        )
+    model = bare(model)
     if verify:
         verify_base(model, delta.base, held(model, delta))
     # the base is the one of the training, so its head is what was head there

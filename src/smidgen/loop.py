@@ -19,6 +19,7 @@ from smidgen.account import asked, chosen, outcome
 from smidgen.around import shortcuts
 from smidgen.attach import attach, detach, disabled
 from smidgen.attachment import attachment, trained_parameters
+from smidgen.bare import bare, check_model
 from smidgen.data import Task
 from smidgen.delta import Delta
 from smidgen.errors import DivergedError, TrainError
@@ -62,7 +63,8 @@ class Loop:
             raise TrainError(f"{kind} is not supported yet; use one process or DDP (accelerate launch --multi_gpu)")
         if settings.batching == PACK:
             check_kind(task.kind)
-        self.model, self.recipe, self.task, self.settings = model, recipe, task, settings
+        check_model(model)
+        self.model, self.recipe, self.task, self.settings = bare(model), recipe, task, settings
         self.selection, self.shared, self.objective = selection, shared, objective.on(task.kind)
         self.tokenizer = tokenizer or tokenizer_of(model)
         self.main, self.world = self.accelerator.is_main_process, self.accelerator.num_processes
@@ -183,7 +185,12 @@ class Loop:
                         )
                     self.accelerator.backward(loss)
         self.watch.saw(self.model)
-        nn.utils.clip_grad_norm_(self.trained, self.settings.clip)
+        norm = float(nn.utils.clip_grad_norm_(self.trained, self.settings.clip))
+        if not math.isfinite(norm):
+            raise DivergedError(
+                f"the gradient is {norm} at step {numbers['step']}, lr {self.rates[0] * factor:.2g}; try a lower lr, "
+                "look at the data of this step, or, if the base is in float16, load it in bfloat16 or float32"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         numbers["step"] += 1

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from smidgen.arithmetic import Sum
 from smidgen.attach import attach, remove
 from smidgen.attachment import Attachment, attachment
+from smidgen.bare import bare
 from smidgen.delta import Delta
 from smidgen.errors import AttachError
+from smidgen.finite import not_finite
 from smidgen.fold import live
 from smidgen.lacked import keep_note
 from smidgen.ports import fold
@@ -29,11 +31,13 @@ def merge(model: nn.Module, delta: Delta | Sum[Delta] | None = None, dtype: torc
     """Fold a delta (or what is attached) into a copy of the model; the model itself is not touched.
 
     Args:
+        model: the base, or what something is attached to; of a wrapper the model inside, which is what comes back.
         delta: what to fold, or a sum of deltas; None for what is attached now.
         dtype: of the merged model; by default the base's. float32 keeps trained values whole.
 
     Raises:
-        AttachError: a method cannot be folded, or a pooling that the class does not have.
+        AttachError: a method cannot be folded, a pooling that the class does not have, or a value that is not finite,
+            or not any more in the merged model's dtype.
 
     Warns:
         UntiedWarning: a weight that was tied to another got values of its own.
@@ -41,6 +45,7 @@ def merge(model: nn.Module, delta: Delta | Sum[Delta] | None = None, dtype: torc
     """
     if delta is None:
         attachment(model)  # raises if there is nothing to merge
+    model = bare(model)
     merged = keep_note(model, copy.deepcopy(model))
     if delta is not None:
         attach(merged, delta)
@@ -48,6 +53,8 @@ def merge(model: nn.Module, delta: Delta | Sum[Delta] | None = None, dtype: torc
     _refuse(merged, record)
     with torch.no_grad():
         values = {name: value.detach() for name, value in folded(merged).items()}
+    if found := not_finite(values):
+        raise AttachError(f"not merged: {found}; training diverged, train again with a lower learning rate")
     edited = {f"{path}.{term}" for path, _ in record.edits for term in ("weight", "bias")}
     remove(merged)
     before = {name: merged.get_parameter(name).detach() for name in values}
@@ -58,6 +65,9 @@ def merge(model: nn.Module, delta: Delta | Sum[Delta] | None = None, dtype: torc
     for name, value in values.items():
         parameter = merged.get_parameter(name)
         rounded = value.to(parameter.dtype)
+        if found := not_finite({name: rounded}):
+            kind = str(parameter.dtype)[6:]
+            raise AttachError(f"not merged: in {kind}, {found}, too large for it; use merge(..., dtype=torch.float32)")
         lost += int(((rounded == before[name].to(parameter.dtype)) & (value != before[name])).sum())
         worst = max(worst, float((rounded.to(value.dtype) - value).abs().max()))
         parameter.data = rounded.clone()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from smidgen.attachment import Attachment, Swap, check_masters
+from smidgen.attachment import Attachment, Swap, attachment, check_masters, is_attached
 from smidgen.attention import KeyValueEdits, add_keys, check_attention, drop_keys
 from smidgen.calls import never_called, read_at
 from smidgen.casts import master_dtype, place_casts
 from smidgen.errors import AttachError
 from smidgen.fingerprint import base_dtype
 from smidgen.heads import place_pooling
+from smidgen.held import Held
 from smidgen.inputs import add_tokens, check_tokens
 from smidgen.lacked import new_names
 from smidgen.plan import Plan
@@ -41,7 +44,7 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
         owners.setdefault(id(parameter), []).append(name)
-    dtype = base_dtype(parameters)
+    held, dtype = Held.of(model), base_dtype(parameters)
     flags = {name: p.requires_grad for name, p in parameters.items()}
     added = [row for row in plan.rows if row.added]
     for row in added:
@@ -57,7 +60,8 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
             raise AttachError(
                 f"{owner} is read and its module never called, so no part of it can be chosen; leave it out"
             )
-    record = Attachment(plan, _swaps(plan, parameters, owners), [], flags, dtype, parts=parts, new=new_names(model))
+    known: dict[str, Any] = {"parts": parts, "held": held, "new": new_names(model)}
+    record = Attachment(plan, _swaps(plan, parameters, owners), [], flags, dtype, **known)
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     for row, fresh in zip(added, tensors, strict=True):
@@ -68,14 +72,17 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
         record.guarded.append(owner)
     for name, index in partial.items():
         _place_part(model, name, index, parameters[name], record)
-    for path, terms, norm in record.low_modules():
-        place_casts(module_at(model, path), terms, dtype, norm)
+    record.handles += place_casts(model, record.low_modules())
     record.plug(model)
+    held.hold(model)
     record.handles.append(model.register_forward_pre_hook(refuse_cast))
+    record.handles.append(model.register_forward_pre_hook(refuse_changed))
+    record.handles.append(model.register_forward_hook(keep_buffers, always_call=True))
     if plan.pooling is not None:
         record.handles.append(place_pooling(model, plan.pooling))
-    if hasattr(model, "save_pretrained"):
-        model.__dict__["save_pretrained"] = refuse_save
+    for name, stand_in in REFUSED.items():
+        if hasattr(model, name):
+            model.__dict__[name] = functools.partial(stand_in, model)
     model._smidgen = record  # type: ignore[assignment]
 
 
@@ -162,6 +169,33 @@ def refuse_cast(model: nn.Module, args: tuple[Any, ...]) -> None:
     check_masters(model)
 
 
-def refuse_save(*args: Any, **kwargs: Any) -> None:
+def refuse_changed(model: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of an attached model: neither must modules that were replaced, nor buffers that were written."""
+    if not torch.compiler.is_compiling():
+        attachment(model).check_held()
+        attachment(model).held.begin()
+
+
+def keep_buffers(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of an attached model (always called)."""
+    if not torch.compiler.is_compiling() and is_attached(model):
+        attachment(model).held.end()
+
+
+def refuse_save(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Stands in for save_pretrained on an attached model."""
     raise AttachError(SAVE_ERROR)
+
+
+def refuse_resize(model: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for resize_token_embeddings on an attached model; the size that there is may be asked for."""
+    found = model.get_input_embeddings()
+    if new_num_tokens in (None, found.weight.shape[0]) and not args and not kwargs.get("pad_to_multiple_of"):
+        return found
+    raise AttachError(
+        f"the embeddings cannot be resized to {new_num_tokens} rows while {attachment(model).plan.recipe} is attached: "
+        "what is trained belongs to the old table; detach, resize, attach again"
+    )
+
+
+REFUSED = {"save_pretrained": refuse_save, "resize_token_embeddings": refuse_resize}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from smidgen.bare import bare
 from smidgen.calls import without_gradient
 from smidgen.errors import PlanError
 from smidgen.heads import check_pooling, head_parts, own_pooling, unused_under
@@ -154,7 +155,7 @@ def resolve(
         PlanError: a method matches nothing, two methods train the same tensor, nothing is trained, the base is
             quantised, layers are named on a model that shares them, or something random would be left out.
     """
-    recipe = as_recipe(recipe)
+    model, recipe = bare(model), as_recipe(recipe)
     refuse_unsupported(model, recipe)
     pooling = check_pooling(model, pooling)
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -79,6 +79,8 @@ class Edit(nn.Module):
 
     def after(self, x: Tensor, y: Tensor, base: Tensors | None = None) -> Tensor:
         """The edited output, in the dtype of y; only the site's rows of a fused projection change."""
+        # what enters may be narrower than what leaves: T5 keeps the last map of its feed-forward part in float32
+        x = x.to(y.dtype) if x.is_floating_point() else x
         p = self.method.input_dropout()
         x = F.dropout(x, p) if p and self.training else x
         return self.formula(self.cast(x), x, y, base)

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smidgen.attach import attached
+from smidgen.bare import bare
 from smidgen.conll import is_tagged
 from smidgen.delta import Delta
 from smidgen.errors import DataError
@@ -59,6 +60,7 @@ def predict(
     Raises:
         DataError: no texts, or the task takes two texts and got one, or the other way round.
     """
+    model = bare(model)
     _check(texts, pairs, len(_columns(delta)))
     answer = {"causal-lm": _continue, "tokens": _tag}.get(_kind(delta), _classify)
     rows: list[Prediction] = []

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from smidgen.account import asked
+from smidgen.bare import bare, check_model
 from smidgen.data import Task
 from smidgen.errors import TrainError
 from smidgen.jobs import Work
@@ -62,7 +63,8 @@ def search(
         TrainError: nothing to try, a setting that cannot be, `out` holds something else, or every trial diverged.
         DataError: no train or no validation split.
     """
-    wanted = Trials.of(model, as_recipe(recipe), task, (lr, seeds, trials), objective or TaskLoss(), settings)
+    check_model(model)
+    wanted = Trials.of(bare(model), as_recipe(recipe), task, (lr, seeds, trials), objective or TaskLoss(), settings)
     if jobs < 1:
         raise TrainError(f"jobs={jobs} must be at least 1")
     with held(out):

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smidgen.attach import attached
 from smidgen.attachment import attachment, is_attached
+from smidgen.bare import bare
 from smidgen.data import Task
 from smidgen.delta import Delta
 from smidgen.errors import AttachError, DataError, RecipeError
@@ -76,7 +77,7 @@ def select(
         DataError: a score that needs data without data, labels that do not fit the model's head, dropout that is on.
         PlanError: a budget larger than what there is, or units that the model does not have.
     """
-    recipe = as_recipe(recipe)
+    model, recipe = bare(model), as_recipe(recipe)
     means = Means(task, tokenizer, seed, batch_size, max_length, lr, head_lr, objective)
     _check(model, recipe)
     plan = resolve(model, recipe, pooling)
@@ -97,7 +98,7 @@ def score(
     Raises:
         RecipeError, AttachError, DataError, PlanError: as `select` does.
     """
-    recipe = as_recipe(recipe)
+    model, recipe = bare(model), as_recipe(recipe)
     _check(model, recipe)
     own: dict[str, Any] = {"tokenizer": None, "seed": 0, "batch_size": 32, "max_length": None}
     own |= {"lr": None, "head_lr": None, "objective": None} | means
@@ -115,6 +116,7 @@ def selection_of(model: nn.Module, delta: Delta) -> Selection:
         DeltaError: the delta belongs to another base.
         RecipeError: its recipe has no Select.
     """
+    model = bare(model)
     _check(model, delta.recipe)
     verify(model, delta.base, held(model, delta))
     plan = resolve(model, delta.recipe, delta.pooling, delta.head)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from smidgen.bare import bare
 from smidgen.calls import never_called
 from smidgen.kinds import channel_axis, is_norm, kind_of, norm_form, widths
 from smidgen.layouts import NORM_ROLES, linear_parts, matching, norm_roles, within
@@ -77,6 +78,7 @@ class _Part:
 
 def find_sites(model: nn.Module) -> list[Site]:
     """Every module that owns parameters, once each, in order of registration; slices follow the whole."""
+    model = bare(model)
     stacks = find_blocks(model)
     parts = _parts_outside(model, stacks) | _parts_of_blocks(stacks) | _parts_of_lists(model, stacks)
     idle = never_called(model)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smidgen.again import stand, stand_down
 from smidgen.errors import AttachError
 
 
@@ -48,6 +49,15 @@ def clear(module: Any, args: tuple[Any, ...], output: Any) -> None:
         module.__dict__.pop(term, None)
 
 
+def composed(module: Any, term: str) -> Tensor:
+    """A module's tensor with its chosen values put in, if it has any that are in use."""
+    tensor: Tensor = module._parameters[term]
+    if not hasattr(module, "_subset_handles") or term not in module.subsets:
+        return tensor
+    part: Part = module.subsets[term]
+    return part.whole(tensor) if part.enabled else tensor
+
+
 def current(module: Any, term: str) -> Tensor:
     """A module's tensor with its chosen values put in, if it has any; with gradient to what of it is trained."""
     tensor: Tensor = module._parameters[term]
@@ -69,10 +79,7 @@ def add_part(module: Any, term: str, part: Part) -> None:
     """Put a part on a module, and place the hooks once."""
     if not hasattr(module, "_subset_handles"):
         module.add_module("subsets", nn.ModuleDict())
-        module._subset_handles = [
-            module.register_forward_pre_hook(compose),
-            module.register_forward_hook(clear, always_call=True),
-        ]
+        module._subset_handles = stand(module, compose, clear)
     module.subsets[term] = part
 
 
@@ -80,4 +87,5 @@ def drop_parts(module: Any) -> None:
     """Take all parts and their hooks off a module."""
     for handle in module.__dict__.pop("_subset_handles", ()):
         handle.remove()
+    stand_down(module)
     module._modules.pop("subsets", None)

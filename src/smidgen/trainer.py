@@ -14,13 +14,14 @@ from transformers import TrainerCallback as Base
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from smidgen.attachment import attachment, trained_parameters
+from smidgen.bare import bare
 from smidgen.delta import Delta
 from smidgen.errors import TrainError
 from smidgen.events import after_step
 from smidgen.files import write_files
 from smidgen.penalties import penalty
 from smidgen.place import refuse_save
-from smidgen.watch import FEW, MANY, Watch, reached_in_eval
+from smidgen.watch import FEW, MANY, Watch, check_finite, reached_in_eval
 
 
 class TrainerCallback(Base):
@@ -35,6 +36,7 @@ class TrainerCallback(Base):
 
     Raises (while training):
         TrainError: a trained tensor gets no gradient, or stands still after five steps; a penalty that is not added.
+        DivergedError: a trained value is not finite any more.
         AttachError: nothing is attached to the model.
     """
 
@@ -48,7 +50,7 @@ class TrainerCallback(Base):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remember where the tensors stand; let Trainer save."""
-        model: nn.Module = kwargs["model"]
+        model: nn.Module = bare(kwargs["model"])
         attachment(model)
         if not self.penalised and penalty(model) is not None:
             raise TrainError(
@@ -84,7 +86,8 @@ class TrainerCallback(Base):
         self.hook = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Events; after a few steps, or at the end of a shorter run: every trained tensor has moved."""
+        """All values are finite; events; after a few steps, or at the end of a shorter run: every tensor has moved."""
+        check_finite(kwargs["model"], state.global_step)
         after_step(kwargs["model"], kwargs["optimizer"], state.global_step, state.max_steps, args.seed)
         steps, last = state.global_step - self.first, state.max_steps - self.first
         if self.watch and steps > 1 and steps in (min(FEW, last), MANY):
@@ -95,9 +98,10 @@ class TrainerCallback(Base):
     ) -> None:
         """Say what was never used. From here on saving the attached model whole is refused again."""
         self._drop()
+        model = bare(kwargs["model"])
         if self.watch:
-            self.watch.report(kwargs["model"], state.global_step - self.first)
-        kwargs["model"].__dict__["save_pretrained"] = refuse_save
+            self.watch.report(model, state.global_step - self.first)
+        model.__dict__["save_pretrained"] = functools.partial(refuse_save, model)
 
 
 def save_trained(

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.attachment import attachment, trained_parameters
-from smidgen.errors import TrainError
+from smidgen.errors import DivergedError, TrainError
+from smidgen.finite import not_finite
 from smidgen.sites import is_block
 from smidgen.stacks import common
 
@@ -184,6 +185,24 @@ def floats(outputs: Any) -> Iterator[Tensor]:
     elif isinstance(outputs, list | tuple):
         for value in outputs:
             yield from floats(value)
+
+
+def check_finite(model: nn.Module, step: int) -> None:
+    """After an optimiser step: every trained value is finite.
+
+    Raises:
+        DivergedError: naming a tensor that is not.
+    """
+    parameters = trained_parameters(model)
+    norms = (
+        torch.stack([n.float() for n in torch._foreach_norm(list(parameters.values()))])
+        if parameters
+        else torch.zeros(1)
+    )
+    if torch.isfinite(norms).all():
+        return
+    if found := not_finite({name: p.detach() for name, p in parameters.items()}):
+        raise DivergedError(f"after step {step}, {found}; try a lower lr, or look at the data of this step")
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

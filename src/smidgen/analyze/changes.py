@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from smidgen.analyze.components import Key, Part, check_components, components, grouped, known_components
 from smidgen.analyze.measures import CAVEAT, MEASURES, measure
 from smidgen.analyze.numbers import plain, restored
+from smidgen.bare import bare
 from smidgen.errors import ModelError, nearest
 from smidgen.heads import head_names
 from smidgen.slices import Rows
@@ -153,6 +154,7 @@ def changes(
     Raises:
         ModelError: neither is a model, the two differ in architecture, or nothing changed.
     """
+    base, tuned, model = bare(base), bare(tuned), bare(model)
     shape = model or next((m for m in (base, tuned) if isinstance(m, nn.Module)), None)
     if shape is None:
         raise ModelError("two state dicts do not tell which tensor is what: pass model= as well, such as the base")

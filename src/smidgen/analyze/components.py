@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from smidgen.bare import bare
 from smidgen.errors import ModelError, nearest
 from smidgen.heads import head_names
 from smidgen.layouts import within
@@ -80,6 +81,7 @@ def components(model: nn.Module) -> list[Part]:
     Components come from the roles of `find_sites`, the head from `head_names`, the pooler and the output embedding
     from where the base model keeps them. What has no known place is "other".
     """
+    model = bare(model)
     head = set(head_names(model))
     first = {id(p): name for name, p in model.named_parameters()}
     owned = dict(model.named_parameters(remove_duplicate=False))

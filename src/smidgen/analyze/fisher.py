@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from smidgen.analyze.components import Key, Part, components, grouped, known_components, part_of
 from smidgen.analyze.numbers import plain
+from smidgen.bare import bare
 from smidgen.errors import ModelError
 
 
@@ -57,6 +58,7 @@ class FisherMass:
         Raises:
             ModelError: a name that the model lacks, a value below zero or not finite, or no information at all.
         """
+        model = bare(model)
         known, measured = components(model), []
         for name, tensor in scores.items():
             if not torch.isfinite(tensor).all() or (tensor < 0).any():

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from smidgen.analyze.changes import Changes, Run, changes, joined
+from smidgen.bare import bare
 from smidgen.data import Task
 from smidgen.delta import Delta
 from smidgen.errors import ModelError
@@ -74,6 +75,7 @@ def change_of(model: nn.Module, delta: Delta) -> Changes:
         DeltaError: the delta belongs to another base.
         AttachError: a method that cannot be folded.
     """
+    model = bare(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RoundingWarning)  # nothing rounds: float32
         tuned = merge(model, replace(delta, pooling=None), dtype=torch.float32)  # no pooling: only weights are read

@@ -34,7 +34,7 @@ class LN(Method):
             Norms outside the blocks (embedding, final) are left out when `layers` is given.
 
     Departures: the papers treat BERT and GPT-2; here RMSNorm, Gemma's (1 + g), q/k norms and GroupNorm count too.
-    BatchNorm does not: its running statistics would have to be frozen or trained as well.
+    BatchNorm does not: it has running statistics, which stand still while something is attached.
     """
 
     which: str = "all"

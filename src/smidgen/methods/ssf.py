@@ -37,8 +37,7 @@ class SSF(Method):
 
     Departures: the paper draws g and t close to one and zero (standard deviation 0.02), so that training starts beside
     the pretrained model; here it starts at it. Left alone: norms before the blocks, norms without a bias (RMSNorm),
-    norms by head, norms with an activation or a mask of their own, BatchNorm (the paper's models have none). A
-    BatchNorm in training mode undoes what is done right before it: keep it in eval mode.
+    norms by head, norms with an activation or a mask of their own, BatchNorm (the paper's models have none).
     """
 
     target: str | tuple[str, ...] = "linear"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from smidgen.bare import bare
 from smidgen.data import Task
 from smidgen.delta import Delta
 from smidgen.errors import DataError, PlanError
@@ -68,6 +69,7 @@ def fisher(
     """
     options: dict[str, Any] = {"samples": samples, "sigma": sigma, "chunk_bytes": chunk_bytes, "seed": seed}
     options |= {"split": split, "batch_size": batch_size, "max_length": length_of(delta, task, max_length)}
+    model = bare(model)
     check_still(model)
     tokenizer = tokenizer or tokenizer_of(model)
     with at_point(model, recipe, delta, pooling, seed) as placed:
@@ -98,7 +100,7 @@ def attached_fisher(
     Raises:
         DataError, AttachError: as `fisher` does.
     """
-    likelihood = Likelihood(data.kind, kind, samples, sigma, seed)
+    model, likelihood = bare(model), Likelihood(data.kind, kind, samples, sigma, seed)
     sample = _sample(model, data, examples, split, seed, max_length, tokenizer)
     _check_options(model, batch_size, chunk_bytes)
     totals, looped = squared_gradients(model, sample, likelihood, batch_size, chunk_bytes)
@@ -128,6 +130,7 @@ def mean_gradients(
     Raises:
         DataError, PlanError, AttachError, DeltaError: as `fisher` does.
     """
+    model = bare(model)
     check_still(model)
     tokenizer = tokenizer or tokenizer_of(model)
     with at_point(model, recipe, delta, pooling, seed) as placed:
@@ -138,6 +141,7 @@ def mean_gradients(
 
 def attached_mean_gradients(model: nn.Module, sample: Sample, *, sigma: float = 1.0, batch_size: int = 32) -> Measured:
     """`mean_gradients` of what is attached to a model now. Raises DataError and AttachError as `fisher` does."""
+    model = bare(model)
     _check_options(model, batch_size, 1)
     wanted, likelihood = tensors_of(model), Likelihood(sample.kind, sigma=sigma)
     totals = {name: torch.zeros_like(tensor, requires_grad=False) for name, tensor in wanted.items()}

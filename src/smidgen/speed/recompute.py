@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from smidgen.attachment import attachment
+from smidgen.bare import bare
 from smidgen.errors import TrainError
 from smidgen.plan import Plan
 from smidgen.prefix import frozen_prefix
@@ -35,10 +36,11 @@ def recomputing(model: nn.Module) -> Iterator[nn.Module]:
         AttachError: nothing is attached.
         TrainError: the model has no blocks, or blocks without that switch.
     """
-    blocks = recomputed(model, attachment(model).plan)
+    inside = bare(model)
+    blocks = recomputed(inside, attachment(inside).plan)
     state = {"gradient_checkpointing": True, "_gradient_checkpointing_func": partial(checkpoint, use_reentrant=False)}
     own = [(block, {name: block.__dict__.get(name, _ABSENT) for name in state}) for block in blocks]
-    configs = _caching(model)
+    configs = _caching(inside)
     try:
         for block in blocks:
             block.__dict__.update(state)

@@ -1,0 +1,67 @@
+"""What stands on a module for the length of its call, also when a block is computed again in the backward pass.
+
+transformers checkpoints the `forward` of a block and not its call, so hooks of the block itself do not run the second
+time; hooks of modules inside it do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch.utils.hooks import RemovableHandle
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+Put = Callable[[Any, tuple[Any, ...]], Any]
+Take = Callable[[Any, tuple[Any, ...], Any], Any]
+
+
+def stand(module: Any, put: Put, take: Take, prepend: bool = False) -> list[RemovableHandle]:
+    """Call `put` before a module's forward and `take` after it, whatever happens in between.
+
+    Both are hooks of torch's signature that give nothing back; `stand_down` takes away what the handles do not.
+    """
+    handles = [
+        module.register_forward_pre_hook(put, prepend=prepend),
+        module.register_forward_hook(take, always_call=True),
+    ]
+    if isinstance(module, GradientCheckpointingLayer):
+        standing: tuple[tuple[Put, Take], ...] = module.__dict__.get("_standing", ())
+        if not standing:
+            handles.append(module.register_forward_pre_hook(wrap))
+            handles.append(module.register_forward_hook(unwrap, always_call=True))
+        module.__dict__["_standing"] = (*standing, (put, take))
+    return handles
+
+
+def stand_down(module: Any) -> None:
+    """The inverse of `stand`, once its handles are removed."""
+    module.__dict__.pop("_standing", None)
+
+
+def wrap(module: Any, args: tuple[Any, ...]) -> None:
+    """Pre-hook of a block: what is checkpointed puts up what stands on it, both times."""
+    if module.gradient_checkpointing and module.training:
+        module._unwrapped = module._gradient_checkpointing_func
+        module._gradient_checkpointing_func = partial(_checkpoint, module, module._unwrapped)
+
+
+def unwrap(module: Any, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of a block (always called)."""
+    if "_unwrapped" in module.__dict__:
+        module._gradient_checkpointing_func = module.__dict__.pop("_unwrapped")
+
+
+def _checkpoint(module: Any, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+    return checkpoint(partial(_standing, module, function), *args)
+
+
+def _standing(module: Any, function: Callable[..., Any], *args: Any) -> Any:
+    for put, _ in module._standing:
+        put(module, args)
+    try:
+        return function(*args)
+    finally:
+        for _, take in module._standing:
+            take(module, args, None)

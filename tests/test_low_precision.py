@@ -1,0 +1,194 @@
+"""A low-precision base whose tensors are read in other ways than by a call of their module, or not all of one dtype."""
+
+import copy
+
+import pytest
+import torch
+import transformers as T
+from torch import nn
+
+import smidgen as sm
+from smidgen import casts
+from smidgen.attachment import trained_parameters
+from smidgen.cases import shake
+from tests import helpers as h
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 20, **h.TOKENS}
+STATE = {"state_size": 8, "n_groups": 1, "chunk_size": 4, "num_heads": 4, "head_dim": 8, "expand": 2}
+HYBRID = {
+    "layers_block_type": ["mamba", "attention"], "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+    "mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 4,
+}  # fmt: skip
+WAVE = {
+    **h.SIZES, "num_labels": 2, "conv_dim": (8, 8), "conv_stride": (2, 2), "conv_kernel": (3, 3), "num_buckets": 8,
+    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 2,
+}  # fmt: skip
+SEQ = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 20}
+IDS = torch.randint(4, 20, (2, 6), generator=torch.Generator().manual_seed(3))
+
+
+def drawn(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
+
+
+MODELS = {
+    "mamba": lambda: T.MambaForCausalLM(T.MambaConfig(**SMALL, state_size=8)),
+    "falcon_mamba": lambda: T.FalconMambaForCausalLM(T.FalconMambaConfig(**SMALL, state_size=8)),
+    "mamba2": lambda: T.Mamba2ForCausalLM(T.Mamba2Config(**SMALL, **STATE)),
+    "nemotron_h": lambda: T.NemotronHForCausalLM(T.NemotronHConfig(**SMALL, **HYBRID)),
+    "siglip": lambda: T.SiglipVisionModel(T.SiglipVisionConfig(**h.SIZES, image_size=8, patch_size=4)),
+    "wavlm": lambda: T.WavLMForSequenceClassification(T.WavLMConfig(**WAVE)),
+    "t5": lambda: T.T5ForConditionalGeneration(T.T5Config(**SEQ, decoder_start_token_id=0)),
+    "mt5": lambda: T.MT5ForConditionalGeneration(T.MT5Config(**SEQ, decoder_start_token_id=0)),
+    "umt5": lambda: T.UMT5ForConditionalGeneration(T.UMT5Config(**SEQ, decoder_start_token_id=0)),
+}
+INPUTS = {"siglip": {"pixel_values": drawn(2, 3, 8, 8)}, "wavlm": {"input_values": drawn(2, 60)}}
+READ = [  # what is read by others than its own module: the dtype of a norm, biases and weights of maps
+    *((kind, recipe) for kind in ("mamba", "falcon_mamba", "mamba2", "nemotron_h") for recipe in ("LN()", "BitFit()")),
+    ("mamba", "Full()"), ("falcon_mamba", "Full()"), ("siglip", "BitFit()"), ("siglip", "Full()"),
+    ("wavlm", "BitFit()"),
+]  # fmt: skip
+MIXED = [(kind, recipe) for kind in ("t5", "mt5", "umt5") for recipe in ("LN()", "Adapter(width=4)")]
+
+
+def base(kind, dtype):
+    """The shaken base, with the tensors in float32 that transformers keeps so, and its inputs."""
+    torch.manual_seed(0)
+    model = MODELS[kind]()
+    shake(model.parameters(), 0.1)
+    kept = {*(model._keep_in_fp32_modules_strict or ())}
+    kept |= {*(model._keep_in_fp32_modules or ())} if dtype == torch.float16 else set()
+    for name, parameter in model.named_parameters():
+        if not kept & set(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    inputs = INPUTS.get(kind, {"input_ids": IDS})
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    return model.eval(), inputs | ({"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {})
+
+
+def output(model, inputs):
+    found = model(**inputs)
+    return found.logits if "logits" in found else found.pooler_output
+
+
+def gradients(model, inputs, recipe):
+    """Output and flattened gradients of an attached model, whose values are shaken."""
+    sm.attach(model, recipe)
+    shake(trained_parameters(model).values(), 0.02)
+    found = output(model, inputs)
+    (found.float() * drawn(*found.shape)).sum().backward()
+    grads = {n: p.grad for n, p in trained_parameters(model).items()}
+    assert not [n for n, g in grads.items() if g is None]
+    return found.detach(), torch.cat([g.double().flatten() for g in grads.values()])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kind", "recipe"), [*READ, *MIXED])
+def test_output_and_gradients_are_those_of_the_base_in_float32(kind, recipe, dtype):
+    model, inputs = base(kind, dtype)
+    wide, wide_inputs = (
+        copy.deepcopy(model).float(),
+        {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()},
+    )
+    with torch.no_grad():
+        before = output(model, inputs)
+    with h.untouched(model):
+        with torch.no_grad():
+            sm.attach(model, recipe)
+            start = output(model, inputs)
+            sm.detach(model)
+        assert start.dtype == before.dtype
+        torch.testing.assert_close(start.float(), before.float(), rtol=0.03, atol=0.03 * float(before.abs().max()))
+        found, gradient = gradients(model, inputs, recipe)
+        delta = sm.detach(model)
+        model.zero_grad()
+    assert {t.dtype for t in delta.tensors.values()} == {torch.float32}
+    wanted, wide_gradient = gradients(wide, wide_inputs, recipe)
+    torch.testing.assert_close(found.float(), wanted, rtol=0.05, atol=0.05 * float(wanted.abs().max()))
+    assert float(torch.cosine_similarity(gradient, wide_gradient, dim=0)) > 0.99
+
+
+@pytest.mark.parametrize("kind", ["mamba", "nemotron_h"])
+def test_what_is_read_by_others_survives_checkpointing(kind):
+    found = []
+    for checkpointed in (False, True):
+        model, inputs = base(kind, torch.bfloat16)
+        if checkpointed:
+            model.activation_checkpointing_enable()
+        found.append(gradients(model.train(), inputs | {"use_cache": False}, "LN() + BitFit(norms=False)")[1])
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("kind", "recipe"), [("mamba", "LN()"), ("mamba", "BitFit()"), ("siglip", "BitFit()")])
+def test_masters_that_others_read_would_be_seen(kind, recipe, monkeypatch):
+    monkeypatch.setattr(casts, "_readers", lambda model, low: {})
+    model, inputs = base(kind, torch.bfloat16)
+    sm.attach(model, recipe)
+    with pytest.raises(RuntimeError, match="dtype|type"):
+        output(model, inputs)
+
+
+def test_a_norm_gives_what_the_base_s_gives():
+    """For an input wider than its terms: T5's gives the dtype of its terms, Llama's that of its input."""
+
+    class Net(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, x):
+            return self.norm(x)
+
+    given = {}
+    for name, norm in (
+        ("t5", T.models.t5.modeling_t5.T5LayerNorm(8)),
+        ("llama", T.models.llama.modeling_llama.LlamaRMSNorm(8)),
+    ):
+        model = Net(norm).bfloat16()
+        shake(model.parameters(), 0.3)
+        for dtype in (torch.bfloat16, torch.float32):
+            before = model(drawn(2, 8).to(dtype))
+            sm.attach(model, "LN()")
+            after = model(drawn(2, 8).to(dtype))
+            sm.detach(model)
+            assert after.dtype == before.dtype
+            torch.testing.assert_close(after, before, rtol=0.01, atol=0.01)
+            given[name, dtype] = after.dtype
+    assert given["t5", torch.float32] == torch.bfloat16
+    assert given["llama", torch.float32] == torch.float32
+
+
+def test_one_graph_when_compiled():
+    model, inputs = base("siglip", torch.bfloat16)
+    sm.attach(model, "LN() + BitFit(norms=False)")
+    shake(trained_parameters(model).values(), 0.02)
+    model.requires_grad_(False)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(output(compiled, inputs), output(model, inputs), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dtype"), [("Full()", torch.bfloat16), ("Full() | Select('random', keep=0.3)", torch.float32)]
+)
+def test_tensors_of_a_block_itself_survive_checkpointing(recipe, dtype):
+    """transformers computes a block's forward again, not its call: hooks of the block do not run the second time."""
+    config = T.BeitConfig(
+        **h.SIZES, image_size=8, patch_size=4, num_labels=2, hidden_dropout_prob=0.0, drop_path_rate=0.0
+    )
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = T.BeitForImageClassification(config)
+        shake(model.parameters(), 0.3)
+        sm.attach(model.to(dtype).train(), recipe)
+        shake(trained_parameters(model).values(), 0.1)
+        if checkpointed:
+            model.activation_checkpointing_enable()
+        model(pixel_values=drawn(2, 3, 8, 8).to(dtype)).logits.float().square().sum().backward()
+        found.append({n: p.grad for n, p in trained_parameters(model).items() if p.grad is not None})
+    assert any("lambda_1" in name for name in found[0])
+    h.same(*found)
+    block = next(module for module in model.modules() if "lambda_1" in module._parameters)
+    assert "_standing" in block.__dict__
+    sm.detach(model)
+    assert not {"_standing", "_reads", "_shown", "_unwrapped"} & set(block.__dict__)
