@@ -16,6 +16,7 @@ from smidgen.delta import Delta
 from smidgen.errors import AttachError
 from smidgen.fingerprint import verify as verify_base
 from smidgen.fits import fitted
+from smidgen.generation import drop_generation
 from smidgen.method import renewed
 from smidgen.place import drop_at, place
 from smidgen.plan import Plan, resolve
@@ -100,6 +101,7 @@ def remove(model: nn.Module) -> None:
     for name, flag in record.flags.items():
         parameters[name].requires_grad_(flag)
     model.__dict__.pop("save_pretrained", None)
+    drop_generation(model)
     model.__dict__.pop("_smidgen")
     torch.compiler.reset()
 

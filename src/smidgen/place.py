@@ -12,6 +12,7 @@ from smidgen.attention import KeyValueEdits, add_keys, check_attention, drop_key
 from smidgen.casts import master_dtype, place_casts
 from smidgen.errors import AttachError
 from smidgen.fingerprint import base_dtype
+from smidgen.generation import place_generation
 from smidgen.heads import place_pooling
 from smidgen.inputs import add_tokens, check_tokens
 from smidgen.lacked import new_names
@@ -103,6 +104,7 @@ def _place_edit(model: nn.Module, row: Row, fresh: Mapping[str, Tensor], record:
         add_keys(module, row.key, edit)
     elif row.site.kind == "input":
         record.handles += add_tokens(model, row.key, edit)
+        place_generation(model, row.site.path)
     else:
         add_edit(module, row.key, edit)
     if row.site.kind in SUBLAYERS and (handle := add_tap(module_at(model, row.site.entry), module)):
