@@ -37,16 +37,21 @@ def prepare_inputs(model: Any, embedding: str, input_ids: Tensor, **kwargs: Any)
     past, mask, count = (kwargs.get(name) for name in ("past_key_values", "attention_mask", "next_sequence_length"))
     if not n or past is None:
         return own(input_ids, **kwargs)
-    seen = seen_by({"past_key_values": past})
+    seen = seen_by(past)
     vectors = kwargs.get("inputs_embeds")
     text = input_ids.shape[1] if vectors is None else max(input_ids.shape[1], vectors.shape[1])
     if seen and count is not None and count == text - seen:  # of a cache from an earlier turn
         kwargs["next_sequence_length"] = int(count) + n
-    fixed = getattr(past, "is_compileable", False) and isinstance(mask, Tensor) and mask.ndim == 2
-    if fixed and seen:
-        kwargs["attention_mask"] = Room.of(mask, n, at, mask.device).put_in(mask, mask.new_ones(()))
+    if not (getattr(past, "is_compileable", False) and isinstance(mask, Tensor) and mask.ndim == 2):
+        return own(input_ids, **kwargs)
+    room = Room.of(mask, n, at, mask.device)
+    if seen:
+        kwargs["attention_mask"] = room.put_in(mask, mask.new_ones(()))
     inputs: dict[str, Any] = own(input_ids, **kwargs)
-    if fixed and not seen:  # the model makes its masks itself, once there is room for the prompt
+    made = inputs["attention_mask"]
+    if isinstance(made, Tensor) and made.ndim == 2:  # BLOOM's, as wide as the cache: there is room in the model's hook
+        inputs["attention_mask"] = room.take_out(made) if seen else made[:, :-n]
+    elif not seen:  # the model makes its masks itself, once there is room for the prompt
         inputs["attention_mask"] = mask
     return inputs
 

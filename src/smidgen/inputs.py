@@ -32,6 +32,7 @@ from smidgen.sites import Site, find_blocks
 PER_TOKEN = ("token_type_ids", "bbox", "global_attention_mask", "xpath_tags_seq", "xpath_subs_seq", "langs")
 TEXT = ("mm_token_type_ids", "moe_mm_token_type_ids")  # 0 is text
 NO_ROOM = ("perm_mask", "target_mapping", "input_mask", "mems", "past_buckets_states")
+HELD = "_smidgen_prompt"  # attribute of a cache: length of the prompt that it holds
 CACHES = ("past_key_values", "cache_params", "state")
 
 
@@ -153,29 +154,28 @@ def make_room(
     edits = module.edits
     prompt = edits.prompt(module.weight.dtype)
     edits.pending = edits.room = edits.mask = None
-    if prompt is None:
-        return None
     given: dict[str, Any] = {**dict(zip(edits.names, args, strict=False)), **kwargs}
-    if seen := seen_by(given):
-        return (), _went_on(given, len(prompt), seen, edits.at)
+    cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+    if prompt is None:
+        if getattr(cache, HELD, 0) and seen_by(cache):
+            raise AttachError("the cache holds a prompt, which is off now; begin with an empty cache")
+        return None
+    if cache is not None and (seen := seen_by(cache)):
+        _check_cache(given, len(prompt), seen, getattr(cache, HELD, 0))
+        return (), _went_on(given, len(prompt), edits.at)
     if wrong := [name for name in NO_ROOM if given.get(name) is not None]:
-        raise AttachError(f"a prompt has no room in {wrong[0]}; leave it out, and give an attention_mask if there is padding")
+        raise AttachError(f"a prompt has no room in {wrong[0]}; leave it out, and give an attention_mask if need be")
     _put_in(edits, prompt, given)
     return (), given
 
 
-def seen_by(given: Mapping[str, Any]) -> int | Tensor:
-    """How many tokens a cache among a model's arguments holds, its prompt included; 1 where that cannot be told."""
-    for name in CACHES:
-        cache = given.get(name)
-        if cache is None:
-            continue
-        if not isinstance(cache, Cache):
-            return 1
-        if any(isinstance(layer, CacheLayerMixin) for layer in cache.layers) or not cache.layers:
-            return cache.get_seq_length()
-        return int(cache.has_previous_state())
-    return 0
+def seen_by(cache: Any) -> int | Tensor:
+    """How many tokens a cache holds, a prompt included; 1 for some where it does not count them."""
+    if not isinstance(cache, Cache):
+        return 1
+    if any(isinstance(layer, CacheLayerMixin) for layer in cache.layers) or not cache.layers:
+        return cache.get_seq_length()
+    return int(cache.has_previous_state())
 
 
 def _fed(given: Mapping[str, Any]) -> Tensor:
@@ -183,29 +183,29 @@ def _fed(given: Mapping[str, Any]) -> Tensor:
     return given["inputs_embeds"] if ids is None else ids
 
 
-def _went_on(given: dict[str, Any], n: int, seen: int | Tensor, at: int) -> dict[str, Any]:
-    """Arguments behind a cache that holds the prompt."""
+def _went_on(given: dict[str, Any], n: int, at: int) -> dict[str, Any]:
+    """Arguments behind a cache that holds the prompt. Masks of each query are as wide as the cache already."""
     mask, places = given.get("attention_mask"), given.get("position_ids")
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        _check_cache(mask.shape[1], _fed(given).shape[1], seen, n)
         given["attention_mask"] = Room.of(mask, n, at, mask.device).put_in(mask, mask.new_ones(()))
     if places is not None:
         given["position_ids"] = places + n
     return given
 
 
-def _check_cache(text: int, fed: int, seen: int | Tensor, n: int) -> None:
-    """Raises AttachError if cache and tokens are not the text of a mask and its prompt."""
-    if isinstance(seen, Tensor) or seen + fed == text + n:
-        return
-    if seen + fed == text:
+def _check_cache(given: Mapping[str, Any], n: int, seen: int | Tensor, held: int) -> None:
+    """Raises AttachError if a cache does not hold the prompt, or cache and tokens are not the whole text."""
+    if held != n:
         raise AttachError(
-            f"the cache holds {seen} tokens and no prompt of {n}: it was filled while no prompt, or another, was on; "
+            f"the cache was filled with {f'a prompt of {held}' if held else 'no prompt'}, and one of {n} is on now; "
             "begin with an empty cache"
         )
+    mask, fed = given.get("attention_mask"), _fed(given).shape[1]
+    if isinstance(seen, Tensor) or not isinstance(mask, Tensor) or mask.ndim != 2 or seen + fed == mask.shape[1] + n:
+        return
     raise AttachError(
-        f"a text of {text} tokens with a prompt of {n}: {seen} are in the cache and {fed} given, which is "
-        f"{text + n - seen - fed} too few; a cache counts the prompt, so give the tokens from {max(seen - n, 0)} on"
+        f"the mask has {mask.shape[1]} tokens, but {seen - n} are in the cache (with a prompt of {n}, which it counts) "
+        f"and {fed} given; give the tokens from {seen - n} on"
     )
 
 
@@ -277,6 +277,9 @@ def take_out(entry: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: 
     room, edits.room = edits.room, None
     if room is None:
         return None
+    for name in CACHES:
+        if isinstance(cache := getattr(output, name, None), Cache):
+            cache.__dict__[HELD] = room.n
     if "attention_mask" in kwargs:  # hooks behind this one pool the text's tokens by it
         kwargs["attention_mask"] = edits.mask
     edits.mask = None
