@@ -228,6 +228,6 @@ def _check_padding(model: nn.Module, kind: str, pad: int) -> None:
     known = config.get_text_config().pad_token_id
     if known != pad:
         raise DataError(
-            f"{type(model).__name__} reads the last token that is not its padding (config.pad_token_id={known}), and the "
-            f"tokenizer pads with {pad}; set model.config.pad_token_id = {pad}"
+            f"{type(model).__name__} reads the last token that is not its padding (config.pad_token_id={known}), and "
+            f"the tokenizer pads with {pad}; set model.config.pad_token_id = {pad}"
         )

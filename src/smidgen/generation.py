@@ -1,7 +1,7 @@
-"""generate on a model with a prompt: a cache holds the prompt as well as the text, which `generate` counts without it.
+"""`generate` on a model with a prompt: a cache holds the prompt too, and `generate` knows of the text alone.
 
-Two methods of the model are stood in for on the instance, as long as a prompt is attached: what cuts off the tokens that
-a cache holds and makes masks as wide as the cache, and what makes a cache of fixed length.
+Two methods of the model are stood in for on the instance, as long as a prompt is attached: what leaves out the tokens
+that a cache holds and makes masks as wide as the cache, and what makes a cache of fixed length.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ from smidgen.ports import Edit, Edits
 from smidgen.sites import Site, find_blocks
 
 # What a model may get for each token beside ids, mask and positions; a prompt gets what the token beside it has.
-PER_TOKEN = ("token_type_ids", "bbox", "global_attention_mask", "xpath_tags_seq", "xpath_subs_seq", "langs")
-TEXT = ("mm_token_type_ids", "moe_mm_token_type_ids")  # 0 is text
+PER_TOKEN = ("token_type_ids", "bbox", "global_attention_mask", "xpath_tags_seq", "xpath_subs_seq", "cross_attention_mask")
+TEXT = ("mm_token_type_ids", "moe_mm_token_type_ids", "image_embeds_position_mask")  # 0 is text
 NO_ROOM = ("perm_mask", "target_mapping", "input_mask", "mems", "past_buckets_states")
 HELD = "_smidgen_prompt"  # attribute of a cache: length of the prompt that it holds
 CACHES = ("past_key_values", "cache_params", "state")
@@ -71,17 +71,26 @@ def _entry(model: nn.Module) -> nn.Module | None:
         return None
     stacks = find_blocks(model)
     coder: Any = model.get_encoder() if model.config.is_encoder_decoder else model
-    blocks = [set(map(id, found)) for found in stacks.values()]
     if len(stacks) != 1 and coder is model:
-        return None
-    found = [
-        module
-        for module in coder.modules()
-        if isinstance(module, PreTrainedModel)
-        and "input_ids" in signature(module.forward).parameters
-        and any(inner <= set(map(id, module.modules())) for inner in blocks)
-    ]
+        return _around_images(model)
+    blocks = [set(map(id, found)) for found in stacks.values()]
+    found = [m for m in _takes_ids(coder) if any(inner <= set(map(id, m.modules())) for inner in blocks)]
     return found[-1] if found else None
+
+
+def _takes_ids(model: nn.Module, *also: str) -> list[PreTrainedModel]:
+    """Models in a model that take ids, from the outermost."""
+    wanted = {"input_ids", *also}
+    models = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    return [module for module in models if wanted <= set(signature(module.forward).parameters)]
+
+
+def _around_images(model: PreTrainedModel) -> nn.Module | None:
+    """The model that puts images among a language model's embedded tokens; none where texts are not gone on with."""
+    decoder = model.get_decoder()
+    around = [m for m in _takes_ids(model, "past_key_values") if any(p is decoder for p in list(m.modules())[1:])]
+    stacks = find_blocks(decoder)
+    return around[-1] if around and len(stacks) == 1 and isinstance(decoder, PreTrainedModel) else None
 
 
 def add_tokens(model: Any, key: str, edit: Edit) -> list[RemovableHandle]:
@@ -132,8 +141,8 @@ def _blank(embedding: nn.Embedding, model: Any) -> int:
 
 def _limit(entry: Any, embedding: nn.Embedding) -> int | None:
     """How many positions a model has, if it looks them up in a table."""
-    count = getattr(entry.config, "max_position_embeddings", None)
-    for module in entry.modules():
+    count = getattr(entry.config.get_text_config(), "max_position_embeddings", None)
+    for module in entry.get_decoder().modules():
         if isinstance(module, nn.Embedding) and module is not embedding and count and module.num_embeddings >= count:
             padding = module.padding_idx
             return count if padding is None else module.num_embeddings - padding - 1
@@ -227,7 +236,8 @@ def _put_in(edits: InputEdits, prompt: Tensor, given: dict[str, Any]) -> None:
         given["attention_mask"] = room.put_in(mask, mask.new_ones(()))
     for name in (*PER_TOKEN, *TEXT):
         if (found := given.get(name)) is not None:
-            given[name] = room.repeat(found) if name in PER_TOKEN else room.put_in(found, found.new_zeros(()))
+            text = name in TEXT or "pixel_values" in edits.names  # types say which tokens are an image's
+            given[name] = room.put_in(found, found.new_zeros(())) if text else room.repeat(found)
     if given.get("position_ids") is not None:
         given["position_ids"] = room.positions(given["position_ids"])
 
