@@ -29,7 +29,14 @@ from smidgen.ports import Edit, Edits
 from smidgen.sites import Site, find_blocks
 
 # What a model may get for each token beside ids, mask and positions; a prompt gets what the token beside it has.
-PER_TOKEN = ("token_type_ids", "bbox", "global_attention_mask", "xpath_tags_seq", "xpath_subs_seq", "cross_attention_mask")
+PER_TOKEN = (
+    "token_type_ids",
+    "bbox",
+    "global_attention_mask",
+    "xpath_tags_seq",
+    "xpath_subs_seq",
+    "cross_attention_mask",
+)
 TEXT = ("mm_token_type_ids", "moe_mm_token_type_ids", "image_embeds_position_mask")  # 0 is text
 NO_ROOM = ("perm_mask", "target_mapping", "input_mask", "mems", "past_buckets_states")
 HELD = "_smidgen_prompt"  # attribute of a cache: length of the prompt that it holds
