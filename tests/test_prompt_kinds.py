@@ -1,4 +1,4 @@
-"""A prompt of some tokens' vectors is these tokens, in models with more inputs than ids: boxes, images, global attention."""
+"""A prompt of tokens' vectors is these tokens, in models with more inputs than ids: boxes, images, global attention."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from smidgen.testing import shake
 from tests import helpers as h
 from tests.test_padding import OPTIONS, XLNET, generated
 from tests.test_prefix import SMALL, T5, TOKENS
-from tests.test_prompt import MASK, PROMPT, fed, with_tokens
+from tests.test_prompt import MASK, fed, with_tokens
 
 OPEN = {**SMALL, **TOKENS}
 IMAGE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "patch_size": 4}

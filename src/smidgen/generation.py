@@ -20,8 +20,8 @@ STAND_INS = ("prepare_inputs_for_generation", "_prepare_static_cache")
 def place_generation(model: Any, embedding: str) -> None:
     """Stand in for a decoder's methods of `generate`; `embedding` is the path of the module with the prompt."""
     if not model.config.is_encoder_decoder and hasattr(model, STAND_INS[0]):
-        for name, function in zip(STAND_INS, (prepare_inputs, prepare_static_cache), strict=True):
-            model.__dict__.setdefault(name, partial(function, model, embedding))
+        model.__dict__[STAND_INS[0]] = partial(prepare_inputs, model, embedding)
+        model.__dict__[STAND_INS[1]] = partial(prepare_static_cache, model, embedding)
 
 
 def drop_generation(model: nn.Module) -> None:

@@ -242,9 +242,9 @@ def _put_in(edits: InputEdits, prompt: Tensor, given: dict[str, Any]) -> None:
         edits.mask = mask
         given["attention_mask"] = room.put_in(mask, mask.new_ones(()))
     for name in (*PER_TOKEN, *TEXT):
-        if (found := given.get(name)) is not None:
+        if (each := given.get(name)) is not None:
             text = name in TEXT or "pixel_values" in edits.names  # types say which tokens are an image's
-            given[name] = room.put_in(found, found.new_zeros(())) if text else room.repeat(found)
+            given[name] = room.put_in(each, each.new_zeros(())) if text else room.repeat(each)
     if given.get("position_ids") is not None:
         given["position_ids"] = room.positions(given["position_ids"])
 
