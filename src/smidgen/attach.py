@@ -17,6 +17,7 @@ from smidgen.delta import Delta
 from smidgen.errors import AttachError
 from smidgen.fingerprint import verify as verify_base
 from smidgen.fits import fitted
+from smidgen.generation import drop_generation
 from smidgen.method import renewed
 from smidgen.place import REFUSED, drop_at, place
 from smidgen.plan import Plan, resolve
@@ -107,6 +108,7 @@ def remove(model: nn.Module) -> None:
         parameters[name].requires_grad_(flag)
     for name in REFUSED:
         model.__dict__.pop(name, None)
+    drop_generation(model)
     model.__dict__.pop("_smidgen")
     torch.compiler.reset()
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, List, Value
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from smidgen import columns as cols
@@ -133,10 +134,17 @@ class Task:
         return encode(self.split(split), tokenizer, self.kind, self.text, self.label, max_length)
 
     def collator(
-        self, tokenizer: PreTrainedTokenizerBase, *, multiple: int = 1
+        self, tokenizer: PreTrainedTokenizerBase, *, multiple: int = 1, model: nn.Module | None = None
     ) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
-        """Makes a batch of encoded examples, padded to the longest, or to a multiple of `multiple`."""
-        return Collator.of(tokenizer, self.kind, multiple)
+        """Makes a batch of encoded examples, padded to the longest, or to a multiple of `multiple`.
+
+        Padding is on the right, whatever side the tokenizer names, and on the left for a `model` that reads the last
+        place of each row (XLNet).
+
+        Raises:
+            DataError: the tokenizer has no token to pad with, or the model tells padding by another one.
+        """
+        return Collator.of(tokenizer, self.kind, multiple, model)
 
 
 def _task(

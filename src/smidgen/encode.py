@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from smidgen.columns import IGNORED
 from smidgen.errors import DataError
+from smidgen.heads import own_pooling, reads_end, takes_positions
 from smidgen.language import language
 
 _CHUNK = 1000
@@ -60,7 +62,7 @@ def encode(
     label: str | None,
     max_length: int | None = None,
 ) -> Encoded:
-    """Encode the rows of a split; the column `label` holds ids, floats or lists of ids.
+    """Encode the rows of a split; the column `label` holds ids, floats or lists of ids, or is None for texts alone.
 
     Texts are cut on the right, the longer of a pair first. Tokens: the first sub-token of a word has its
     label, the others -100. Causal LM: see `smidgen.language`. Without `max_length` it is the tokenizer's, at
@@ -110,8 +112,9 @@ def _texts(
         cut = tokenizer(*([c[i] for i in long] for c in columns), truncation=True, max_length=length)
         for i, example in zip(long, _rows(cut), strict=True):
             examples[i] = example
-    for example, value in zip(examples, rows[label or ""], strict=True):
-        example["labels"] = value
+    if label is not None:
+        for example, value in zip(examples, rows[label], strict=True):
+            example["labels"] = value
     return examples, len(long), 0
 
 
@@ -154,25 +157,34 @@ def _first_only(words: Sequence[int | None], tags: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads encoded examples on the right into a batch of tensors, (B, T) each; labels (B, T) with -100, or
-    (B,).
+    """Pads encoded examples into a batch of tensors, (B, T) each; labels (B, T) with -100, or (B,).
+
+    Padding is on the right: no position, no first token and no causal model notices it there.
 
     Attributes:
         pads: padding value of each key.
         kind: of the task.
         multiple: T is a multiple of this.
+        left: padding is on the left instead.
+        positions: position_ids, from 0 in each example, are part of the batch.
     """
 
     pads: dict[str, int]
     kind: str
     multiple: int = 1
+    left: bool = False
+    positions: bool = False
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, kind: str, multiple: int = 1) -> Collator:
-        """A collator for a tokenizer. For causal-lm a missing padding token is the end token, masked anyway.
+    def of(
+        cls, tokenizer: PreTrainedTokenizerBase, kind: str, multiple: int = 1, model: nn.Module | None = None
+    ) -> Collator:
+        """A collator for a tokenizer and, where it is known, a model: left padding if that reads the last place.
+
+        For causal-lm a missing padding token is the end token, masked anyway.
 
         Raises:
-            DataError: the tokenizer has no token to pad with.
+            DataError: the tokenizer has no token to pad with, or the model tells padding by another one.
         """
         pad = tokenizer.pad_token_id
         if pad is None and kind == "causal-lm":
@@ -180,7 +192,11 @@ class Collator:
         if pad is None:
             raise DataError("the tokenizer has no padding token; set tokenizer.pad_token, such as to its eos_token")
         pads = {"input_ids": pad, "attention_mask": 0, "token_type_ids": tokenizer.pad_token_type_id}
-        return cls(pads, kind, multiple)
+        if model is None:
+            return cls(pads, kind, multiple)
+        _check_padding(model, kind, pad)
+        left = reads_end(model)
+        return cls(pads, kind, multiple, left, left and takes_positions(model))
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch. Raises KeyError if the examples differ in their keys."""
@@ -192,11 +208,26 @@ class Collator:
                 batch[key] = torch.tensor(values, dtype=dtype)
             else:
                 batch[key] = self._pad(values, IGNORED if key == "labels" else self.pads[key])
+        if self.positions:
+            batch["position_ids"] = self._pad([range(len(example["input_ids"])) for example in examples], 0)
         return batch
 
     def _pad(self, values: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
         longest = max(map(len, values))
         padded = np.full((len(values), longest + -longest % self.multiple), pad, dtype=np.int64)
         for row, value in zip(padded, values, strict=True):
-            row[: len(value)] = value
+            row[len(row) - len(value) if self.left else 0 :][: len(value)] = value
         return torch.from_numpy(padded)
+
+
+def _check_padding(model: nn.Module, kind: str, pad: int) -> None:
+    """Raises DataError if a classifier that reads the last token which is not padding takes another for padding."""
+    if kind not in ("classification", "regression") or own_pooling(model) != "last":
+        return
+    config: Any = model.config
+    known = config.get_text_config().pad_token_id
+    if known != pad:
+        raise DataError(
+            f"{type(model).__name__} reads the last token that is not its padding (config.pad_token_id={known}), and "
+            f"the tokenizer pads with {pad}; set model.config.pad_token_id = {pad}"
+        )

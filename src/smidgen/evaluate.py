@@ -21,6 +21,8 @@ from smidgen.errors import DataError, ModelError
 from smidgen.metrics import METRICS, score
 from smidgen.models import load_tokenizer
 
+Around = Callable[[Sequence[int], Mapping[str, Tensor]], AbstractContextManager[None]]
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -94,29 +96,51 @@ def run(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int = 64,
-    around: Callable[[Sequence[int], Mapping[str, Tensor]], AbstractContextManager[None]] | None = None,
+    around: Around | None = None,
 ) -> list[tuple[Any, Any]]:
     """(prediction, reference) of each example; in eval mode, mode restored. Batches go by length, order does not.
 
     `around` gives what a forward pass on some rows stands in, such as a cache of what lies below the lowest edit.
     """
-    training = {module: module.training for module in model.modules()}
-    collate, device = task.collator(tokenizer), next(model.parameters()).device
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
     results: list[Any] = [None] * len(encoded)
-    model.eval()
-    with torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            batch = {k: v.to(device) for k, v in collate([encoded[i] for i in rows]).items()}
-            labels = batch.pop("labels", None)
-            with around(rows, batch) if around else nullcontext():
-                logits = model(**batch).logits.float()
-            for row, pair in zip(rows, _pairs(task, logits, labels), strict=True):
-                results[row] = pair
-    for module, mode in training.items():
-        module.training = mode
+
+    def take(rows: Sequence[int], logits: Tensor, labels: Tensor | None) -> None:
+        for row, pair in zip(rows, _pairs(task, logits, labels), strict=True):
+            results[row] = pair
+
+    forwards(model, encoded, task.collator(tokenizer, model=model), batch_size, take, around)
     return results
+
+
+def forwards(
+    model: nn.Module,
+    encoded: Encoded | Sequence[dict[str, Any]],
+    collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
+    batch_size: int,
+    take: Callable[[Sequence[int], Tensor, Tensor | None], None],
+    around: Around | None = None,
+) -> None:
+    """Run a model over encoded texts, by length, in eval mode without gradients; modes are restored, after errors too.
+
+    Args:
+        take: is given the numbers of each batch's rows, its logits in float32, and its labels.
+    """
+    training = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                batch = {k: v.to(device) for k, v in collate([encoded[i] for i in rows]).items()}
+                labels = batch.pop("labels", None)
+                with around(rows, batch) if around else nullcontext():
+                    logits = model(**batch).logits.float()
+                take(rows, logits, labels)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
 
 
 def _pairs(task: Task, logits: Tensor, labels: Tensor | None) -> list[tuple[Any, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -122,6 +123,18 @@ def own_pooling(model: nn.Module) -> str | None:
     if config.model_type in FIRST and getattr(config, "classifier_pooling", "cls") == "cls":
         return "first"
     return "last" if isinstance(getattr(model, "score", None), nn.Linear) else None
+
+
+def reads_end(model: nn.Module) -> bool:
+    """Whether a head reads the last place of each row, padding or not (XLNet), so that texts have to end there."""
+    return any(getattr(module, "summary_type", None) == "last" for module in model.modules())
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether positions of a text can be given that begin at 0: not where they are counted from a padding id on."""
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m.padding_idx is not None)
+    words = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    return "position_ids" in signature(model.forward).parameters and all(table is words for table in tables)
 
 
 def check_pooling(model: nn.Module, pooling: str | None) -> str | None:

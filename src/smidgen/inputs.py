@@ -5,25 +5,42 @@ fills it; a hook of the model takes it out of the hidden states again, so that h
 alone. In an encoder-decoder the decoder goes on seeing it. Once a cache holds the prompt, only mask and positions are
 adjusted.
 
-Where the model reads its first token ([CLS]), the prompt stands behind it, else in front.
+The prompt stands beside the text, behind padding on the left. Where the model reads its first token ([CLS]), it stands
+behind that one, else in front.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
+from smidgen.between import Room
 from smidgen.errors import AttachError
 from smidgen.heads import own_pooling
 from smidgen.method import Method
 from smidgen.ports import Edit, Edits
 from smidgen.sites import Site, find_blocks
+
+# What a model may get for each token beside ids, mask and positions; a prompt gets what the token beside it has.
+PER_TOKEN = (
+    "token_type_ids",
+    "bbox",
+    "global_attention_mask",
+    "xpath_tags_seq",
+    "xpath_subs_seq",
+    "cross_attention_mask",
+)
+TEXT = ("mm_token_type_ids", "moe_mm_token_type_ids", "image_embeds_position_mask")  # 0 is text
+NO_ROOM = ("perm_mask", "target_mapping", "input_mask", "mems", "past_buckets_states")
+HELD = "_smidgen_prompt"  # attribute of a cache: length of the prompt that it holds
+CACHES = ("past_key_values", "cache_params", "state")
 
 
 class InputEdits(Edits):
@@ -32,9 +49,9 @@ class InputEdits(Edits):
     def __init__(self, names: tuple[str, ...], at: int, blank: int, limit: int | None) -> None:
         super().__init__()
         self.names, self.at, self.blank, self.limit = names, at, blank, limit
-        self.pending: Tensor | None = None
+        self.pending: tuple[Tensor, Tensor] | None = None
         self.mask: Tensor | None = None
-        self.count = 0
+        self.room: Room | None = None
 
     def prompt(self, dtype: torch.dtype) -> Tensor | None:
         """The vectors of all edits that are on, (n, width)."""
@@ -64,17 +81,26 @@ def _entry(model: nn.Module) -> nn.Module | None:
         return None
     stacks = find_blocks(model)
     coder: Any = model.get_encoder() if model.config.is_encoder_decoder else model
-    blocks = [set(map(id, found)) for found in stacks.values()]
     if len(stacks) != 1 and coder is model:
-        return None
-    found = [
-        module
-        for module in coder.modules()
-        if isinstance(module, PreTrainedModel)
-        and "input_ids" in signature(module.forward).parameters
-        and any(inner <= set(map(id, module.modules())) for inner in blocks)
-    ]
+        return _around_images(model)
+    blocks = [set(map(id, found)) for found in stacks.values()]
+    found = [m for m in _takes_ids(coder) if any(inner <= set(map(id, m.modules())) for inner in blocks)]
     return found[-1] if found else None
+
+
+def _takes_ids(model: nn.Module, *also: str) -> list[PreTrainedModel]:
+    """Models in a model that take ids, from the outermost."""
+    wanted = {"input_ids", *also}
+    models = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    return [module for module in models if wanted <= set(signature(module.forward).parameters)]
+
+
+def _around_images(model: PreTrainedModel) -> nn.Module | None:
+    """The model that puts images among a language model's embedded tokens; none where texts are not gone on with."""
+    decoder = model.get_decoder()
+    around = [m for m in _takes_ids(model, "past_key_values") if any(p is decoder for p in list(m.modules())[1:])]
+    stacks = find_blocks(decoder)
+    return around[-1] if around and len(stacks) == 1 and isinstance(decoder, PreTrainedModel) else None
 
 
 def add_tokens(model: Any, key: str, edit: Edit) -> list[RemovableHandle]:
@@ -89,8 +115,8 @@ def add_tokens(model: Any, key: str, edit: Edit) -> list[RemovableHandle]:
         )
         module._edit_handles = [module.register_forward_hook(fill)]
         handles.append(entry.register_forward_pre_hook(make_room, with_kwargs=True))
-        if model.config.is_encoder_decoder:
-            decoder = model.get_decoder()
+        decoder = _decoder(model, entry)
+        if decoder is not None:
             handles.append(decoder.register_forward_pre_hook(widen_cross, with_kwargs=True))
         else:
             handles.append(entry.register_forward_hook(take_out, with_kwargs=True))
@@ -105,16 +131,28 @@ def _place(model: nn.Module, entry: Any) -> int:
     return 1 if pools and not model.config.is_encoder_decoder else 0  # type: ignore[union-attr]
 
 
+def _decoder(model: Any, entry: nn.Module) -> nn.Module | None:
+    """The decoder behind an encoder; none for an encoder alone, whatever its configuration says (UMT5's taggers)."""
+    if not model.config.is_encoder_decoder:
+        return None
+    decoder: nn.Module = model.get_decoder()
+    return None if any(module is entry for module in decoder.modules()) else decoder
+
+
 def _blank(embedding: nn.Embedding, model: Any) -> int:
-    """An id for the room that no model takes for padding."""
-    padding = {embedding.padding_idx, getattr(model.config, "pad_token_id", None)}
-    return next(i for i in range(3) if i not in padding)
+    """An id for the room that no model takes for padding, or for the place of an image."""
+    special = {embedding.padding_idx}
+    for name, value in {**model.config.to_dict(), **model.config.get_text_config().to_dict()}.items():
+        if name.endswith(("_token_id", "_token_index")):
+            special |= set(value if isinstance(value, list) else [value])
+    free = [i for i in range(min(embedding.num_embeddings, len(special) + 1)) if i not in special]
+    return free[0] if free else next(i for i in range(3) if i not in {embedding.padding_idx, model.config.pad_token_id})
 
 
 def _limit(entry: Any, embedding: nn.Embedding) -> int | None:
     """How many positions a model has, if it looks them up in a table."""
-    count = getattr(entry.config, "max_position_embeddings", None)
-    for module in entry.modules():
+    count = getattr(entry.config.get_text_config(), "max_position_embeddings", None)
+    for module in entry.get_decoder().modules():
         if isinstance(module, nn.Embedding) and module is not embedding and count and module.num_embeddings >= count:
             padding = module.padding_idx
             return count if padding is None else module.num_embeddings - padding - 1
@@ -134,42 +172,84 @@ def make_room(
     module = entry.get_input_embeddings()
     edits = module.edits
     prompt = edits.prompt(module.weight.dtype)
-    edits.pending, edits.count = None, 0
-    if prompt is None:
-        return None
+    edits.pending = edits.room = edits.mask = None
     given: dict[str, Any] = {**dict(zip(edits.names, args, strict=False)), **kwargs}
-    past, mask = given.get("past_key_values"), given.get("attention_mask")
-    if mask is not None:
-        if mask.ndim != 2:
-            raise AttachError(f"a prompt needs an attention mask (batch, tokens), found {tuple(mask.shape)}")
-        given["attention_mask"] = _insert(mask, mask.new_ones(1, len(prompt)), edits.at)
-    if past is not None and past.get_seq_length() > 0:
-        if given.get("position_ids") is not None:
-            given["position_ids"] = given["position_ids"] + len(prompt)
-        return (), given
-    edits.mask = mask
+    cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+    if prompt is None:
+        if getattr(cache, HELD, 0) and seen_by(cache):
+            raise AttachError("the cache holds a prompt, which is off now; begin with an empty cache")
+        return None
+    if cache is not None and (seen := seen_by(cache)):
+        _check_cache(given, len(prompt), seen, getattr(cache, HELD, 0))
+        return (), _went_on(given, len(prompt), edits.at)
+    if wrong := [name for name in NO_ROOM if given.get(name) is not None]:
+        raise AttachError(f"a prompt has no room in {wrong[0]}; leave it out, and give an attention_mask if need be")
     _put_in(edits, prompt, given)
     return (), given
 
 
+def seen_by(cache: Any) -> int | Tensor:
+    """How many tokens a cache holds, a prompt included; 1 for some where it does not count them."""
+    if not isinstance(cache, Cache):
+        return 1
+    if any(isinstance(layer, CacheLayerMixin) for layer in cache.layers) or not cache.layers:
+        return cache.get_seq_length()
+    return int(cache.has_previous_state())
+
+
+def _fed(given: Mapping[str, Any]) -> Tensor:
+    ids: Tensor | None = given.get("input_ids")
+    return given["inputs_embeds"] if ids is None else ids
+
+
+def _went_on(given: dict[str, Any], n: int, at: int) -> dict[str, Any]:
+    """Arguments behind a cache that holds the prompt. Masks of each query are as wide as the cache already."""
+    mask, places = given.get("attention_mask"), given.get("position_ids")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        given["attention_mask"] = Room.of(mask, n, at, mask.device).put_in(mask, mask.new_ones(()))
+    if places is not None:
+        given["position_ids"] = places + n
+    return given
+
+
+def _check_cache(given: Mapping[str, Any], n: int, seen: int | Tensor, held: int) -> None:
+    """Raises AttachError if a cache does not hold the prompt, or cache and tokens are not the whole text."""
+    if held != n:
+        raise AttachError(
+            f"the cache was filled with {f'a prompt of {held}' if held else 'no prompt'}, and one of {n} is on now; "
+            "begin with an empty cache"
+        )
+    mask, fed = given.get("attention_mask"), _fed(given).shape[1]
+    if isinstance(seen, Tensor) or not isinstance(mask, Tensor) or mask.ndim != 2 or seen + fed == mask.shape[1] + n:
+        return
+    raise AttachError(
+        f"the mask has {mask.shape[1]} tokens, but {seen - n} are in the cache (with a prompt of {n}, which it counts) "
+        f"and {fed} given; give the tokens from {seen - n} on"
+    )
+
+
 def _put_in(edits: InputEdits, prompt: Tensor, given: dict[str, Any]) -> None:
     """Room in whatever has a place for each token."""
-    n, at, vectors = len(prompt), edits.at, given.get("inputs_embeds")
-    check_room(edits.limit, n, (given["input_ids"] if vectors is None else vectors).shape[1])
-    edits.count = n
-    if vectors is None:
-        ids = given["input_ids"]
-        given["input_ids"] = _insert(ids, ids.new_full((1, n), edits.blank), at)
-        edits.pending = prompt
+    n, fed, mask = len(prompt), _fed(given), given.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        found = f"one of {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise AttachError(f"a prompt needs an attention mask (batch, tokens), found {found}")
+    check_room(edits.limit, n, fed.shape[1])
+    room = edits.room = Room.of(mask, n, edits.at, fed.device)
+    if given.get("inputs_embeds") is None:
+        given["input_ids"] = room.put_in(fed, fed.new_full((), edits.blank))
+        edits.pending = prompt, given["input_ids"]
     else:
-        given["inputs_embeds"] = _insert(vectors, prompt[None].to(vectors.dtype), at)
-    types, places = given.get("token_type_ids"), given.get("position_ids")
-    if types is not None:
-        given["token_type_ids"] = _insert(types, types[:, :1].expand(-1, n), at)
-    if places is not None:
-        first = places[:, :at] if at else places.new_full((len(places), 1), -1)
-        room = first + torch.arange(1, n + 1, device=places.device)
-        given["position_ids"] = torch.cat((places[:, :at], room, places[:, at:] + n), 1)
+        given["inputs_embeds"] = room.fill(room.put_in(fed, fed.new_zeros(())), prompt)
+    if mask is not None:
+        edits.mask = mask
+        given["attention_mask"] = room.put_in(mask, mask.new_ones(()))
+    for name in (*PER_TOKEN, *TEXT):
+        if (each := given.get(name)) is not None:
+            text = name in TEXT or "pixel_values" in edits.names  # types say which tokens are an image's
+            given[name] = room.put_in(each, each.new_zeros(())) if text else room.repeat(each)
+    if given.get("position_ids") is not None:
+        given["position_ids"] = room.positions(given["position_ids"])
 
 
 def check_room(limit: int | None, n: int, tokens: int) -> None:
@@ -199,29 +279,35 @@ def check_tokens(model: nn.Module, site: Site, method: Method) -> None:
 def fill(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
     """Forward hook of the embedding: the prompt stands where room was made."""
     edits = module.edits
-    prompt, edits.pending = edits.pending, None
-    if prompt is None:
+    pending, edits.pending = edits.pending, None
+    if pending is None:
         return None
-    at, n = edits.at, len(prompt)
-    inside = prompt.to(output.dtype).expand(len(output), -1, -1)
-    return torch.cat((output[:, :at], inside, output[:, at + n :]), 1)
+    (prompt, wide), ids = pending, args[0]
+    if wide.shape == ids.shape[::-1]:  # XLNet embeds (T, B)
+        turned = edits.room.fill(output.transpose(0, 1), prompt).transpose(0, 1)
+        if wide.shape != ids.shape:
+            return turned
+        return torch.where((ids == wide).all(), edits.room.fill(output, prompt), turned)
+    return edits.room.fill(output, prompt)
 
 
 def take_out(entry: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of the model that takes token ids: of its hidden states (B, n + T, d), those of the text."""
     edits = entry.get_input_embeddings().edits
-    n, edits.count = edits.count, 0
-    if not n:
+    room, edits.room = edits.room, None
+    if room is None:
         return None
-    cut = partial(_cut, at=edits.at, n=n)
+    for name in CACHES:
+        if isinstance(cache := getattr(output, name, None), Cache):
+            cache.__dict__[HELD] = room.n
     if "attention_mask" in kwargs:  # hooks behind this one pool the text's tokens by it
         kwargs["attention_mask"] = edits.mask
     edits.mask = None
     if isinstance(output, tuple):
-        return (cut(output[0]), *output[1:])
-    output["last_hidden_state"] = cut(output["last_hidden_state"])
+        return (room.take_out(output[0]), *output[1:])
+    output["last_hidden_state"] = room.take_out(output["last_hidden_state"])
     if output.get("hidden_states") is not None:
-        output["hidden_states"] = tuple(map(cut, output["hidden_states"]))
+        output["hidden_states"] = tuple(map(room.take_out, output["hidden_states"]))
     return output
 
 
@@ -232,14 +318,5 @@ def widen_cross(
     states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
     if states is None or mask is None or states.shape[1] == mask.shape[1]:
         return None
-    room = mask.new_ones(1, states.shape[1] - mask.shape[1])
-    return args, {**kwargs, "encoder_attention_mask": _insert(mask, room, 0)}
-
-
-def _insert(x: Tensor, room: Tensor, at: int) -> Tensor:
-    """(B, T, ...) with (1 or B, n, ...) put in behind the first `at`."""
-    return torch.cat((x[:, :at], room.expand(len(x), *room.shape[1:]), x[:, at:]), 1)
-
-
-def _cut(x: Tensor, at: int, n: int) -> Tensor:
-    return torch.cat((x[:, :at], x[:, at + n :]), 1)
+    room = Room.of(mask, states.shape[1] - mask.shape[1], 0, mask.device)
+    return args, {**kwargs, "encoder_attention_mask": room.put_in(mask, mask.new_ones(()))}

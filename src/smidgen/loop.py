@@ -92,7 +92,7 @@ class Loop:
         self.rows = self.task.encode(self.tokenizer, "train", max_length=limit)
         self.held = self.task.encode(self.tokenizer, "validation", max_length=limit)
         check_lengths(self.model, self.recipe, [*self.rows.lengths, *self.held.lengths])
-        self.collate = self.task.collator(self.tokenizer)
+        self.collate = self.task.collator(self.tokenizer, model=self.model)
         rank, device = self.accelerator.process_index, self.accelerator.device
         self.mine = [self.held[i] for i in range(rank, len(self.held), self.world)]
         self.feed = Feed(self.rows, self.collate, self.settings, rank, self.world, device)

@@ -15,6 +15,7 @@ from smidgen.calls import never_called, read_at
 from smidgen.casts import master_dtype, place_casts
 from smidgen.errors import AttachError
 from smidgen.fingerprint import base_dtype
+from smidgen.generation import place_generation
 from smidgen.heads import place_pooling
 from smidgen.held import Held
 from smidgen.inputs import add_tokens, check_tokens
@@ -121,6 +122,7 @@ def _place_edit(model: nn.Module, row: Row, fresh: Mapping[str, Tensor], record:
         add_keys(module, row.key, edit)
     elif row.site.kind == "input":
         record.handles += add_tokens(model, row.key, edit)
+        place_generation(model, row.site.path)
     else:
         add_edit(module, row.key, edit)
     if (

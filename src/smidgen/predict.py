@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smidgen.attach import attached
 from smidgen.bare import bare
+from smidgen.columns import IGNORED
 from smidgen.conll import is_tagged
 from smidgen.delta import Delta
+from smidgen.encode import Collator, encode
 from smidgen.errors import DataError
+from smidgen.evaluate import forwards
 from smidgen.readers import FORMATS, decode, read_rows
 
 Text = str | list[Any]  # a list of words (tokens), or of messages
@@ -63,12 +68,8 @@ def predict(
     model = bare(model)
     _check(texts, pairs, len(_columns(delta)))
     answer = {"causal-lm": _continue, "tokens": _tag}.get(_kind(delta), _classify)
-    rows: list[Prediction] = []
-    with attached(model, delta), torch.inference_mode():
-        for i in range(0, len(texts), batch_size):
-            second = None if pairs is None else list(pairs[i : i + batch_size])
-            rows += answer(model, tokenizer, delta, list(texts[i : i + batch_size]), second, max_new_tokens)
-    return rows
+    with attached(model, delta):
+        return answer(model, tokenizer, delta, list(texts), pairs, (batch_size, max_new_tokens))
 
 
 def read_texts(path: Path, delta: Delta) -> tuple[list[Text], list[Text] | None]:
@@ -129,45 +130,64 @@ def _check(texts: Sequence[Text], pairs: Sequence[Text] | None, wanted: int) -> 
         raise DataError(f"{len(texts)} texts and {len(pairs)} pairs: they go together one by one")
 
 
-def _limit(tokenizer: Any, delta: Delta) -> int:
-    return delta.info.get("settings", {}).get("max_length") or min(tokenizer.model_max_length, 512)
+Sizes = tuple[int, int]  # batch_size, max_new_tokens
+
+
+def _outputs(
+    model: Any, tokenizer: Any, delta: Delta, kind: str, columns: dict[str, Any], size: int
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Logits and labels of each text, padded as in `fit` and `evaluate`; the labels are the column "labels"."""
+    limit = delta.info.get("settings", {}).get("max_length")
+    text, label = tuple(name for name in columns if name != "labels"), "labels" if "labels" in columns else None
+    encoded = encode(Dataset.from_dict(columns), tokenizer, kind, text, label, limit)
+    found: list[Any] = [None] * len(encoded)
+
+    def take(rows: Sequence[int], logits: Tensor, labels: Tensor | None) -> None:
+        for i, row in enumerate(rows):
+            found[row] = logits[i], None if labels is None else labels[i]
+
+    forwards(model, encoded, Collator.of(tokenizer, kind, model=model), size, take)
+    return found
 
 
 def _classify(
-    model: Any, tokenizer: Any, delta: Delta, texts: list[str], pairs: list[str] | None, _: int
-) -> Iterator[Prediction]:
-    options = {"truncation": True, "max_length": _limit(tokenizer, delta), "padding": True}
-    batch = tokenizer(texts, pairs, return_tensors="pt", **options)
-    logits = model(**batch.to(model.device)).logits.float()
+    model: Any, tokenizer: Any, delta: Delta, texts: list[Any], pairs: Sequence[Any] | None, sizes: Sizes
+) -> list[Prediction]:
+    columns = {"text": texts} if pairs is None else {"text": texts, "pair": list(pairs)}
     seconds: list[Any] = [None] * len(texts) if pairs is None else list(pairs)
-    for text, pair, row in zip(texts, seconds, logits, strict=True):
+    rows = []
+    outputs = _outputs(model, tokenizer, delta, "classification", columns, sizes[0])
+    for text, pair, (row, _) in zip(texts, seconds, outputs, strict=True):
         if not delta.labels or len(row) == 1:
-            yield Prediction(text, float(row[0]), pair)
+            rows.append(Prediction(text, float(row[0]), pair))
         else:
             odds = dict(zip(delta.labels, row.softmax(-1).tolist(), strict=True))
-            yield Prediction(text, max(odds, key=lambda label: odds[label]), pair, odds)
+            rows.append(Prediction(text, max(odds, key=lambda label: odds[label]), pair, odds))
+    return rows
 
 
-def _tag(model: Any, tokenizer: Any, delta: Delta, texts: list[Text], pairs: object, _: int) -> Iterator[Prediction]:
+def _tag(model: Any, tokenizer: Any, delta: Delta, texts: list[Text], pairs: object, sizes: Sizes) -> list[Prediction]:
     """One label per word, words parted by white space; a word's label is its first token's."""
     words = [text.split() if isinstance(text, str) else text for text in texts]
-    options = {"truncation": True, "max_length": _limit(tokenizer, delta), "is_split_into_words": True}
-    batch = tokenizer(words, padding=True, return_tensors="pt", **options)
-    best = model(**batch.to(model.device)).logits.argmax(-1).tolist()
-    for i, text in enumerate(texts):
-        labels: dict[int, str] = {}
-        for word, label in zip(batch.word_ids(i), best[i], strict=True):
-            if word is not None:
-                labels.setdefault(word, delta.labels[label])
+    numbers = [list(range(len(row))) for row in words]
+    columns: dict[str, Any] = {"text": words, "labels": numbers}
+    rows = []
+    outputs = _outputs(model, tokenizer, delta, "tokens", columns, sizes[0])
+    for text, row, (logits, labels) in zip(texts, numbers, outputs, strict=True):
+        assert labels is not None
+        best = zip(labels.tolist(), logits.argmax(-1).tolist(), strict=True)
+        found = {word: delta.labels[label] for word, label in best if word != IGNORED}
         said = text if isinstance(text, str) else " ".join(text)
-        yield Prediction(said, [labels.get(n, "O") for n in range(len(words[i]))])
+        rows.append(Prediction(said, [found.get(n, "O") for n in row]))
+    return rows
 
 
 def _continue(
-    model: Any, tokenizer: Any, delta: Delta, texts: list[Text], pairs: object, new: int
-) -> Iterator[Prediction]:
+    model: Any, tokenizer: Any, delta: Delta, texts: list[Text], pairs: object, sizes: Sizes
+) -> list[Prediction]:
     """Greedy continuations, one text at a time; of a conversation, what the assistant says next or said last."""
     chat = tuple(delta.info.get("task", {}).get("text", ())) == ("messages",)
+    rows = []
     for text in texts:
         said = text if isinstance(text, list) else [{"role": "user", "content": text}]
         turn = [{k: v for k, v in message.items() if v is not None} for message in said]  # None: of another message
@@ -177,6 +197,8 @@ def _continue(
         batch = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(model.device)
         batch.pop("token_type_ids", None)
         batch["pad_token_id"] = tokenizer.pad_token_id
-        ids = model.generate(**batch, max_new_tokens=new, do_sample=False)
+        with torch.inference_mode():
+            ids = model.generate(**batch, max_new_tokens=sizes[1], do_sample=False)
         answer = tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        yield Prediction(text if isinstance(text, str) else str(turn[-1].get("content", "")), answer)
+        rows.append(Prediction(text if isinstance(text, str) else str(turn[-1].get("content", "")), answer))
+    return rows

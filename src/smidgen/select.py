@@ -187,7 +187,7 @@ def _from_data(model: nn.Module, by: Select, means: Means) -> Scores:
         change, movement = _course(model, by, means)
     if by.score in ("change", "movement"):
         return change if by.score == "change" else movement
-    sample = Sample.of_task(means.task, means.tokenizer, "train", by.examples, by.seed, means.max_length)
+    sample = Sample.of_task(means.task, means.tokenizer, "train", by.examples, by.seed, means.max_length, model)
     if by.score == "gradient":
         gradients = attached_mean_gradients(model, sample, batch_size=means.batch_size)
         return {name: gradient.abs() for name, gradient in gradients.items()}

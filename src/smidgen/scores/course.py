@@ -75,7 +75,7 @@ def _steps(
 ) -> None:
     trained, adam = trained_parameters(model), optimizer(model, course.lr, course.head_lr)
     rates = [group["lr"] for group in adam.param_groups]
-    batches, objective = _batches(task, course, tokenizer), (course.objective or TaskLoss()).on(task.kind)
+    batches, objective = _batches(model, task, course, tokenizer), (course.objective or TaskLoss()).on(task.kind)
     for step in range(course.steps):
         for group, rate in zip(adam.param_groups, rates, strict=True):
             group["lr"] = rate * min(1.0, (step + 1) / max(1, course.steps // 10))
@@ -102,9 +102,9 @@ def _loss(model: nn.Module, batch: dict[str, Tensor], objective: Objective) -> T
     return penalised(objective(model(**batch), batch, reference), model)
 
 
-def _batches(task: Task, course: Course, tokenizer: PreTrainedTokenizerBase) -> Any:
+def _batches(model: nn.Module, task: Task, course: Course, tokenizer: PreTrainedTokenizerBase) -> Any:
     rows = task.encode(tokenizer, "train", max_length=course.max_length)
-    collate = task.collator(tokenizer)
+    collate = task.collator(tokenizer, model=model)
     for epoch in count():
         for places in ShuffledBatches(len(rows), course.batch_size, course.seed, epoch):
             yield collate([rows[i] for i in places])

@@ -162,7 +162,7 @@ def _sample(model: nn.Module, data: Task | Sample, examples: int, split: str, *r
     if isinstance(data, Sample):
         return data
     seed, max_length, tokenizer = rest
-    return Sample.of_task(data, tokenizer or tokenizer_of(model), split, examples, seed, max_length)
+    return Sample.of_task(data, tokenizer or tokenizer_of(model), split, examples, seed, max_length, model)
 
 
 def _check_options(model: nn.Module, batch_size: int, chunk_bytes: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from smidgen.data import Task
@@ -47,8 +47,9 @@ class Sample:
         examples: int = 1024,
         seed: int = 0,
         max_length: int | None = None,
+        model: nn.Module | None = None,
     ) -> Sample:
-        """A seeded choice of a split's examples; all of them if there are fewer.
+        """A seeded choice of a split's examples, padded as `model` reads them; all of them if there are fewer.
 
         Raises:
             DataError: no such split, no labels, or `examples` is below 1.
@@ -65,7 +66,7 @@ class Sample:
             numbers = first(len(rows), examples, seed)
             chosen = encode(rows.select(numbers), *options)
         width = None if task.kind == "causal-lm" else task.num_labels
-        return cls(task.kind, chosen, task.collator(tokenizer), numbers, split, width)
+        return cls(task.kind, chosen, task.collator(tokenizer, model=model), numbers, split, width)
 
     @classmethod
     def of_batch(cls, batch: Mapping[str, Tensor], kind: str) -> Sample:
