@@ -1,11 +1,11 @@
-"""Twelve recipes on a tiny random model of every model type and class of transformers.
+"""Thirteen recipes (every kind of method) on a tiny random model of every model type and class of transformers.
 
     python benchmarks/sweep.py                          everything: some 40 minutes on one core
     python benchmarks/sweep.py --types llama,t5 --recipes "LN(),LoRA(rank=2)"
     python benchmarks/sweep.py --dtype bfloat16 --out benchmarks/results/sweep-bf16.json
 
-Each type runs in a process of its own, so that a crash or a hang ends that type and not the sweep; what --out holds of the
-same source and options is not run again (--again runs all).
+Each type runs in a process of its own, so that a crash or a hang ends that type and not the sweep; what --out holds
+of the same source and options is not run again (--again runs all).
 """
 
 import argparse
@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 import transformers
 from environment import describe
-from tiny_models import NotBuiltError, line, pairs, tiny
+from tiny_inputs import NotBuiltError, line
+from tiny_models import pairs, tiny
 from verdicts import OUTCOMES, Subject, judge
 
 RECIPES = (
@@ -34,6 +35,7 @@ RECIPES = (
     "Full()",
     "Head()",
     "LoRA(rank=2)",
+    "LoRA(rank=2, target='linear')",
     "DoRA(rank=2)",
     "IA3()",
     "SSF()",
@@ -216,10 +218,13 @@ def kept(options, environment):
 
 
 def described():
-    """What the sweep runs on, with the last commit that changed the library."""
-    found = describe()
-    last = subprocess.run(["git", "log", "-1", "--format=%h", "--", "src"], capture_output=True, text=True, check=False)
-    return found | {"source": last.stdout.strip() + ("+" if found["commit"].endswith("+") else "")}
+    """What the sweep runs on, with the last commit that changed the library or the sweep itself."""
+    paths = ("src", *(f"benchmarks/{name}.py" for name in ("sweep", "verdicts", "uncovered", "tiny_*")))
+    last = subprocess.run(
+        ["git", "log", "-1", "--format=%h", "--", *paths], capture_output=True, text=True, check=False
+    )
+    dirty = subprocess.run(["git", "status", "--porcelain", *paths], capture_output=True, text=True, check=False)
+    return describe() | {"source": last.stdout.strip() + ("+" if dirty.stdout.strip() else "")}
 
 
 def split(text):

@@ -4,19 +4,15 @@ import copy
 import warnings
 
 import torch
+from tiny_configs import LABELS
+from tiny_inputs import line, run, tensors
+from uncovered import uncovered
 
 import smidgen as sm
 from smidgen.attachment import attachment, trained_parameters
 from smidgen.errors import AttachError, SmidgenError
 from smidgen.recipe import as_recipe
 from smidgen.watch import check_gradients, resting
-
-try:
-    from tiny_models import LABELS, line, run, tensors
-    from uncovered import uncovered
-except ImportError:  # as a module of the repository
-    from benchmarks.tiny_models import LABELS, line, run, tensors
-    from benchmarks.uncovered import uncovered
 
 NEAR = 1e-4  # of 1 + the largest output: what float32 inside a float64 model leaves
 # "stopped": accepted, then refused with one line in the first step or at detach, where attach could have known
@@ -27,6 +23,14 @@ class WrongError(AssertionError):
     """Silently wrong: nobody would have noticed."""
 
 
+class NothingError(WrongError):
+    """Attached, and nothing is trained."""
+
+
+class StoppedError(AssertionError):
+    """`fit` stops with one line after a few steps, where attach could have known."""
+
+
 class Subject:
     """A tiny model, an input, and the outputs of the untouched model, in the widest dtype that it runs in."""
 
@@ -34,6 +38,7 @@ class Subject:
         self.exact = dtype is None
         self.dtype, self.model, self.inputs, self.base = self._ready(model, inputs, dtype)
         self.stays = self._repeats()
+        self.trains = self._trains()
 
     def _ready(self, model, inputs, dtype):
         wanted = (torch.float64, torch.float32) if dtype is None else (dtype,)
@@ -54,6 +59,16 @@ class Subject:
         with torch.no_grad():
             again = tensors(run(self.model, self.inputs))
         return all(torch.equal(a, b) for a, b in zip(again, self.base, strict=True))
+
+    def _trains(self):
+        """Whether the untouched model runs in train mode on these inputs; some want labels there."""
+        model = copy.deepcopy(self.model).train()
+        try:
+            with torch.no_grad():
+                run(model, self.inputs)
+        except Exception:
+            return False
+        return True
 
     def outputs(self, model):
         with torch.no_grad():
@@ -84,15 +99,23 @@ def judge(subject, recipe):
                     check(subject, model, recipe, notes)
                 except WrongError as error:
                     wrong.append(f"{stage}: {error}")
+                    if isinstance(error, NothingError):
+                        break
+    except StoppedError as error:
+        found = {"outcome": "stopped", "why": f"{stage}: {error}"}
     except SmidgenError as error:
         text = " ".join(str(error).split())
-        found = {"outcome": "refused", "why": text} if stage == "attach" else {"outcome": "stopped", "why": f"{stage}: {text}"}
+        found = (
+            {"outcome": "refused", "why": text}
+            if stage == "attach"
+            else {"outcome": "stopped", "why": f"{stage}: {text}"}
+        )
     except Exception as error:
         found = {"outcome": "crash", "why": f"{stage}: {line(error)}"}
     else:
         left = notes.pop("left", "")
         found = {"outcome": "partly", "why": left} if left else {"outcome": "ok"}
-    notes.pop("_tuned", None)
+    notes = {name: note for name, note in notes.items() if name in ("named", "merge")}
     if wrong and found["outcome"] != "crash":
         found = {"outcome": "wrong", "why": "; ".join(wrong)}
     return found | notes
@@ -113,7 +136,7 @@ def _head(subject, model, recipe, notes):
     if frozen and "Classification" in type(model).__name__:
         raise WrongError(f"{frozen[0]} is as long as the labels and frozen")
     if not trained_parameters(model):
-        raise WrongError("attached, and nothing is trained")
+        raise NothingError("attached, and nothing is trained")
 
 
 def _start(subject, model, recipe, notes):
@@ -127,7 +150,7 @@ def _start(subject, model, recipe, notes):
 
 def _train(subject, model, recipe, notes):
     shake(trained_parameters(model).values(), 0.05)
-    model.train()
+    model.train(subject.trains)
     found = tensors(run(model, subject.inputs))
     generator = torch.Generator().manual_seed(3)
     loss = sum((t.double() * torch.randn(t.shape, dtype=torch.float64, generator=generator)).sum() for t in found)
@@ -139,9 +162,9 @@ def _train(subject, model, recipe, notes):
     for name, parameter in trained_parameters(model).items():
         if name not in may and not parameter.grad.any():
             dead.append(name)
-    if dead and subject.exact:
-        raise WrongError(f"{len(dead)} of {len(trained_parameters(model))} tensors get a zero gradient: {dead[0]}")
     model.zero_grad()
+    if dead and subject.exact:
+        notes["dead"] = f"{len(dead)} of {len(trained_parameters(model))} tensors do not move: {dead[0]}"
 
 
 def _acts(subject, model, recipe, notes):
@@ -183,6 +206,12 @@ def _detach(subject, model, recipe, notes):
         raise WrongError(f"the delta attached again differs by {off:.2g}")
 
 
+def _moves(subject, model, recipe, notes):
+    """What never gets a gradient makes `fit` stop; asked last, so that the rest is seen as well."""
+    if dead := notes.pop("dead", ""):
+        raise StoppedError(dead)
+
+
 CHECKS = (
     ("attach", _attach),
     ("head", _head),
@@ -191,6 +220,7 @@ CHECKS = (
     ("acts", _acts),
     ("merge", _merge),
     ("detach", _detach),
+    ("train", _moves),
 )
 
 
