@@ -18,6 +18,8 @@ KINDS = ("classification", "regression", "tokens", "causal-lm")
 # Options of some command that are called as a field of a method or a selection is: messages mean the field.
 FIELDS = ("examples", "target")
 _ARGUMENT = re.compile(r"(?<![\w.-])([a-z][a-z_]*)=('[^']*'|\"[^\"]*\"|[\[(][^\])]*[\])]|[\w.+-]*[\w+-])?")
+_BARE = re.compile(r"(?<![\w.'\"/=-])[a-z]+_[a-z_]+(?![\w.'\"/=(-])")  # an underscore tells an argument from a word
+_OTHER = {"task": "data"}
 _REMARK = re.compile(r" \(or (?:pass )?([a-z_]+)=[^()]*\)")
 
 Options = Mapping[str, tuple[str, str | None]]
@@ -58,7 +60,11 @@ def spelled(text: str) -> str:
         each = [shlex.quote(item.strip(" '\"")) if item else "" for item in items]
         return " ".join(f"{names[0]} {item}".rstrip() for item in each)
 
-    return _ARGUMENT.sub(option, text)
+    def bare(found: re.Match[str]) -> str:
+        names = _option(found[0], "", options)
+        return found[0] if names is None or _in_a_call(found.string, found.start()) else names[0]
+
+    return _BARE.sub(bare, _ARGUMENT.sub(option, text))
 
 
 def _option(name: str, value: str, options: Options) -> tuple[str, str | None] | None:
@@ -66,6 +72,7 @@ def _option(name: str, value: str, options: Options) -> tuple[str, str | None] |
         return options.get(name) if "task_kind" in options else None
     if f"task_{name}" in options:
         return options[f"task_{name}"]
+    name = _OTHER.get(name, name)
     return options.get(name) or options.get(name.removesuffix("s"))  # seeds=(0, 1) is --seed 0 --seed 1
 
 
