@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -61,7 +62,8 @@ def no_match(method: Method, model: nn.Module, sites: Sequence[Site]) -> str:
 
 def _of_norms(method: Method, model: nn.Module, sites: Sequence[Site]) -> str:
     """What a method that trains or scales norms, or biases, would need and this model has not."""
-    anywhere = replace(method, layers=None) if hasattr(method, "layers") else method
+    all_layers: dict[str, Any] = {"layers": None} if hasattr(method, "layers") else {}
+    anywhere = replace(method, **all_layers)
     trained, norms = set(anywhere.trains(_NORM)), [site for site in sites if site.kind == "norm"]
     text = ""
     if (trained or anywhere.acts(_NORM)) and not norms:
