@@ -201,11 +201,6 @@ def in_parts(model):
     return model
 
 
-def half_empty(model):
-    model.bert.encoder.to("meta")
-    return model
-
-
 def traced(model):
     model.config.return_dict = False
     with warnings.catch_warnings():
@@ -235,7 +230,6 @@ REFUSED = {
         OFFLOADED,
     ),
     "on disk": (on_disk, OFFLOADED),
-    "half empty": (lambda m, folder: half_empty(m), r"has no values: bert\.encoder\S+ is on the meta device"),
     "traced": (lambda m, folder: traced(m), r"compiled by torch\.jit.*pass the model that it was made of"),
     "in parts": (lambda m, folder: in_parts(m), r"torch\.compile wrapped, bert\.encoder\.layer\.1,.* in place"),
     "distributed": (

@@ -22,7 +22,6 @@ OFFLOADED = (
     "is offloaded by accelerate: the values of {first} are not in the module, where the trained ones have to stand; "
     "load it without a device_map, or with one that has no 'cpu' and 'disk', in bfloat16 if memory is short"
 )
-EMPTY = "has no values: {first} is on the meta device, which is enough to plan and no more; load the model"
 
 
 def bare(model: Any) -> Any:
@@ -61,17 +60,14 @@ def _why_not(model: nn.Module, inside: nn.Module) -> str | None:
 
 
 def _elsewhere(model: nn.Module) -> str | None:
-    """Whether values are somewhere else. A model on the meta device as a whole, to be looked at, is as it should be."""
+    """Whether values are somewhere else. A model that was built on the meta device may be looked at."""
     parameters = dict(model.named_parameters())
     sharded = next((name for name, p in parameters.items() if hasattr(p, "device_mesh")), None)
     if sharded is not None:
         return MESHED.format(first=sharded)
     empty = next((name for name, p in parameters.items() if p.is_meta), None)
-    if empty is None:
-        return None
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        return OFFLOADED.format(first=empty)
-    return None if all(p.is_meta for p in parameters.values()) else EMPTY.format(first=empty)
+    hooked = empty is not None and any(hasattr(module, "_hf_hook") for module in model.modules())
+    return OFFLOADED.format(first=empty) if hooked else None
 
 
 def _compiled(model: Any) -> bool:

@@ -70,14 +70,15 @@ class Delta(Operand):
         everything = [*record.results(), *record.fixed(model)]
         if record.result != record.plan.recipe:
             info = {"trained_as": str(record.plan.recipe), **info}
-        tensors = {name: p.detach().cpu().clone() for name, p in everything}
         head = tuple(name for name, _ in record.plan.head)
+        base = Fingerprint.of(model, (*head, *renewed(record.plan.recipe, model)))
+        tensors = {name: p.detach().cpu().clone() for name, p in everything}
         config: Any = getattr(model, "config", None)
         labels = _labels(config) if head else ()
         return cls(
             record.result,
             tensors,
-            Fingerprint.of(model, (*head, *renewed(record.plan.recipe, model))),
+            base,
             head,
             record.plan.pooling,
             labels,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from smidgen.arithmetic import Sum
 from smidgen.attach import attach, remove
 from smidgen.attachment import Attachment, attachment
-from smidgen.bare import bare
+from smidgen.bare import bare, check_model
 from smidgen.delta import Delta
 from smidgen.errors import AttachError
 from smidgen.finite import not_finite
@@ -46,6 +46,7 @@ def merge(model: nn.Module, delta: Delta | Sum[Delta] | None = None, dtype: torc
     if delta is None:
         attachment(model)  # raises if there is nothing to merge
     model = bare(model)
+    check_model(model)
     merged = keep_note(model, copy.deepcopy(model))
     if delta is not None:
         attach(merged, delta)
