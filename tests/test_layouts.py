@@ -1,5 +1,7 @@
 """Blocks laid out in ways of their own: which rows are whose, and every method that fits acts, learns and merges."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import transformers as T
@@ -13,6 +15,7 @@ from smidgen.sites import find_sites
 from smidgen.slices import Rows
 from smidgen.sublayers import find_sublayers, no_interface
 from smidgen.testing import shake
+from smidgen.untie import UntiedWarning
 from tests.odd_layouts import ODD, SIZES, odd, output
 
 ROLES = ("query", "key", "value", "attention_out", "ff_in", "ff_out")
@@ -162,11 +165,10 @@ def test_methods_on_linear_maps_act_learn_and_merge(name, recipe):
     shake(values.values(), 0.1)
     after = logits(model, name)
     assert not torch.allclose(after, before, rtol=1e-4, atol=1e-6)
-    if name == "zamba":  # its attentions have modules of their own with one weight
-        with pytest.raises(AttachError, match="is tied to .*; untie first"):
-            sm.merge(model)
-    else:
-        torch.testing.assert_close(logits(sm.merge(model), name), after, rtol=1e-8, atol=1e-8)
+    # Zamba's attentions have modules of their own with one weight
+    with pytest.warns(UntiedWarning) if name == "zamba" else nullcontext():
+        merged = sm.merge(model)
+    torch.testing.assert_close(logits(merged, name), after, rtol=1e-8, atol=1e-8)
     loss(model, name).backward()
     still = [n for n, p in values.items() if p.grad is None or not p.grad.abs().max() > 0]
     assert not still
