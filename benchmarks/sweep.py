@@ -4,8 +4,8 @@
     python benchmarks/sweep.py --types llama,t5 --recipes "LN(),LoRA(rank=2)"
     python benchmarks/sweep.py --dtype bfloat16 --out benchmarks/results/sweep-bf16.json
 
-Each type runs in a process of its own, so that a crash or a hang ends that type and not the sweep; what --out holds of the
-same source and options is not run again (--again runs all).
+Each type runs in a process of its own, so that a crash or a hang ends that type and not the sweep; what --out holds
+of the same source and options is not run again (--again runs all).
 """
 
 import argparse
@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 import transformers
 from environment import describe
-from tiny_models import NotBuiltError, line, pairs, tiny
+from tiny_inputs import NotBuiltError, line
+from tiny_models import pairs, tiny
 from verdicts import OUTCOMES, Subject, judge
 
 RECIPES = (

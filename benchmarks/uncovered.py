@@ -9,7 +9,9 @@ import re
 NORM = re.compile(r"norm", re.IGNORECASE)
 ATTENTION = re.compile(r"(attention|attn)", re.IGNORECASE)
 FEED = re.compile(r"(mlp|feedforward|ffn|experts|feed_forward)$", re.IGNORECASE)
-NOT_A_BLOCK = re.compile(r"(output|norm|embedding|mask|pool|lora|rotary|router|bias|gate|act|pruner|selfoutput)", re.IGNORECASE)
+NOT_A_BLOCK = re.compile(
+    r"(output|norm|embedding|mask|pool|lora|rotary|router|bias|gate|act|pruner|selfoutput)", re.IGNORECASE
+)
 HEADED = ("classifier", "score", "head", "qa_outputs", "lm_head")
 
 
@@ -79,7 +81,7 @@ def _left(model, rows, pattern, what, around=0):
     paths, edited, left = _modules(model, pattern), _touched(rows), []
     for path in paths:
         top = path.rsplit(".", around)[0] if around and path.count(".") >= around else path
-        if not any(e == top or e.startswith(top + ".") or path.startswith(e + ".") and e for e in edited):
+        if not any(e == top or e.startswith(top + ".") or (path.startswith(e + ".") and e) for e in edited):
             left.append(path)
     return _short(what, left, len(paths))
 

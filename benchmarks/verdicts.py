@@ -4,19 +4,15 @@ import copy
 import warnings
 
 import torch
+from tiny_configs import LABELS
+from tiny_inputs import line, run, tensors
+from uncovered import uncovered
 
 import smidgen as sm
 from smidgen.attachment import attachment, trained_parameters
 from smidgen.errors import AttachError, SmidgenError
 from smidgen.recipe import as_recipe
 from smidgen.watch import check_gradients, resting
-
-try:
-    from tiny_models import LABELS, line, run, tensors
-    from uncovered import uncovered
-except ImportError:  # as a module of the repository
-    from benchmarks.tiny_models import LABELS, line, run, tensors
-    from benchmarks.uncovered import uncovered
 
 NEAR = 1e-4  # of 1 + the largest output: what float32 inside a float64 model leaves
 # "stopped": accepted, then refused with one line in the first step or at detach, where attach could have known
@@ -86,7 +82,11 @@ def judge(subject, recipe):
                     wrong.append(f"{stage}: {error}")
     except SmidgenError as error:
         text = " ".join(str(error).split())
-        found = {"outcome": "refused", "why": text} if stage == "attach" else {"outcome": "stopped", "why": f"{stage}: {text}"}
+        found = (
+            {"outcome": "refused", "why": text}
+            if stage == "attach"
+            else {"outcome": "stopped", "why": f"{stage}: {text}"}
+        )
     except Exception as error:
         found = {"outcome": "crash", "why": f"{stage}: {line(error)}"}
     else:
