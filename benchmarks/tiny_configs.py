@@ -58,11 +58,17 @@ RULES = [
     (r".*codebook_size", up_to(64)),
     (r".*(num_codebooks|num_quantizers)", up_to(2)),
     (KV.pattern, None),  # by the number of heads: see _one
+    (
+        r"(.*_)?(head_dim|headdim|d_kv|attention_head_size|head_size|dim_head|kv_channels|d_head|head_width)",
+        size("head"),
+    ),
     (r"(.*_)?(num_|n_)?(attention_|attn_)?(heads?|head_num)|nhead", size("heads", 1)),
     (r"qk_head_dim", lambda sizes, value: 2 * sizes.head),
-    (r"(.*_)?(head_dim|d_kv|attention_head_size|head_size|dim_head|kv_channels|d_head|head_width)", size("head")),
     (r"rotary_dim", cap("head")),
-    (r"(.*_)?(intermediate_size|ffn_dim|d_ff|d_inner|ffn_hidden_size|inner_dim|mlp_dim|n_inner|ff_dim)", size("inner")),
+    (
+        r"(.*_)?(intermediate_size(_mlp)?|ffn_dim|d_ff|d_inner|ffn_hidden_size|inner_dim|mlp_dim|n_inner|ff_dim)",
+        size("inner"),
+    ),
     (r"(.*_)?(feedforward_dim|dim_feedforward|feed_forward_size|linear_units|feed_forward_hidden_size)", size("inner")),
     (r"(.*_)?(mlp_hidden_size|mlp_hidden_dim|ff_size|mlp_size|mlp_channels|d_ffn|linear_dim)", size("inner")),
     (r".*(lora|low)_?(rank|dim).*|.*_rank", up_to(16)),
@@ -80,10 +86,11 @@ RULES = [
     (r"(.*_)?(image_size|img_size|input_size|crop_size)", cap("image")),
     (r"(.*_)?(patch_size|patch_size_.*)", size("patch", 7)),
     (r"(.*_)?(num_mel_bins|num_mels|n_mels|mel_bins)", up_to(16)),
-    (r"(.*_)?(num_queries|num_query_tokens|n_queries|n_latents|num_latents)", up_to(4)),
+    (r"(.*_)?(num_queries|num_query_tokens|query_num|n_queries|n_latents|num_latents)", up_to(4)),
     (r"(.*_)?(num_frames|frames|tubelet_frames|frames_per_clip)", up_to(4)),
     (r"num_conv_pos_embeddings", up_to(8)),
     (r".*(_groups|num_groups)", up_to(4)),
+    (r"(.*_)?(base_channels|num_filters|n_filters)", up_to(8)),
     (r"codevector_dim|proj_codevector_dim|xvector_output_dim|classifier_proj_size|feature_size", size("width")),
     (
         r".*(hidden_size|d_model|n_embd|embedding_size|hidden_channels|width|attention_size|lru_width)",
@@ -105,6 +112,9 @@ NONES = {
     "num_experts_per_tok": lambda config, sizes: 2,
     "vocab_size": lambda config, sizes: WORDS,
     "pad_token_id": lambda config, sizes: 0,
+    "n_routed_experts": lambda config, sizes: 4,
+    "n_shared_experts": lambda config, sizes: 1,
+    "context_length": lambda config, sizes: 8,
     "prediction_length": lambda config, sizes: 4,
 }
 
@@ -244,8 +254,12 @@ def adjust(config, sizes):
     if "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ()) and isinstance(rope, dict):
         turned = int(sizes.head * (rope.get("partial_rotary_factor") or 1)) // 2
         rope.setdefault("mrope_section", _split(turned, 3))
+    if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = TOKENS["decoder_start"]
     for name, value in TYPES.get(config.model_type, {}).items():
-        object.__setattr__(config, name, value(config, sizes) if callable(value) else value)
+        path, _, last = name.rpartition(".")
+        owner = getattr(config, path) if path else config
+        object.__setattr__(owner, last, value(config, sizes) if callable(value) else value)
     for name, value in list(vars(config).items()):
         if isinstance(value, Fixed):
             object.__setattr__(config, name, int(value))
@@ -275,20 +289,35 @@ def _mamba_heads(config, sizes):
     return 2 * sizes.width // sizes.head
 
 
+def _head(config, sizes):
+    return sizes.head
+
+
 TYPES = {
-    "mamba2": {"num_heads": _mamba_heads},
     "bamba": {"mamba_n_heads": _mamba_heads},
-    "granitemoehybrid": {"mamba_n_heads": _mamba_heads, "mamba_d_head": lambda c, s: s.head},
-    "falcon_h1": {"mamba_n_heads": _mamba_heads, "mamba_d_ssm": lambda c, s: 2 * s.width},
-    "zamba2": {"n_mamba_heads": _mamba_heads, "mamba_headdim": lambda c, s: s.head},
-    "lilt": {"hidden_size": 48, "num_attention_heads": 4},
-    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
-    "mobilebert": {
-        "intra_bottleneck_size": 32,
-        "true_hidden_size": 32,
-        "embedding_size": 32,
-    },
+    "blip-2": {"image_token_index": 90},
     "chameleon": {"vocabulary_map": {f"IMGIMG{chr(65 + i)}Z": 8 + i for i in range(26)} | {"<image>": 40}},
-    "xmod": {"default_language": "en_XX"},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "cvt": {"depth": [1, 2, 3], "embed_dim": [8, 24, 48]},  # its rate of dropped paths is read at the stage's number
+    "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0},
+    "falcon_h1": {"mamba_n_heads": _mamba_heads, "mamba_d_ssm": lambda c, s: 2 * s.width},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "granitemoehybrid": {"mamba_n_heads": _mamba_heads, "layer_types": ["linear_attention", "full_attention"]},
+    "instructblip": {"image_token_index": 90},
+    "instructblipvideo": {"video_token_index": 90},
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lilt": {"hidden_size": 48},
+    "mamba2": {"num_heads": _mamba_heads},
+    "mobilebert": {"intra_bottleneck_size": 32, "true_hidden_size": 32, "embedding_size": 32},
+    "moonshine_streaming": {"num_key_value_heads": 4},
     "reformer": {"axial_pos_shape": (8, 8), "axial_pos_embds_dim": (16, 16), "attention_head_size": 8},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "num_hidden_layers": 4,
+        "attention_head_dim": lambda c, s: 2 * s.head,
+        "attention_hidden_size": lambda c, s: 2 * s.width,
+    },
+    "zamba2": {"n_mamba_heads": _mamba_heads, "mamba_headdim": _head},
 }

@@ -99,6 +99,13 @@ def _series(config, name):
     }
 
 
+def _image_places(config, given):
+    """True where Kosmos-2 puts what it sees."""
+    mask = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+    mask[:, 1 : 1 + look(config, "latent_query_num")] = True
+    return mask
+
+
 # argument -> what it is given when nothing better is known, from (configuration, what is given already)
 BESIDE = {
     "bbox": lambda c, given: torch.tensor([1, 2, 5, 7]).expand(BATCH, LENGTH, 4).contiguous(),
@@ -125,10 +132,13 @@ BESIDE = {
     "rewards": lambda c, given: _floats(BATCH, 5, 1),
     "returns_to_go": lambda c, given: _floats(BATCH, 5, 1),
     "timesteps": lambda c, given: torch.arange(5).repeat(BATCH, 1),
+    "image_embeds_position_mask": _image_places,
+    "flattened_patches": lambda c, given: torch.cat([1.0 + _places(), _floats(BATCH, SIDE * SIDE, 3 * 8 * 8)], -1),
     "noise_embeds": lambda c, given: _floats(BATCH, LENGTH, look(c, "hidden_size")),
     "context_hidden_states": lambda c, given: _floats(BATCH, LENGTH, look(c, "hidden_size")),
 }
-ALWAYS = ("bbox", "mm_token_type_ids", "visual_feats", "visual_pos")  # given although the forward does not ask for them
+# given although the forward does not ask for them
+ALWAYS = ("bbox", "mm_token_type_ids", "visual_feats", "visual_pos", "image_embeds_position_mask")
 SIZED = ("image_sizes",)  # given at the second try
 
 
