@@ -23,6 +23,14 @@ class WrongError(AssertionError):
     """Silently wrong: nobody would have noticed."""
 
 
+class NothingError(WrongError):
+    """Attached, and nothing is trained."""
+
+
+class StoppedError(AssertionError):
+    """`fit` stops with one line after a few steps, where attach could have known."""
+
+
 class Subject:
     """A tiny model, an input, and the outputs of the untouched model, in the widest dtype that it runs in."""
 
@@ -80,6 +88,10 @@ def judge(subject, recipe):
                     check(subject, model, recipe, notes)
                 except WrongError as error:
                     wrong.append(f"{stage}: {error}")
+                    if isinstance(error, NothingError):
+                        break
+    except StoppedError as error:
+        found = {"outcome": "stopped", "why": f"{stage}: {error}"}
     except SmidgenError as error:
         text = " ".join(str(error).split())
         found = (
@@ -92,7 +104,7 @@ def judge(subject, recipe):
     else:
         left = notes.pop("left", "")
         found = {"outcome": "partly", "why": left} if left else {"outcome": "ok"}
-    notes.pop("_tuned", None)
+    notes = {name: note for name, note in notes.items() if name in ("named", "merge")}
     if wrong and found["outcome"] != "crash":
         found = {"outcome": "wrong", "why": "; ".join(wrong)}
     return found | notes
@@ -113,7 +125,7 @@ def _head(subject, model, recipe, notes):
     if frozen and "Classification" in type(model).__name__:
         raise WrongError(f"{frozen[0]} is as long as the labels and frozen")
     if not trained_parameters(model):
-        raise WrongError("attached, and nothing is trained")
+        raise NothingError("attached, and nothing is trained")
 
 
 def _start(subject, model, recipe, notes):
@@ -139,9 +151,9 @@ def _train(subject, model, recipe, notes):
     for name, parameter in trained_parameters(model).items():
         if name not in may and not parameter.grad.any():
             dead.append(name)
-    if dead and subject.exact:
-        raise WrongError(f"{len(dead)} of {len(trained_parameters(model))} tensors get a zero gradient: {dead[0]}")
     model.zero_grad()
+    if dead and subject.exact:
+        notes["dead"] = f"{len(dead)} of {len(trained_parameters(model))} tensors do not move: {dead[0]}"
 
 
 def _acts(subject, model, recipe, notes):
@@ -183,6 +195,12 @@ def _detach(subject, model, recipe, notes):
         raise WrongError(f"the delta attached again differs by {off:.2g}")
 
 
+def _moves(subject, model, recipe, notes):
+    """What never gets a gradient makes `fit` stop; asked last, so that the rest is seen as well."""
+    if dead := notes.pop("dead", ""):
+        raise StoppedError(dead)
+
+
 CHECKS = (
     ("attach", _attach),
     ("head", _head),
@@ -191,6 +209,7 @@ CHECKS = (
     ("acts", _acts),
     ("merge", _merge),
     ("detach", _detach),
+    ("train", _moves),
 )
 
 
