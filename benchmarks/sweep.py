@@ -219,7 +219,9 @@ def kept(options, environment):
 def described():
     """What the sweep runs on, with the last commit that changed the library or the sweep itself."""
     paths = ("src", *(f"benchmarks/{name}.py" for name in ("sweep", "verdicts", "uncovered", "tiny_*")))
-    last = subprocess.run(["git", "log", "-1", "--format=%h", "--", *paths], capture_output=True, text=True, check=False)
+    last = subprocess.run(
+        ["git", "log", "-1", "--format=%h", "--", *paths], capture_output=True, text=True, check=False
+    )
     dirty = subprocess.run(["git", "status", "--porcelain", *paths], capture_output=True, text=True, check=False)
     return describe() | {"source": last.stdout.strip() + ("+" if dirty.stdout.strip() else "")}
 
