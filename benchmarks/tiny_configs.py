@@ -82,13 +82,14 @@ RULES = [
     (r"(.*_)?(state_size|d_state|mamba_state_dim)", up_to(8)),
     (r"(.*_)?chunk_size.*", up_to(8)),
     (r"(sliding_window|.*attention_window|local_attention|local_window_size|attention_window_size)", up_to(8)),
-    (r".*window_size", up_to(2)),
+    (r".*window_size", lambda sizes, value: 4 * sizes.patch if value >= 64 else min(value, 2)),  # in pixels, or patches
     (r"(.*_)?(image_size|img_size|input_size|crop_size)", cap("image")),
     (r"(.*_)?(patch_size|patch_size_.*)", size("patch", 7)),
     (r"(.*_)?(num_mel_bins|num_mels|n_mels|mel_bins)", up_to(16)),
     (r"(.*_)?(num_queries|num_query_tokens|query_num|n_queries|n_latents|num_latents)", up_to(4)),
     (r"(.*_)?(num_frames|frames|tubelet_frames|frames_per_clip)", up_to(4)),
     (r"num_conv_pos_embeddings", up_to(8)),
+    (r"n_window(_infer)?", lambda sizes, value: 16 if value < 100 else 32),
     (r".*(_groups|num_groups)", up_to(4)),
     (r"(.*_)?(base_channels|num_filters|n_filters)", up_to(8)),
     (r"codevector_dim|proj_codevector_dim|xvector_output_dim|classifier_proj_size|feature_size", size("width")),
@@ -112,6 +113,9 @@ NONES = {
     "num_experts_per_tok": lambda config, sizes: 2,
     "vocab_size": lambda config, sizes: WORDS,
     "pad_token_id": lambda config, sizes: 0,
+    "image_token_index": lambda config, sizes: 90,
+    "image_token_id": lambda config, sizes: 90,
+    "audio_token_id": lambda config, sizes: 89,
     "n_routed_experts": lambda config, sizes: 4,
     "n_shared_experts": lambda config, sizes: 1,
     "context_length": lambda config, sizes: 8,
@@ -293,9 +297,15 @@ def _head(config, sizes):
     return sizes.head
 
 
+GRID = [[32, 64], [64, 32], [64, 64]]
 TYPES = {
+    "aria": {"projector_patch_to_query_dict": {16: 4}, "max_value_projector_patch_to_query_dict": 4},
+    "gemma3": {"mm_tokens_per_image": 4},
+    "shieldgemma2": {"mm_tokens_per_image": 4},
+    "llava_next": {"image_grid_pinpoints": GRID},
+    "llava_next_video": {"image_grid_pinpoints": GRID},
+    "llava_onevision": {"image_grid_pinpoints": GRID},
     "bamba": {"mamba_n_heads": _mamba_heads},
-    "blip-2": {"image_token_index": 90},
     "chameleon": {"vocabulary_map": {f"IMGIMG{chr(65 + i)}Z": 8 + i for i in range(26)} | {"<image>": 40}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "cvt": {"depth": [1, 2, 3], "embed_dim": [8, 24, 48]},  # its rate of dropped paths is read at the stage's number
@@ -303,7 +313,6 @@ TYPES = {
     "falcon_h1": {"mamba_n_heads": _mamba_heads, "mamba_d_ssm": lambda c, s: 2 * s.width},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "granitemoehybrid": {"mamba_n_heads": _mamba_heads, "layer_types": ["linear_attention", "full_attention"]},
-    "instructblip": {"image_token_index": 90},
     "instructblipvideo": {"video_token_index": 90},
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
@@ -311,6 +320,7 @@ TYPES = {
     "mamba2": {"num_heads": _mamba_heads},
     "mobilebert": {"intra_bottleneck_size": 32, "true_hidden_size": 32, "embedding_size": 32},
     "moonshine_streaming": {"num_key_value_heads": 4},
+    "pix2struct_vision_model": {"patch_embed_hidden_size": 192},
     "reformer": {"axial_pos_shape": (8, 8), "axial_pos_embds_dim": (16, 16), "attention_head_size": 8},
     "xmod": {"default_language": "en_XX"},
     "zamba": {

@@ -47,6 +47,9 @@ def _images(config, name):
     yield {name: _floats(BATCH, 1, channels, *sides)}
     yield {name: _floats(BATCH, frames, channels, *sides)}
     yield {name: _floats(BATCH, SIDE * SIDE, channels * patch[0] * patch[1])}
+    yield {name: _floats(BATCH, 3, channels, *sides)}
+    if tiles := look(config, "max_num_tiles"):
+        yield {name: _floats(BATCH, 1, tiles, channels, *sides)}
     if sides != (64, 64):
         yield {name: _floats(BATCH, channels, 64, 64)}
 
@@ -113,6 +116,10 @@ BESIDE = {
     "image_sizes": lambda c, given: torch.tensor([list(_pixels_of(given).shape[-2:])] * BATCH),
     "qformer_input_ids": lambda c, given: _ids(c),
     "input_features_mask": lambda c, given: torch.ones(BATCH, given["input_features"].shape[-1], dtype=torch.long),
+    "feature_attention_mask": lambda c, given: torch.ones(BATCH, given["input_features"].shape[-1], dtype=torch.long),
+    "aspect_ratio_ids": lambda c, given: torch.ones(BATCH, 1, dtype=torch.long),
+    "aspect_ratio_mask": lambda c, given: torch.ones(BATCH, 1, look(c, "max_num_tiles"), dtype=torch.long),
+    "cross_attention_mask": lambda c, given: torch.ones(BATCH, LENGTH, 1, look(c, "max_num_tiles"), dtype=torch.long),
     "audio_mel_mask": lambda c, given: torch.zeros(BATCH, given["audio_mel"].shape[1], dtype=torch.bool),
     "merge_sizes": lambda c, given: torch.ones(BATCH, dtype=torch.long),
     "pixel_attention_mask": lambda c, given: torch.ones(BATCH, SIDE * SIDE, dtype=torch.long),
@@ -139,7 +146,16 @@ BESIDE = {
 }
 # given although the forward does not ask for them
 ALWAYS = ("bbox", "mm_token_type_ids", "visual_feats", "visual_pos", "image_embeds_position_mask")
-SIZED = ("image_sizes",)  # given at the second try
+# given at the second try
+SIZED = (
+    "image_sizes",
+    "pixel_attention_mask",
+    "input_features_mask",
+    "feature_attention_mask",
+    "aspect_ratio_ids",
+    "aspect_ratio_mask",
+    "cross_attention_mask",
+)
 
 
 def _pixels_of(given):
@@ -191,11 +207,11 @@ def candidates(model, task):
     things = list(_things(config, names))
     decoders = [{"decoder_input_ids": _ids(config, 6)}, {}] if "decoder_input_ids" in names else [{}]
     decoders = decoders[::-1] if task in ("sequence", "token") else decoders
-    bases = [text | thing for thing in things] if text else []
-    bases += [thing for thing in things if "input_ids" not in mains or not text]
-    bases += [text, {k: v for k, v in text.items() if k == "input_ids"}] if text else []
-    for sized in (False, True):
-        for base in bases or [{}]:
+    senses = [text | thing for thing in things] if text else []
+    senses += [thing for thing in things if "input_ids" not in mains or not text]
+    alone = [text, {k: v for k, v in text.items() if k == "input_ids"}] if text else [{}]
+    for bases, sized in ((senses, False), (senses, True), (alone, False)):
+        for base in bases:
             for decoder in decoders:
                 full = _filled(config, names, base | decoder, required, mains, sized)
                 if full is not None:

@@ -54,7 +54,8 @@ def pairs():
     found = []
     for kind in configuration_auto.CONFIG_MAPPING_NAMES:
         mine = chosen.get(kind, {})
-        left_out = {"causal-lm"} if "masked-lm" in mine else set()
+        # a decoder alone never runs its cross-attention
+        left_out = {"causal-lm"} if mine.keys() & {"masked-lm", "seq2seq", "speech"} else set()
         left_out |= {"base"} if mine.keys() - {"base"} else set()
         found += [Pair(kind, name, task) for task, name in mine.items() if task not in left_out and hasattr(T, name)]
     return found
