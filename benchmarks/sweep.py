@@ -1,4 +1,4 @@
-"""Twelve recipes on a tiny random model of every model type and class of transformers.
+"""Thirteen recipes (every kind of method) on a tiny random model of every model type and class of transformers.
 
     python benchmarks/sweep.py                          everything: some 40 minutes on one core
     python benchmarks/sweep.py --types llama,t5 --recipes "LN(),LoRA(rank=2)"
@@ -35,6 +35,7 @@ RECIPES = (
     "Full()",
     "Head()",
     "LoRA(rank=2)",
+    "LoRA(rank=2, target='linear')",
     "DoRA(rank=2)",
     "IA3()",
     "SSF()",

@@ -51,13 +51,13 @@ def pairs():
         near = [k for k in kinds if name.lower().startswith(re.sub(r"[^a-z0-9]", "", k))]
         kind = max(near, key=len, default=next(iter(kinds)))
         chosen.setdefault(kind, {})[kinds[kind]] = name
-    found = []
+    found, known = [], set(dir(T))  # a look at T.name itself would import every model
     for kind in configuration_auto.CONFIG_MAPPING_NAMES:
         mine = chosen.get(kind, {})
         # a decoder alone never runs its cross-attention
         left_out = {"causal-lm"} if mine.keys() & {"masked-lm", "seq2seq", "speech"} else set()
         left_out |= {"base"} if mine.keys() - {"base"} else set()
-        found += [Pair(kind, name, task) for task, name in mine.items() if task not in left_out and hasattr(T, name)]
+        found += [Pair(kind, name, task) for task, name in mine.items() if task not in left_out and name in known]
     return found
 
 
