@@ -38,6 +38,7 @@ class Subject:
         self.exact = dtype is None
         self.dtype, self.model, self.inputs, self.base = self._ready(model, inputs, dtype)
         self.stays = self._repeats()
+        self.trains = self._trains()
 
     def _ready(self, model, inputs, dtype):
         wanted = (torch.float64, torch.float32) if dtype is None else (dtype,)
@@ -58,6 +59,16 @@ class Subject:
         with torch.no_grad():
             again = tensors(run(self.model, self.inputs))
         return all(torch.equal(a, b) for a, b in zip(again, self.base, strict=True))
+
+    def _trains(self):
+        """Whether the untouched model runs in train mode on these inputs; some want labels there."""
+        model = copy.deepcopy(self.model).train()
+        try:
+            with torch.no_grad():
+                run(model, self.inputs)
+        except Exception:
+            return False
+        return True
 
     def outputs(self, model):
         with torch.no_grad():
@@ -139,7 +150,7 @@ def _start(subject, model, recipe, notes):
 
 def _train(subject, model, recipe, notes):
     shake(trained_parameters(model).values(), 0.05)
-    model.train()
+    model.train(subject.trains)
     found = tensors(run(model, subject.inputs))
     generator = torch.Generator().manual_seed(3)
     loss = sum((t.double() * torch.randn(t.shape, dtype=torch.float64, generator=generator)).sum() for t in found)

@@ -1,0 +1,288 @@
+"""Forty model types of transformers, tiny: no method is silently wrong on one, and none breaks.
+
+The whole of it, every type and method, is benchmarks/sweep.py.
+"""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import smidgen as sm
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+try:
+    import sweep
+    import tiny_inputs
+    import tiny_models
+    import uncovered
+    import verdicts
+finally:
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+SAMPLE = (
+    # encoders of text
+    "albert/AlbertForSequenceClassification",
+    "bert/BertForTokenClassification",
+    "canine/CanineForTokenClassification",
+    "deberta-v2/DebertaV2ForSequenceClassification",
+    "esm/EsmForMaskedLM",
+    "funnel/FunnelForSequenceClassification",
+    "layoutlm/LayoutLMForTokenClassification",
+    "longformer/LongformerForSequenceClassification",
+    "modernbert/ModernBertForSequenceClassification",
+    "xlnet/XLNetForSequenceClassification",
+    # decoders
+    "bloom/BloomForCausalLM",
+    "cohere/CohereForCausalLM",
+    "falcon/FalconForCausalLM",
+    "gemma3_text/Gemma3ForCausalLM",
+    "gpt2/GPT2ForSequenceClassification",
+    "gpt_neox/GPTNeoXForCausalLM",
+    "llama/LlamaForCausalLM",
+    "mpt/MptForCausalLM",
+    "nemotron/NemotronForCausalLM",
+    "qwen3/Qwen3ForSequenceClassification",
+    # experts
+    "deepseek_v3/DeepseekV3ForCausalLM",
+    "llama4_text/Llama4TextModel",
+    "mixtral/MixtralForCausalLM",
+    "phimoe/PhimoeForCausalLM",
+    # states
+    "falcon_h1/FalconH1ForCausalLM",
+    "jamba/JambaForCausalLM",
+    "mamba/MambaForCausalLM",
+    # encoders with decoders
+    "bart/BartForConditionalGeneration",
+    "longt5/LongT5ForConditionalGeneration",
+    "t5/T5ForConditionalGeneration",
+    # images
+    "clip/CLIPForImageClassification",
+    "convnext/ConvNextForImageClassification",
+    "cvt/CvtForImageClassification",
+    "swin/SwinForImageClassification",
+    "vit/ViTForImageClassification",
+    # sounds
+    "wav2vec2/Wav2Vec2ForSequenceClassification",
+    "wavlm/WavLMForSequenceClassification",
+    "whisper/WhisperForConditionalGeneration",
+    # images and text
+    "llava/LlavaForConditionalGeneration",
+    "qwen2_vl/Qwen2VLForConditionalGeneration",
+)
+TURN = 6  # recipes for each: LN(), and five others in turn
+# what is wrong today -> pair -> recipes; one that is mended must leave the list
+KNOWN_BY_REASON = {
+    "accepted, and what the forward never runs stops training": {
+        "canine/CanineForTokenClassification": (
+            "BitFit()",
+            "Full()",
+        ),
+        "esm/EsmForMaskedLM": ("BitFit()",),
+        "xlnet/XLNetForSequenceClassification": ("Full()",),
+        "phimoe/PhimoeForCausalLM": ("SSF()",),
+        "jamba/JambaForCausalLM": ("SSF()",),
+        "wavlm/WavLMForSequenceClassification": (
+            "LoRA(rank=2)",
+            "LoRA(rank=2, target='linear')",
+        ),
+        "llava/LlavaForConditionalGeneration": (
+            "LN()",
+            "Prefix(length=2)",
+            "BitFit()",
+            "Full()",
+        ),
+    },
+    "accepted, and what cannot move on this model stops training": {
+        "funnel/FunnelForSequenceClassification": ("Full()",),
+        "longformer/LongformerForSequenceClassification": (
+            "BitFit()",
+            "Full()",
+            "LoRA(rank=2)",
+        ),
+    },
+    "breaks in the first forward": {
+        "longformer/LongformerForSequenceClassification": ("PromptTuning(length=3)",),
+        "xlnet/XLNetForSequenceClassification": ("PromptTuning(length=3)",),
+    },
+    "accepted, and trains nothing": {
+        "bloom/BloomForCausalLM": ("Head()",),
+        "falcon/FalconForCausalLM": ("Head()",),
+        "mpt/MptForCausalLM": ("Head()",),
+        "mixtral/MixtralForCausalLM": ("Head()",),
+        "falcon_h1/FalconH1ForCausalLM": ("Head()",),
+        "mamba/MambaForCausalLM": ("Head()",),
+        "t5/T5ForConditionalGeneration": ("Head()",),
+        "llava/LlavaForConditionalGeneration": ("Head()",),
+    },
+    "the head stays frozen": {
+        "clip/CLIPForImageClassification": (
+            "LN()",
+            "IA3()",
+            "SSF()",
+            "Adapter(width=4)",
+            "Compacter(width=4, blocks=2)",
+            "Prefix(length=2)",
+        ),
+    },
+    "training moves buffers, and detach leaves them moved": {
+        "cvt/CvtForImageClassification": (
+            "LN()",
+            "LoRA(rank=2, target='linear')",
+            "IA3()",
+            "SSF()",
+        ),
+    },
+}
+KNOWN = {
+    (pair, recipe): reason
+    for reason, pairs in KNOWN_BY_REASON.items()
+    for pair, recipes in pairs.items()
+    for recipe in recipes
+}
+
+
+def recipes(pair):
+    """LN() and five others, so that three neighbours in the sample have every recipe between them."""
+    others = sweep.RECIPES[1:]
+    first = SAMPLE.index(pair) * (TURN - 1)
+    return (sweep.RECIPES[0], *(others[(first + i) % len(others)] for i in range(TURN - 1)))
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return {str(pair): pair for pair in tiny_models.pairs()}
+
+
+def subject(pair, dtype=None):
+    with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        model, inputs, _ = tiny_models.tiny(pair)
+        return verdicts.Subject(model, inputs, dtype)
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_no_method_is_wrong_and_none_breaks(name, pairs):
+    found = subject(pairs[name])
+    for recipe in recipes(name):
+        verdict = verdicts.judge(found, recipe)
+        failed = verdict["outcome"] in ("wrong", "crash", "stopped")
+        if reason := KNOWN.get((name, recipe)):
+            assert failed, f"{recipe} on {name} is mended ({reason}): take it from KNOWN_BY_REASON"
+        else:
+            assert not failed, f"{recipe} on {name}: {verdict}"
+
+
+def test_the_sample_is_spread_over_types_and_methods(pairs):
+    assert len(SAMPLE) == len({name.split("/")[0] for name in SAMPLE}) == 40
+    assert set(SAMPLE) <= set(pairs)
+    used = [recipe for name in SAMPLE for recipe in recipes(name)]
+    assert all(used.count(recipe) >= 10 for recipe in sweep.RECIPES)
+    assert {name for name, _ in KNOWN} <= set(SAMPLE)
+    assert all(recipe in recipes(name) for name, recipe in KNOWN), "a known fault that is not looked at"
+
+
+def test_every_type_has_a_pair(pairs):
+    types = {pair.type for pair in pairs.values()}
+    assert {"bert", "gpt2", "t5", "whisper", "llava", "mamba2", "vit", "wav2vec2"} <= types
+    assert len(types) > 500
+    assert len(pairs) > 800
+
+
+ATTACH, DETACH, MERGE = sm.attach, sm.detach, sm.merge
+
+
+def _deaf(model, recipe):
+    ATTACH(model, recipe)
+    for module in model.modules():
+        for edit in getattr(module, "edits", {}).values():
+            edit.enabled = False
+
+
+def _careless(model):
+    delta = DETACH(model)
+    next(model.parameters()).data.view(-1)[0] += 1
+    return delta
+
+
+def _forgetful(model):
+    merged = MERGE(model)
+    merged.get_parameter("bert.encoder.layer.0.attention.self.query.weight").data.zero_()
+    return merged
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "says"),
+    [
+        ("attach", _deaf, "change no output"),
+        ("attach", lambda model, recipe: 1 / 0, "ZeroDivisionError"),
+        ("detach", _careless, "is not what it was"),
+        ("merge", _forgetful, "differ"),
+    ],
+)
+def test_each_check_can_fail(name, broken, says, pairs, monkeypatch):
+    found = subject(pairs["bert/BertForMaskedLM"])
+    monkeypatch.setattr(sm, name, broken)
+    verdict = verdicts.judge(found, "LoRA(rank=2)")
+    assert verdict["outcome"] in ("wrong", "crash")
+    assert says in verdict["why"]
+
+
+def test_what_is_left_out_is_found(pairs):
+    model = subject(pairs["mixtral/MixtralForCausalLM"]).model
+    plan = sm.plan(model, "LoRA(rank=2, layers=0)")
+    assert uncovered.uncovered(model, plan) == "1 of 2 attention modules: model.layers.*.self_attn"
+    assert not uncovered.uncovered(model, sm.plan(model, "LN()"))
+
+
+def test_the_file_holds_what_was_found(tmp_path):
+    class Options:
+        recipes = ("LN()", "Full()")
+        dtype = "float64"
+
+    found = {
+        "a/A": {
+            "dtype": "float64",
+            "recipes": {"LN()": {"outcome": "ok"}, "Full()": {"outcome": "refused", "why": "x"}},
+        },
+        "b/B": {"not built": "timm"},
+    }
+    sweep.save(tmp_path / "sweep.json", found, Options, {"commit": "c"})
+    content = json.loads((tmp_path / "sweep.json").read_text())
+    assert sweep.unpacked(content) == found
+    assert content["counts"]["all"]["ok"] == content["counts"]["all"]["refused"] == 1
+    assert content["counts"]["all"]["not built"] == 2
+    assert content["counts"]["built"] == 1
+
+
+def test_recipes_are_split_at_commas_outside_brackets():
+    assert sweep.split("LN(),LoRA(rank=2, target='linear')") == ("LN()", "LoRA(rank=2, target='linear')")
+
+
+def test_places_for_images_are_made_as_the_model_asks():
+    assert tiny_inputs.MISMATCH.search("do not match, tokens: 0, features: 8")[2] == "8"
+
+
+@pytest.fixture
+def page():
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import gen_models
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
+    return gen_models
+
+
+def test_the_page_of_models_is_what_the_results_say(page, monkeypatch, tmp_path):
+    assert page.PAGE.read_text() == page.text(), "run python docs/gen_models.py"
+    content = json.loads(page.RESULTS.read_text())
+    result = next(result for result in content["found"].values() if "recipes" in result)
+    result["recipes"]["LN()"] = ["crash", 0]
+    changed = tmp_path / "sweep.json"
+    changed.write_text(json.dumps(content))
+    monkeypatch.setattr(page, "RESULTS", changed)
+    assert page.PAGE.read_text() != page.text()
