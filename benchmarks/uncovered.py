@@ -6,13 +6,15 @@ attention modules and feed-forward modules of every block.
 
 import re
 
+from torch import nn
+
 NORM = re.compile(r"norm", re.IGNORECASE)
 ATTENTION = re.compile(r"(attention|attn)", re.IGNORECASE)
 FEED = re.compile(r"(mlp|feedforward|ffn|experts|feed_forward)$", re.IGNORECASE)
 NOT_A_BLOCK = re.compile(
     r"(output|norm|embedding|mask|pool|lora|rotary|router|bias|gate|act|pruner|selfoutput)", re.IGNORECASE
 )
-HEADED = ("classifier", "score", "head", "qa_outputs", "lm_head")
+BIAS = re.compile(r"(^|[._])bias$")
 
 
 def uncovered(model, plan):
@@ -21,11 +23,11 @@ def uncovered(model, plan):
     for index, method in enumerate(plan.recipe):
         name = type(method).__name__
         rows = [row for row in plan.rows if row.index == index]
-        found += WORDS.get(name, _nothing)(model, rows)
+        found += WORDS.get(name, _nothing)(model, rows, {name for name, _ in plan.head})
     return "; ".join(found)
 
 
-def _nothing(model, rows):
+def _nothing(model, rows, head):
     return []
 
 
@@ -34,32 +36,27 @@ def _short(what, names, total):
     return [f"{len(names)} of {total} {what}: {', '.join(list(shown)[:3])}"] if names else []
 
 
-def _parameters(model, rows, wanted, what):
+def _left_of(model, wanted, rows, head, what):
+    """Parameters of a kind that no row trains and that are not the head's."""
     trained = {id(model.get_parameter(name)) for row in rows if not row.added for name, _ in row.names()}
-    all_of_them = [(name, p) for name, p in model.named_parameters() if wanted(name, p)]
-    left = [name for name, p in all_of_them if id(p) not in trained and not _of_head(name)]
-    return _short(what, left, len(all_of_them))
+    left = [name for name, p in wanted if id(p) not in trained and name not in head and name.split(".")[0] != "lm_head"]
+    return _short(what, left, len(wanted))
 
 
-def _of_head(name):
-    return name.split(".")[0] in HEADED
-
-
-def _norms(model, rows):
-    inside = {
-        f"{path}.{term}".lstrip(".")
+def _norms(model, rows, head):
+    inside = [
+        (f"{path}.{term}".lstrip("."), parameter)
         for path, module in model.named_modules()
-        if NORM.search(type(module).__name__)
-        for term, _ in module.named_parameters(recurse=False)
-    }
-    return _parameters(model, rows, lambda name, p: name in inside, "norm tensors")
+        if NORM.search(type(module).__name__) and not isinstance(module, nn.Embedding)
+        for term, parameter in module.named_parameters(recurse=False)
+    ]
+    return _left_of(model, inside, rows, head, "norm tensors")
 
 
-def _biases(model, rows):
-    last = re.compile(r"(^|[._])bias$")
-    return _parameters(
-        model, rows, lambda name, p: bool(last.search(name)) and (p.ndim == 1 or "expert" in name), "biases"
-    )
+def _biases(model, rows, head):
+    named = [(name, p) for name, p in model.named_parameters() if BIAS.search(name)]
+    wanted = [(name, p) for name, p in named if p.ndim == 1 or "expert" in name]
+    return _left_of(model, wanted, rows, head, "biases")
 
 
 def _modules(model, pattern):
@@ -86,15 +83,15 @@ def _left(model, rows, pattern, what, around=0):
     return _short(what, left, len(paths))
 
 
-def _attentions(model, rows):
+def _attentions(model, rows, head):
     return _left(model, rows, ATTENTION, "attention modules")
 
 
-def _both(model, rows):
+def _both(model, rows, head):
     return _left(model, rows, ATTENTION, "attention modules", 1) + _left(model, rows, FEED, "feed-forward modules", 1)
 
 
-def _feeds_too(model, rows):
+def _feeds_too(model, rows, head):
     return _left(model, rows, ATTENTION, "attention modules") + _left(model, rows, FEED, "feed-forward modules")
 
 
