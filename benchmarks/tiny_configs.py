@@ -191,6 +191,8 @@ def _several(name, values, sizes):
         return [1] * len(values)
     if STAGES.fullmatch(name) and max(values) >= 16 and "image" not in name and "window" not in name:
         return [scaled(value) for value in values]
+    if name.startswith("deepstack"):  # numbers of layers
+        return [0, 1][: len(values)]
     if re.fullmatch(r".*heads(_list)?", name):
         return [max(1, round(v / min(values))) if min(values) else v for v in values]
     return [_one(name, value, sizes, None) for value in values]

@@ -135,6 +135,9 @@ def _head(subject, model, recipe, notes):
     frozen = [n for n, p in model.named_parameters() if p.ndim and p.shape[0] == LABELS and not p.requires_grad]
     if frozen and "Classification" in type(model).__name__:
         raise WrongError(f"{frozen[0]} is as long as the labels and frozen")
+    head = attachment(model).plan.head
+    if head and "For" not in type(model).__name__:
+        raise WrongError(f"a model without a task has a head: {head[0][0]}")
     if not trained_parameters(model):
         raise NothingError("attached, and nothing is trained")
 
