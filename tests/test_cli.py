@@ -365,7 +365,7 @@ def test_two_texts(tmp_path: Path) -> None:
     assert call(*ask, "--pair", "it is good", "--json").json["predictions"][0]["pair"] == "it is good"
     alone = call(*ask)
     assert alone.code == 2
-    assert "takes 2 texts" in alone.err
+    assert "takes 2 texts; give --pair, or a --file with both columns" in alone.err
 
 
 def _following(said: Said) -> list[list[str]]:
@@ -493,7 +493,14 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         lambda w, t: ["evaluate", "--delta", w.delta, "--data", w.data, "--split", "tset"],
         "did you mean 'test'?",
     ),
-    "nothing to predict": (lambda w, t: ["predict", "--delta", w.delta], "no texts"),
+    "nothing to predict": (
+        lambda w, t: ["predict", "--delta", w.delta],
+        "no texts to predict; give --text or --file",
+    ),
+    "a pair too much": (
+        lambda w, t: ["predict", "--delta", w.delta, "--text", "a", "--pair", "b"],
+        "takes 1 text; leave out --pair",
+    ),
     "text without its column": (
         lambda w, t: ["predict", "--delta", w.delta, "--file", _file(t / "a.csv", "body,id\ngood,1\n")],
         "has no column 'text', which the delta's task reads; its columns are body, id",

@@ -70,6 +70,10 @@ ROWS = {
     ),
     "tags": ([{"tokens": ["a", str(i)], "tags": ["N", "V"]} for i in range(30)], [], "use --metric token_accuracy"),
     "few": ([{"text": "a", "label": 0}, {"text": "b", "label": 1}], [], "give a folder with a file for each split"),
+    "no words": (
+        [{"text": f"a {i}", "label": i % 2} for i in range(30)], ["--kind", "tokens"],
+        "--kind tokens needs a column of lists of words, as .jsonl and .conll files have; the columns are text, label",
+    ),
     "packed": (
         [{"text": f"a {i}", "label": i % 2} for i in range(30)], ["--batching", "pack"], "use --batching length"
     ),

@@ -55,6 +55,9 @@ def infer(rows: Dataset, kind: str | None, text: Sequence[str] | None, label: st
     label = label or _only(_known(there, TARGETS), there, "label")
     kind, note = (kind, "") if kind else _kind_of(rows, label)
     fitting = [n for n in there if n != label and hasattr(rows.features[n], "feature") == (kind == "tokens")]
+    if kind == "tokens" and not fitting and not text:
+        raise DataError(f"kind='tokens' needs a column of lists of words, as .jsonl and .conll files have; the columns "
+                        f"are {', '.join(there)}")  # fmt: skip
     text = tuple(text) if text else _texts(fitting, there)
     _check_types(rows, kind, text)
     return Columns(kind, text, label, note)

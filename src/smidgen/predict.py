@@ -122,9 +122,9 @@ def _columns(delta: Delta) -> list[str]:
 
 def _check(texts: Sequence[Text], pairs: Sequence[Text] | None, wanted: int) -> None:
     if not texts:
-        raise DataError("there are no texts to predict")
+        raise DataError("there are no texts to predict; give text= or file=")
     if (pairs is not None) != (wanted == 2):
-        hint = "give --pair for each, or a file with both columns" if wanted == 2 else "leave out the pairs"
+        hint = "give pairs=, or a file= with both columns" if wanted == 2 else "leave out pairs="
         raise DataError(f"the delta's task takes {wanted} text{'s' * (wanted > 1)}; {hint}")
     if pairs is not None and len(pairs) != len(texts):
         raise DataError(f"{len(texts)} texts and {len(pairs)} pairs: they go together one by one")
@@ -157,7 +157,7 @@ def _classify(
     seconds: list[Any] = [None] * len(texts) if pairs is None else list(pairs)
     rows = []
     outputs = _outputs(model, tokenizer, delta, "classification", columns, sizes[0])
-    for text, pair, (row, _) in zip(texts, seconds, outputs, strict=True):
+    for text, pair, (row, _) in zip(map(str, texts), seconds, outputs, strict=True):
         if not delta.labels or len(row) == 1:
             rows.append(Prediction(text, float(row[0]), pair))
         else:
