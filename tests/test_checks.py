@@ -11,6 +11,7 @@ from torch import nn
 from smidgen import ports
 from smidgen.attachment import Attachment
 from smidgen.delta import Delta
+from smidgen.errors import AttachError
 from smidgen.methods.bitfit import BitFit
 from smidgen.methods.dora import DoRA
 from smidgen.methods.ia3 import IA3
@@ -24,7 +25,7 @@ from smidgen.testing import CHECKS, case, run_check
 ATTACH, PLACE = sys.modules["smidgen.attach"], sys.modules["smidgen.place"]
 MERGE = sys.modules["smidgen.merge"]
 CHECKS_TRAINING = sys.modules["smidgen.checks.training"]
-FAILURES = (AssertionError, AttributeError, pickle.PicklingError)
+FAILURES = (AssertionError, AttributeError, AttachError, pickle.PicklingError)  # a run-time check may see it first
 
 
 @dataclass(frozen=True)
