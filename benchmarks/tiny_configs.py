@@ -323,7 +323,7 @@ TYPES = {
     "mobilebert": {"intra_bottleneck_size": 32, "true_hidden_size": 32, "embedding_size": 32},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "pix2struct_vision_model": {"patch_embed_hidden_size": 192},
-    "reformer": {"axial_pos_shape": (8, 8), "axial_pos_embds_dim": (16, 16), "attention_head_size": 8},
+    "reformer": {"axial_pos_embds": False, "attention_head_size": 8},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],

@@ -61,7 +61,7 @@ def shown(reason: str, cls: str) -> str:
     text = re.sub(r"(?<=[. ])\d+(?=[.])", "*", text)
     text = re.sub(r"\b\d+ of \d+ ", "", text)
     text = re.sub(r"\b\d+(\.\d+)?e[-+]?\d+|\b\d+\.\d+", "x", text)
-    text = re.sub(r"; (roles|sublayers) found: [^;]*", "", text)
+    text = re.sub(r"; (roles found:|sublayers found:|it has|did you mean|narrow the recipe) [^;]*", "", text)
     text = re.sub(r"\s+", " ", text).replace("|", "\\|").replace("<", "&lt;")
     return text if len(text) <= 220 else text[:217] + "..."
 
@@ -94,7 +94,7 @@ def totals(content: dict[str, Any]) -> list[str]:
     counts = content["counts"]["recipes"]
     lines = [f"| method | {' | '.join(WORDS.values())} |", "|---" + "|---:" * len(WORDS) + "|"]
     for recipe, row in counts.items():
-        lines.append(f"| `{recipe}` | {' | '.join(str(row[name]) for name in WORDS)} |")
+        lines.append(f"| `{method(recipe)}` | {' | '.join(str(row[name]) for name in WORDS)} |")
     return lines
 
 
