@@ -12,6 +12,8 @@ from smidgen.probe import Affine, affine, is_plain
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+# Tables by distance or position, and what a router adds to choose experts (outside of the loss): biases by name alone.
+NO_BIASES = {"relative", "position", "correction", "expert"}
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -73,6 +75,16 @@ def kind_of(module: nn.Module) -> str:
     if is_conv(module):
         return "conv"
     return "embedding" if isinstance(module, nn.Embedding) else "other"
+
+
+def is_bias(name: str) -> bool:
+    """Whether a parameter of this name is added to what a map gives, or to what attention compares.
+
+    `bias`, `q_bias` (DeBERTa), `r_w_bias` (XLNet), `gate_up_proj_bias` (experts), `pos_bias_u` (conformers), `bias_k`.
+    """
+    *front, last = name.split("_")
+    named = "bias" in (last, *front[:1]) or (len(last) == 1 and front[-1:] == ["bias"])
+    return named and not NO_BIASES & {*front, last}
 
 
 def widths(module: nn.Module) -> tuple[int, int]:

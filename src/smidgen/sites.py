@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smidgen.bare import bare
 from smidgen.calls import never_called
-from smidgen.kinds import channel_axis, is_norm, kind_of, norm_form, widths
+from smidgen.kinds import channel_axis, is_bias, is_norm, kind_of, norm_form, widths
 from smidgen.layouts import NORM_ROLES, linear_parts, matching, norm_roles, within
 from smidgen.slices import Rows
 
@@ -63,6 +63,11 @@ class Site:
             return self.path
         (role,) = self.roles
         return f"{self.path}[{role}{self.rows.start // self.width_out if role == 'ff_in' else ''}]"
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """The terms that are biases: that of the map or norm, and those that a module has beside its maps."""
+        return tuple(term for term, _ in self.terms if term == self.bias or is_bias(term))
 
 
 @dataclass(frozen=True)

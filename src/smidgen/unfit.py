@@ -73,7 +73,7 @@ def _of_norms(method: Method, model: nn.Module, sites: Sequence[Site]) -> str:
             text = "; its norms are BatchNorms, whose statistics run, and no others"
         else:
             text = "; it has no norms"
-    if trained == {_NORM.bias} and not any(site.bias for site in sites):
+    if trained == {_NORM.bias} and not any(site.biases for site in sites):
         text += "; none of its maps and norms has a bias" + (": LN() trains gains" if norms else "")
     return text
 
