@@ -106,8 +106,8 @@ def test_known_places():
 def test_a_fused_projection_is_three_parts():
     model = build("gpt2")
     parts = [part for part in components(model) if part.name.startswith("transformer.h.0.attn.c_attn.")]
-    found = [(part.component, part.term, part.rows) for part in parts[:3]]
-    assert found == [("query", "weight", (0, 16)), ("key", "weight", (16, 32)), ("value", "weight", (32, 48))]
+    found = [(part.component, part.term, tuple(part.rows)) for part in parts[:3]]
+    assert found == [("query", "weight", (0, 16, 1)), ("key", "weight", (16, 32, 1)), ("value", "weight", (32, 48, 1))]
     assert parts[4].label == "transformer.h.0.attn.c_attn.bias[key]"
     weight, bias = torch.arange(16.0 * 48).reshape(16, 48), torch.arange(48.0)
     assert torch.equal(parts[1].of(weight), weight[:, 16:32])  # a Conv1D stores (in, out)
@@ -582,7 +582,7 @@ MISTAKES = {
     ),
     "out is a file": (
         lambda w, t: ["changes", "--tuned", w / "delta", "--out", w / "delta" / "delta.json"],
-        "cannot write to",
+        "delta.json is a file, not a folder",
     ),
     "kind of Fisher": (
         lambda w, t: ["fisher", "--model", w / "base", "--data", w / "first", "--kind", "emprical"],

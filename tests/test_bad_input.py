@@ -153,7 +153,7 @@ SPELLED = [
     ("bert", "LoRA", RecipeError, "write LoRA()"),
     ("bert", "SSF(shfit=True)", RecipeError, "'shfit'", "did you mean 'shift'?", "target, norms, convs, shift, layers"),
     ("bert", "LoRA(8, rank=8)", RecipeError, "multiple values for argument 'rank'", "it has: rank, alpha"),
-    ("bert", "IA3(1, 2)", RecipeError, "too many positional arguments", "it has: layers"),
+    ("bert", "IA3(1, 2, 3, 4)", RecipeError, "too many positional arguments", "it has: layers"),
     ("bert", "LN() | Select()", RecipeError, "missing a required argument: 'score'", "it has: score, keep"),
     ("bert", "LN() - LoRA()", RecipeError, "only + between methods"),
     ("bert", "LN() +", RecipeError, "cannot read the recipe", "'LN() + LoRA(rank=8)'"),

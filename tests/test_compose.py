@@ -251,7 +251,7 @@ BROKEN = [
     ("disabled_gives_the_base", Prefix(2), always_on),
     ("disabled_gives_the_base", PromptTuning(2), always_on),
     ("detaches_bit_for_bit", Prefix(2), keep_configuration),
-    ("detaches_bit_for_bit", Adapter(width=2), no_tap_taken),
+    ("detaches_bit_for_bit", Adapter(width=2, form="parallel"), no_tap_taken),
 ]
 
 
