@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from smidgen.bare import bare
 from smidgen.calls import without_gradient
 from smidgen.errors import PlanError
+from smidgen.gaps import Gap, left_out
 from smidgen.heads import check_pooling, head_parts, own_pooling, unused_under
 from smidgen.inputs import find_input
 from smidgen.layouts import within
@@ -42,7 +43,8 @@ class Plan:
     """What a recipe will do to a model. The head is counted apart, the same in every recipe.
 
     `low` are sites of the head in or below the blocks: tensors that the checkpoint lacked. `spare` are names of the
-    head's tensors that are new in the base, which the model may not use.
+    head's tensors that are new in the base, which the model may not use. `left_out` is what the recipe's words would
+    cover and it does not, by place and reason.
     """
 
     recipe: Recipe
@@ -56,6 +58,7 @@ class Plan:
     chosen: bool = False
     low: tuple[Site, ...] = field(default=(), compare=False)
     spare: tuple[str, ...] = field(default=(), compare=False)
+    left_out: tuple[Gap, ...] = field(default=(), compare=False)
 
     @property
     def places(self) -> list[Site]:
@@ -127,6 +130,7 @@ class Plan:
             "pooling": self.pooling or self.reads,
             "costs": self.costs,
             "narrowed": "later" if self.pending else self.chosen,
+            "left_out": [asdict(gap) for gap in self.left_out],
             "tensors": {name: list(shape) for name, shape in self.saved.items()},
         }
 
@@ -137,6 +141,7 @@ class Plan:
             f"trains {self.trained:,} of {self.pretrained:,} values ({self.share:.4%}); "
             f"head apart {self.head_values:,}; file {self.file_bytes:,} bytes; lowest edit: {self.lowest}"
         )
+        lines += [f"left out by {gap.method}: {gap}" for gap in self.left_out]
         return "\n".join(lines)
 
 
@@ -167,8 +172,8 @@ def resolve(
     owners = find_sites(model)
     sites = [*owners, *find_sublayers(model)]
     sites += [*find_heads(model, sites), *find_input(model)]
-    shut = without_gradient(model)
-    sites = [site for site in sites if not any(within(site.path, path) for path in shut)]
+    barred = [site for site in sites if any(within(site.path, path) for path in without_gradient(model))]
+    sites = [site for site in sites if site not in barred]
     rows = _all_rows(model, recipe, sites, parameters, closed)
     refuse_no_room(model, rows)
     refuse_twice(rows, parameters)
@@ -189,7 +194,23 @@ def resolve(
         own_pooling(model),
         low=_low(owners, spare if isinstance(model, PreTrainedModel) else trained),
         spare=spare,
+        left_out=_gaps(model, recipe, sites, barred, rows, closed),
     )
+
+
+def _gaps(
+    model: nn.Module, recipe: Recipe, sites: list[Site], barred: list[Site], rows: list[Row], closed: Collection[int]
+) -> tuple[Gap, ...]:
+    """What each method leaves out, the head and what lies outside its `stack` apart."""
+    found: list[Gap] = []
+    for index, method in enumerate(recipe):
+        assert isinstance(method, Method)
+        inner = ((s, model.get_submodule(s.path).parameters()) for s in in_stack(method, [*sites, *barred]))
+        near = [site for site, parameters in inner if not all(id(p) in closed for p in parameters)]
+        here = [row for row in rows if row.index == index and row.site.kind != SHARED]
+        reach = [site for site in near if site not in barred]
+        found += left_out(method, model, reach, [site for site in near if site in barred], here)
+    return tuple(found)
 
 
 def _all_rows(

@@ -114,7 +114,7 @@ def find_heads(model: nn.Module, sites: Iterable[Site]) -> list[Site]:
     """
     sites, found = list(sites), []
     for site in sites:
-        path = _interface(model, site.entry) if site.kind in SUBLAYERS[:2] else None
+        path = interface_path(model, site.entry) if site.kind in SUBLAYERS[:2] else None
         if path is None:
             continue
         module: Any = model.get_submodule(path)
@@ -132,7 +132,7 @@ def without_keys(model: nn.Module, sites: Iterable[Site]) -> list[Site]:
 
     A tower for images or sound may lack it (Donut's): the text goes by there.
     """
-    lacking = [s for s in sites if s.kind in SUBLAYERS[:2] and _interface(model, s.entry) is None]
+    lacking = [s for s in sites if s.kind in SUBLAYERS[:2] and interface_path(model, s.entry) is None]
     return [
         replace(site, kind="keys_values", entry="", path=site.entry) for site in lacking if _reads_text(model, site)
     ]
@@ -151,12 +151,12 @@ def _reads_text(model: nn.Module, site: Site) -> bool:
 
 def no_interface(model: nn.Module, sites: Iterable[Site]) -> list[str]:
     """Class names of attention modules that compute without transformers' AttentionInterface."""
-    lacking = (s for s in sites if s.kind in SUBLAYERS[:2] and _interface(model, s.entry) is None)
+    lacking = (s for s in sites if s.kind in SUBLAYERS[:2] and interface_path(model, s.entry) is None)
     classes = (type(model.get_submodule(site.entry.rpartition(".")[0])).__name__ for site in lacking)
     return list(dict.fromkeys(classes))
 
 
-def _interface(model: nn.Module, entry: str) -> str | None:
+def interface_path(model: nn.Module, entry: str) -> str | None:
     """The path of the innermost module around an attention's first map whose forward asks the interface."""
     path = entry.rpartition(".")[0]
     while path:

@@ -55,7 +55,7 @@ def no_match(method: Method, model: nn.Module, sites: Sequence[Site]) -> str:
         text += f"; no gradient passes through {shut[0] or 'its forward'}, which stands under torch.no_grad"
     if not any(site.roles & set(LINEAR_ROLES) for site in sites):
         text += f"; {UNKNOWN}"
-    if stacked := [site.path for site in sites if _stacked(model, site)]:
+    if stacked := [site.path for site in sites if is_stacked(model, site)]:
         text += f"; {stacked[0]} holds stacked 3-D weights (of experts or heads), which hooks cannot reach"
     return text
 
@@ -78,7 +78,7 @@ def _of_norms(method: Method, model: nn.Module, sites: Sequence[Site]) -> str:
     return text
 
 
-def _stacked(model: nn.Module, site: Site) -> bool:
+def is_stacked(model: nn.Module, site: Site) -> bool:
     """Whether a site holds several matrices in one parameter. A convolution's weight has three axes too, also where it
     is made of parts that lie in modules below it (weight norm)."""
     parents = [site.path.rsplit(".", i)[0] for i in range(site.path.count(".") + 1)]

@@ -30,10 +30,18 @@ def plan(result: Plan, every: bool = False) -> RenderableType:
         "pooling": result.pooling or result.reads,
         "file": size(result.file_bytes) + (" before choosing" if result.pending else ""),
         "lowest edit": f"{result.lowest} (no gradient below)",
+        "left out": "\n".join(_left_out(result)) or None,
         **{name.replace("_", " "): text for name, text in _costs(result.costs or {})},
     }
     title = Text(f"{result.recipe} on {result.model}", style="bold")
     return Group(title, sites, facts({k: v for k, v in sums.items() if v is not None}))
+
+
+def _left_out(result: Plan) -> Iterator[str]:
+    """One line for each reason; the method's name where there are several."""
+    several = len(result.recipe) > 1
+    for gap in result.left_out:
+        yield f"{gap.method.partition('(')[0]}: {gap}" if several else str(gap)
 
 
 def _later(result: Plan) -> str:
