@@ -30,16 +30,50 @@ def in_layers(site: Site, layers: Layers) -> bool:
 
 
 def check_targets(method: str, field: str, names: Sequence[str], sites: Sequence[Site]) -> None:
-    """Raise PlanError, naming the nearest, unless each name stands for at least one linear map."""
+    """Raise PlanError unless each name stands for at least one linear map: says what it is, or names the nearest."""
     for name in names:
-        if not any(targeted(site, (name,)) for site in sites):
-            endings = {site.path.rpartition(".")[2] for site in sites if site.kind == "linear"}
-            known = {role for site in sites for role in site.roles if role in LINEAR_ROLES} | endings
-            known |= {"linear"} if any(targeted(site, ("linear",)) for site in sites) else set()
+        if any(targeted(site, (name,)) for site in sites):
+            continue
+        if found := next((site for site in sites if _at(site, name) and site.kind not in ("linear", "input")), None):
             raise PlanError(
-                f"{method}: {field} names {name!r}, which this model does not have{nearest(name, known)}; "
-                f"it has {', '.join(sorted(known)) or 'no linear map'}"
+                f"{method}: {field} names {name!r}, which is no linear map but {_what(found)} ({found.path})"
+                + (f"; Full(target={name!r}) trains it whole" if field == "target" else "")
             )
+        endings = {site.path.rpartition(".")[2] for site in sites if site.kind == "linear"}
+        inside = {site.path.rpartition(".")[2] for site in sites if site.kind == "linear" and _in(site, name)}
+        if inside:
+            raise PlanError(
+                f"{method}: {field} names {name!r}, which is no linear map but a module that holds some; "
+                f"name {', '.join(sorted(inside))}"
+            )
+        known = {role for site in sites for role in site.roles if role in LINEAR_ROLES} | endings
+        known |= {"linear"} if any(targeted(site, ("linear",)) for site in sites) else set()
+        raise PlanError(
+            f"{method}: {field} names {name!r}, which this model does not have{nearest(name, known)}; "
+            f"it has {', '.join(sorted(known)) or 'no linear map'}"
+        )
+
+
+def _at(site: Site, name: str) -> bool:
+    """Whether the path of a site that owns tensors, or of one of them, is or ends in a name."""
+    paths = [site.path, *(f"{site.path}.{term}" for term, _ in site.terms)] if site.terms and site.rows is None else []
+    return any(f".{path}".endswith("." + name) for path in paths)
+
+
+def _in(site: Site, name: str) -> bool:
+    return f".{name}." in f".{site.path}"
+
+
+def _what(site: Site) -> str:
+    """What a site is that is no linear map, in a few words."""
+    if site.kind != "other":
+        return {"embedding": "an embedding", "conv": "a convolution", "norm": "a norm"}.get(site.kind, site.kind)
+    terms = dict(site.terms)
+    if "in_proj_weight" in terms:
+        return "an nn.MultiheadAttention, which reads its maps and calls none"
+    if any(len(shape) == 3 and shape[0] > 1 for shape in terms.values()):
+        return "several weights stacked in one parameter"
+    return "a module with a forward of its own, or one that is read and never called"
 
 
 def as_names(value: str | tuple[str, ...]) -> tuple[str, ...]:

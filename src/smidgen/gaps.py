@@ -35,6 +35,7 @@ HEADS = "how many heads it has is not known"
 RUNNING = "statistics that run, as BatchNorm's"
 SHAPE = "its gain is not one by channel or by head"
 PLACE = "which sublayer the norm belongs to is not known"
+NAMED = "named by its path, and no linear map"
 OUTSIDE = "it lies outside of all stacks of blocks, where no parts are looked for"
 NO_GRADIENT = "no gradient passes: under torch.no_grad"
 ABSENT = "a stack without the parts that it names"
@@ -71,7 +72,8 @@ def left_out(
     if not rows:
         return ()
     covered = _Covered(rows)
-    found = [c for c in _candidates(model, sites) if _wants(method, c) and c.path not in covered]
+    found = [_Candidate(s.path, s, (), NAMED) for s in sites if _named(method, s) and s.path not in covered]
+    found += [c for c in _candidates(model, sites) if _wants(method, c) and c.path not in covered]
     found += [c for c in _without_keys(method, model, sites) if c.path not in covered]
     found += [c for c in _norms(method, model, sites) if c.path not in covered]
     found += [_Candidate(s.path, s, (), NO_GRADIENT) for s in shut if _reaches(method, s)]
@@ -151,6 +153,14 @@ def _means(method: Method, side: str, path: str, place: Site) -> bool:
 
 def _wants(method: Method, candidate: _Candidate) -> bool:
     return any(_means(method, side, candidate.path, candidate.place) for side in candidate.sides)
+
+
+def _named(method: Method, site: Site) -> bool:
+    """Whether the method would stand at a map of this path by the path alone, at which there is none."""
+    if site.kind not in ("embedding", "conv", "other"):
+        return False
+    like = replace(WORDS["linear"][0], path=site.path, roles=frozenset[str](), layer=site.layer, depth=site.depth)
+    return method.acts(like)
 
 
 def _candidates(model: nn.Module, sites: Sequence[Site]) -> Iterator[_Candidate]:
