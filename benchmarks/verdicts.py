@@ -126,8 +126,8 @@ def _attach(subject, model, recipe, notes):
     plan = attachment(model).plan
     missing = uncovered(subject.model, plan)
     named = [" ".join(str(text).split()) for text in getattr(plan, "left_out", None) or ()]
-    if named or missing:
-        notes["left"] = "; ".join(named) or missing
+    if missing:
+        notes["left"] = missing
         notes["named"] = bool(named)
 
 

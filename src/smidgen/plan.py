@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -35,6 +35,7 @@ from smidgen.unfit import (
     refuse_unfoldable,
     refuse_unsupported,
 )
+from smidgen.unread import read_sites, unread
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Plan:
     """What a recipe will do to a model. The head is counted apart, the same in every recipe.
 
     `low` are sites of the head in or below the blocks: tensors that the checkpoint lacked. `spare` are names of the
-    head's tensors that are new in the base, which the model may not use.
+    head's tensors that are new in the base, which the model may not use. `left_out` are paths of modules that its class
+    or configuration never reads, where the recipe would have trained something.
     """
 
     recipe: Recipe
@@ -56,6 +58,7 @@ class Plan:
     chosen: bool = False
     low: tuple[Site, ...] = field(default=(), compare=False)
     spare: tuple[str, ...] = field(default=(), compare=False)
+    left_out: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def places(self) -> list[Site]:
@@ -127,6 +130,7 @@ class Plan:
             "pooling": self.pooling or self.reads,
             "costs": self.costs,
             "narrowed": "later" if self.pending else self.chosen,
+            "left_out": list(self.left_out),
             "tensors": {name: list(shape) for name, shape in self.saved.items()},
         }
 
@@ -137,6 +141,7 @@ class Plan:
             f"trains {self.trained:,} of {self.pretrained:,} values ({self.share:.4%}); "
             f"head apart {self.head_values:,}; file {self.file_bytes:,} bytes; lowest edit: {self.lowest}"
         )
+        lines += [f"left out, never read: {path}" for path in self.left_out]
         return "\n".join(lines)
 
 
@@ -169,7 +174,12 @@ def resolve(
     sites += [*find_heads(model, sites), *find_input(model)]
     shut = without_gradient(model)
     sites = [site for site in sites if not any(within(site.path, path) for path in shut)]
-    rows = _all_rows(model, recipe, sites, parameters, closed)
+    left = _left_out(recipe, sites, unread(model))
+    sites = read_sites(model, sites)
+    try:
+        rows = _all_rows(model, recipe, sites, parameters, closed)
+    except PlanError as error:
+        raise PlanError(f"{error}; {type(model).__name__} never reads {', '.join(left)}") if left else error from None
     refuse_no_room(model, rows)
     refuse_twice(rows, parameters)
     refuse_unfoldable(rows)
@@ -189,7 +199,16 @@ def resolve(
         own_pooling(model),
         low=_low(owners, spare if isinstance(model, PreTrainedModel) else trained),
         spare=spare,
+        left_out=left,
     )
+
+
+def _left_out(recipe: Recipe, sites: Sequence[Site], closed: Sequence[str]) -> tuple[str, ...]:
+    """Those of the parts that are never read in which the recipe has sites."""
+    inside = [site for site in sites if any(within(site.path, path) for path in closed)]
+    methods = [term for term in recipe if isinstance(term, Method)]
+    wanted = [site.path for site in inside if any(term.trains(site) or term.acts(site) for term in methods)]
+    return tuple(path for path in closed if any(within(place, path) for place in wanted))
 
 
 def _all_rows(
