@@ -104,6 +104,8 @@ def of_text(name, **options):
     return ready(getattr(T, name), config(**h.BASE | {"vocab_size": 40}, num_labels=3, **options))
 
 
+BART = {f"{side}_{k}": v for side in ("encoder", "decoder")
+        for k, v in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 24))}  # fmt: skip
 CLASSES = {
     "clip": (clip, {"vision_model.post_layernorm"}),
     "siglip": (siglip, {"vision_model.head"}),
@@ -116,6 +118,10 @@ CLASSES = {
         {"canine.projection", "canine.final_char_encoder"},
     ),
     "bert": (lambda: of_text("BertForSequenceClassification"), set()),
+    "bart": (
+        lambda: ready(T.BartForConditionalGeneration, T.BartConfig(vocab_size=40, d_model=16, **BART)),
+        set(),
+    ),
     "layoutlm text": (lambda: of_text("LayoutLMForSequenceClassification"), set()),
 }
 

@@ -8,7 +8,7 @@ counts as read.
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -36,8 +36,17 @@ def unread(model: nn.Module) -> tuple[str, ...]:
                 if child is not None and parents[id(child)] == 1:
                     inner = f"{path}.{name}" if path else name
                     found += (f"{inner}.{part}" for part in _idle(owner, child, reads))
-    held = [path for path in dict.fromkeys(found) if next(model.get_submodule(path).parameters(), None) is not None]
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    held = [path for path in dict.fromkeys(found) if _is_owner(model.get_submodule(path), path, owners)]
     return tuple(path for path in held if not any(path != other and within(path, other) for other in held))
+
+
+def _is_owner(module: nn.Module, path: str, owners: Mapping[int, Sequence[str]]) -> bool:
+    """Whether a module has parameters, all of them for itself (BART's `shared` are those of other modules)."""
+    names = [name for parameter in module.parameters() for name in owners[id(parameter)]]
+    return bool(names) and all(within(name, path) for name in names)
 
 
 def read_sites(model: nn.Module, sites: list[Site]) -> list[Site]:
