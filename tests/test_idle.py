@@ -131,6 +131,20 @@ def test_biases_of_which_the_task_uses_none(tmp_path):
         train(odd.build("gemma3"), "BitFit()", "gemma3", tmp_path)
 
 
+def test_a_tensor_without_values_is_not_trained():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = T.DINOv3ViTModel(T.DINOv3ViTConfig(**sizes, image_size=8, patch_size=4, num_register_tokens=0))
+    assert model.embeddings.register_tokens.numel() == 0
+    sm.attach(model, "Full()")
+    assert "embeddings.mask_token" in trained_parameters(model)
+    assert "embeddings.register_tokens" not in trained_parameters(model)
+    shake(trained_parameters(model).values())
+    image = {"pixel_values": torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
+    with torch.no_grad():
+        wanted = model.eval()(**image).last_hidden_state
+        assert torch.allclose(sm.merge(model)(**image).last_hidden_state, wanted, atol=1e-6)
+
+
 def test_no_gradient_passes_through_an_indexer():
     """DeepSeek's picks keys under torch.no_grad: nothing in it can be trained."""
     model = odd.build("deepseek_v32")

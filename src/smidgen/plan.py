@@ -250,7 +250,8 @@ def _rows(
     for site in sites:
         prefix = f"{site.path}." if site.path else ""
         owned = {term: parameters[prefix + term] for term, _ in site.terms}
-        trained = [term for term in method.trains(site) if id(owned[term]) not in closed | seen]
+        # one without values (DINOv3's registers, of which there may be none) can neither move nor be rounded
+        trained = [t for t in method.trains(site) if owned[t].numel() and id(owned[t]) not in closed | seen]
         seen.update(id(owned[term]) for term in trained)
         if trained:
             yield Row(index, method, site, tuple((t, tuple(owned[t].shape)) for t in trained), added=False)
