@@ -12,7 +12,7 @@ import smidgen as sm
 from smidgen.attachment import attachment, trained_parameters
 from smidgen.errors import AttachError, SmidgenError
 from smidgen.recipe import as_recipe
-from smidgen.watch import check_gradients, resting
+from smidgen.watch import Watch, resting
 
 NEAR = 1e-4  # of 1 + the largest output: what float32 inside a float64 model leaves
 # "stopped": accepted, then refused with one line in the first step or at detach, where attach could have known
@@ -125,9 +125,9 @@ def _attach(subject, model, recipe, notes):
     sm.attach(model, recipe)
     plan = attachment(model).plan
     missing = uncovered(subject.model, plan)
-    named = [" ".join(str(text).split()) for text in getattr(plan, "left_out", None) or ()]
-    if named or missing:
-        notes["left"] = "; ".join(named) or missing
+    named = [" ".join(str(text).split()) for text in (*plan.left_out, *plan.unread)]
+    if missing:
+        notes["left"] = missing
         notes["named"] = bool(named)
 
 
@@ -159,9 +159,11 @@ def _train(subject, model, recipe, notes):
     loss = sum((t.double() * torch.randn(t.shape, dtype=torch.float64, generator=generator)).sum() for t in found)
     if not loss.requires_grad:
         raise WrongError("the output depends on nothing that is trained")
+    watch = Watch(model)
     loss.backward()
-    check_gradients(model)
-    may, dead = set(resting(model)), []
+    watch.first(model)
+    watch.saw(model)
+    may, dead = {*resting(model), *watch.unseen, *watch.flat(model)}, []
     for name, parameter in trained_parameters(model).items():
         if name not in may and not parameter.grad.any():
             dead.append(name)

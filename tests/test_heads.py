@@ -14,6 +14,7 @@ from smidgen.errors import AttachError
 from smidgen.heads import head_names, own_pooling, pool
 from smidgen.models import load
 from smidgen.plan import resolve
+from smidgen.sites import find_sites
 from tests import helpers as h
 
 CLASSIFIER = ("classifier.weight", "classifier.bias")
@@ -94,6 +95,26 @@ def test_a_finetuned_checkpoint_trains_its_last_layer(tasks, tmp_path):
     h.tokenizer().save_pretrained(tmp_path / "tuned")
     model, _ = load(tmp_path / "tuned", task=tasks["classification"])
     assert head_names(model) == DENSE[2:]
+
+
+DINO = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("cls", "norm"),
+    [("DINOv3ViTModel", "norm"), ("DINOv3ConvNextModel", "layer_norm"), ("Sapiens2Model", "norm"),
+     ("DINOv3ViTBackbone", "norm")],
+)  # fmt: skip
+def test_a_class_without_a_task_has_no_head(cls, norm):
+    """Where others keep the base model, these keep their encoder: what lies around it is pretrained as well."""
+    config = getattr(T, cls.replace("Model", "Config").replace("Backbone", "Config"))
+    sizes = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]} if "Next" in cls else {**DINO, "patch_size": 4}
+    model = getattr(T, cls)(config(**sizes))
+    assert model.base_model is not model
+    assert head_names(model) == ()
+    assert not resolve(model, "LN()").head
+    final = [site.path for site in find_sites(model) if "final" in site.roles]
+    assert final == [norm]
 
 
 def test_no_head():

@@ -9,10 +9,11 @@ from transformers import Trainer, TrainingArguments
 
 import smidgen as sm
 from smidgen.attachment import trained_parameters
+from smidgen.cases import shake
 from smidgen.errors import PlanError, TrainError
 from smidgen.plan import resolve
 from smidgen.recipe import parse
-from smidgen.watch import IdleWarning
+from smidgen.watch import IdleWarning, Watch
 from tests import helpers as h
 from tests import odd_models as odd
 
@@ -78,6 +79,70 @@ def test_full_trains_what_the_task_uses(tmp_path):
         match=r"5 of 40 .*first transformer\.layer\.0\.rel_attn\.r_s_bias in 4 steps: the task does not use them",
     ):
         sm.fit(model, "Full()", task, tokenizer=h.tokenizer(), epochs=2, batch_size=8, progress=False)
+
+
+def longformer(tmp_path, recipe):
+    """Two layers, a head that reads the first token, which alone attends to all the text, by maps of its own."""
+    config = T.LongformerConfig(**{**h.BASE, "max_position_embeddings": 80}, attention_window=4, num_labels=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = T.LongformerForSequenceClassification(config)
+    shake(model.parameters(), 0.1)
+    task = h.task(tmp_path / "task", 16, 4)
+    return sm.fit(model, recipe, task, tokenizer=h.tokenizer(), epochs=3, batch_size=4, lr=1e-2, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "counts"),
+    [("LoRA(rank=2)", "4 of 12"), ("BitFit(norms=False)", r"\d+ of \d+"), ("Full()", r"\d+ of \d+")],
+)
+def test_what_a_model_itself_leaves_without_effect_is_named_at_the_end(recipe, counts, tmp_path):
+    """The last layer's common maps move nothing: the first token's output is that of maps of its own."""
+    first = r"longformer\.encoder\.layer\.1\.attention\.self\.(query|key)\."
+    with pytest.warns(
+        IdleWarning, match=rf"{counts} trained tensors had a gradient of zeros, first {first}.* in 12 steps"
+    ):
+        delta = longformer(tmp_path, recipe)
+    assert any("layer.0.attention.self.query." in name for name in delta.tensors)
+
+
+def test_a_term_that_has_no_effect_at_all_is_an_error(tmp_path):
+    recipe = "LN() + LoRA(rank=2, target='query', layers=1)"
+    with pytest.raises(TrainError, match=r"2 of \d+ .* did not move in 5 steps, first longformer\.encoder\.layer\.1"):
+        longformer(tmp_path, recipe)
+
+
+def test_biases_that_a_task_does_not_use(tmp_path):
+    """No global attention without a token that is marked for it."""
+    config = T.LongformerConfig(**{**h.BASE, "max_position_embeddings": 80}, attention_window=4)
+    model = sm.attach(T.LongformerForMaskedLM(config), "BitFit()")
+    watch = Watch(model)
+    model(torch.randint(5, 12, (2, 8))).logits.square().sum().backward()
+    watch.first(model)
+    watch.saw(model)
+    with pytest.warns(IdleWarning, match=r"6 of \d+ .*_global\.bias in 1 steps: the task does not use them"):
+        watch.report(model, 1)
+
+
+def test_biases_of_which_the_task_uses_none(tmp_path):
+    with pytest.raises(
+        TrainError, match="depends on nothing that is trained: .* got no gradient, first model.vision_tower"
+    ):
+        train(odd.build("gemma3"), "BitFit()", "gemma3", tmp_path)
+
+
+def test_a_tensor_without_values_is_not_trained():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = T.DINOv3ViTModel(T.DINOv3ViTConfig(**sizes, image_size=8, patch_size=4, num_register_tokens=0))
+    assert model.embeddings.register_tokens.numel() == 0
+    sm.attach(model, "Full()")
+    assert "embeddings.mask_token" in trained_parameters(model)
+    assert "embeddings.register_tokens" not in trained_parameters(model)
+    shake(trained_parameters(model).values())
+    image = {"pixel_values": torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
+    with torch.no_grad():
+        wanted = model.eval()(**image).last_hidden_state
+        assert torch.allclose(sm.merge(model)(**image).last_hidden_state, wanted, atol=1e-6)
 
 
 def test_no_gradient_passes_through_an_indexer():

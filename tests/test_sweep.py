@@ -76,60 +76,7 @@ SAMPLE = (
 )
 TURN = 6  # recipes for each: LN(), and five others in turn
 # what is wrong today -> pair -> recipes; one that is mended must leave the list
-KNOWN_BY_REASON = {
-    "accepted, and what the forward never runs stops training": {
-        "canine/CanineForTokenClassification": (
-            "BitFit()",
-            "Full()",
-        ),
-        "esm/EsmForMaskedLM": ("BitFit()",),
-        "xlnet/XLNetForSequenceClassification": ("Full()",),
-        "phimoe/PhimoeForCausalLM": ("SSF()",),
-        "jamba/JambaForCausalLM": ("SSF()",),
-        "clip/CLIPForImageClassification": (
-            "LN()",
-            "SSF()",
-        ),
-        "wavlm/WavLMForSequenceClassification": (
-            "LoRA(rank=2)",
-            "LoRA(rank=2, target='linear')",
-        ),
-        "llava/LlavaForConditionalGeneration": (
-            "LN()",
-            "Prefix(length=2)",
-            "BitFit()",
-            "Full()",
-        ),
-    },
-    "accepted, and what cannot move on this model stops training": {
-        "funnel/FunnelForSequenceClassification": ("Full()",),
-        "longformer/LongformerForSequenceClassification": (
-            "BitFit()",
-            "Full()",
-            "LoRA(rank=2)",
-        ),
-    },
-    "breaks in the first forward": {
-        "longformer/LongformerForSequenceClassification": ("PromptTuning(length=3)",),
-        "xlnet/XLNetForSequenceClassification": ("PromptTuning(length=3)",),
-    },
-    "training moves buffers, and detach leaves them moved": {
-        "cvt/CvtForImageClassification": (
-            "LN()",
-            "LoRA(rank=2, target='linear')",
-            "IA3()",
-            "SSF()",
-        ),
-    },
-    "a part of the base is taken for a head": {
-        "dinov3_vit/DINOv3ViTModel": (
-            "LN()",
-            "Prefix(length=2)",
-            "BitFit()",
-            "Full()",
-        ),
-    },
-}
+KNOWN_BY_REASON: dict[str, dict[str, tuple[str, ...]]] = {}
 KNOWN = {
     (pair, recipe): reason
     for reason, pairs in KNOWN_BY_REASON.items()

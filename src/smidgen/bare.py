@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from transformers import AutoBackbone, AutoModel
 
 from smidgen.errors import AttachError
 
@@ -36,6 +37,17 @@ def bare(model: Any) -> Any:
             model = model.module
         else:
             return model
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Whether a model is of a class that transformers gives for no task, whatever its `base_model_prefix` names.
+
+    DINOv3's and Sapiens2's names their inner encoder.
+    """
+    config = type(getattr(model, "config", None))
+    known: list[Any] = [auto._model_mapping.get(config, ()) for auto in (AutoModel, AutoBackbone)]
+    classes = [cls for found in known for cls in (found if isinstance(found, tuple | list) else (found,))]
+    return "For" not in type(model).__name__ and type(model) in classes
 
 
 def check_model(model: Any) -> None:

@@ -24,6 +24,7 @@ from smidgen.rows import Row
 from smidgen.sites import Site, find_blocks
 from smidgen.sublayers import SUBLAYERS, interface_path
 from smidgen.unfit import is_stacked
+from smidgen.unread import unread
 
 LAYOUT = "its layout is not known, so nothing says which map is which"
 STACKED = "weights of several experts or heads stacked in one parameter, which no hook reaches"
@@ -78,7 +79,8 @@ def left_out(
     found += [c for c in _norms(method, model, sites) if c.path not in covered]
     found += [_Candidate(s.path, s, (), NO_GRADIENT) for s in shut if _reaches(method, s)]
     found += _whole_stacks(method, sites, [c.path for c in found], rows)
-    why = {candidate.path: candidate.reason for candidate in found}
+    never = unread(model)  # named apart
+    why = {c.path: c.reason for c in found if not any(within(c.path, path) for path in never)}
     reasons: dict[str, list[str]] = {}
     for path, reason in why.items():
         if not any(outer in why for outer in _around(path) if outer != path):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoModel, PreTrainedModel
 
+from smidgen.bare import is_plain
 from smidgen.errors import AttachError
 from smidgen.kinds import kind_of, widths
 from smidgen.lacked import is_noted, models_in, new_names
@@ -70,8 +71,9 @@ def _for_task(model: PreTrainedModel, new: set[str]) -> set[str]:
 
 
 def class_names(model: PreTrainedModel) -> tuple[str, ...]:
-    """Names of what a class has for its task beside the base model; empty where an output embedding is that."""
-    if model.get_output_embeddings() is not None:
+    """Names of what a class has for its task beside the base model; empty without a task, or if that is its output
+    embedding."""
+    if model.get_output_embeddings() is not None or is_plain(model):
         return ()
     base, names = model.base_model is not model, _names(model)
     start = f"{model.base_model_prefix}." if base else ""

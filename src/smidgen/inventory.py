@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from smidgen.calls import never_called, without_gradient
 from smidgen.kinds import CONVOLUTIONS, kind_of
 from smidgen.sites import Site, find_sites
+from smidgen.unread import unread
 
 MOVING = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -84,6 +85,8 @@ def left_alone(model: nn.Module) -> dict[str, tuple[str, ...]]:
         if next(model.get_submodule(path).parameters(), None) is None:
             continue
         found.setdefault("no gradient passes: under torch.no_grad", []).append(path)
+    if closed := unread(model):
+        found["never read by this model's class or configuration"] = list(closed)
     for path, module in model.named_modules():
         for reason in _reasons(module, id(module) in idle):
             found.setdefault(reason, []).append(path)

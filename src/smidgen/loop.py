@@ -44,7 +44,7 @@ from smidgen.speed.inner import resting_modules
 from smidgen.speed.kept import Kept
 from smidgen.speed.recompute import recomputing
 from smidgen.state import borrowed, pack, unpack
-from smidgen.watch import FEW, MANY, Watch, memory_guard, snapshot
+from smidgen.watch import FEW, MANY, Watch, check_depends, memory_guard, snapshot
 
 UNTESTED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -217,7 +217,9 @@ class Loop:
         rows = [self.rows[i] for i in range(min(2, len(self.rows)))]
         batch = {k: v.to(self.accelerator.device) for k, v in self.collate(rows).items()}
         self.resting = resting_modules(self.model, attachment(self.model).plan, batch)
-        self._loss(self.model, batch).backward()
+        loss = self._loss(self.model, batch)
+        check_depends(self.model, loss)
+        loss.backward()
         self.watch.first(self.model)
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -7,6 +7,7 @@ the same set; otherwise the error says what is left over.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 from smidgen.errors import DeltaError, nearest
 from smidgen.fields import LINEAR_ROLES, Layers
 from smidgen.heads import head_names
+from smidgen.layouts import within
 from smidgen.method import Method
 from smidgen.methods.ia3 import IA3, INPUTS
 from smidgen.methods.ln import LN, WHICH
 from smidgen.peft_format import Adapter, check_complete, few
 from smidgen.sites import Site, find_sites, shares_layers
+from smidgen.unread import read_sites, unread
 
 Values = dict[str, Tensor]
 
@@ -28,11 +31,15 @@ class Reader:
     """An adapter beside the model that it belongs to."""
 
     def __init__(self, adapter: Adapter, model: nn.Module) -> None:
-        self.adapter, self.model = adapter, model
-        self.modules = dict(model.named_modules())
+        closed = unread(model)  # what an adapter holds there has no effect
+        kept = {n: t for n, t in adapter.tensors.items() if not any(within(n, path) for path in closed)}
+        self.adapter, self.model = replace(adapter, tensors=kept), model
+        self.modules = {n: m for n, m in model.named_modules() if not any(within(n, path) for path in closed)}
         self.base = dict(model.state_dict())
         head = set(head_names(model))
-        self.sites = [s for s in find_sites(model) if not head & {f"{s.path}.{term}" for term, _ in s.terms}]
+        self.sites = [
+            s for s in read_sites(model, find_sites(model)) if not head & {f"{s.path}.{term}" for term, _ in s.terms}
+        ]
         self.whole = {site.path: site for site in self.sites if site.rows is None}
         self.layered = not shares_layers(model)
 

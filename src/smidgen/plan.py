@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
@@ -36,6 +36,7 @@ from smidgen.unfit import (
     refuse_unfoldable,
     refuse_unsupported,
 )
+from smidgen.unread import read_sites, unread
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class Plan:
     """What a recipe will do to a model. The head is counted apart, the same in every recipe.
 
     `low` are sites of the head in or below the blocks: tensors that the checkpoint lacked. `spare` are names of the
-    head's tensors that are new in the base, which the model may not use. `left_out` is what the recipe's words would
-    cover and it does not, by place and reason.
+    head's tensors that are new in the base, which the model may not use. `unread` are paths of modules that its class
+    or configuration never reads, where the recipe would have trained something. `left_out` is what the recipe's words
+    would cover and it does not, by place and reason.
     """
 
     recipe: Recipe
@@ -58,6 +60,7 @@ class Plan:
     chosen: bool = False
     low: tuple[Site, ...] = field(default=(), compare=False)
     spare: tuple[str, ...] = field(default=(), compare=False)
+    unread: tuple[str, ...] = field(default=(), compare=False)
     left_out: tuple[Gap, ...] = field(default=(), compare=False)
 
     @property
@@ -130,6 +133,7 @@ class Plan:
             "pooling": self.pooling or self.reads,
             "costs": self.costs,
             "narrowed": "later" if self.pending else self.chosen,
+            "unread": list(self.unread),
             "left_out": [asdict(gap) for gap in self.left_out],
             "tensors": {name: list(shape) for name, shape in self.saved.items()},
         }
@@ -141,6 +145,7 @@ class Plan:
             f"trains {self.trained:,} of {self.pretrained:,} values ({self.share:.4%}); "
             f"head apart {self.head_values:,}; file {self.file_bytes:,} bytes; lowest edit: {self.lowest}"
         )
+        lines += [f"left out, never read: {path}" for path in self.unread]
         lines += [f"left out by {gap.method}: {gap}" for gap in self.left_out]
         return "\n".join(lines)
 
@@ -174,7 +179,12 @@ def resolve(
     sites += [*find_heads(model, sites), *find_input(model)]
     barred = [site for site in sites if any(within(site.path, path) for path in without_gradient(model))]
     sites = [site for site in sites if site not in barred]
-    rows = _all_rows(model, recipe, sites, parameters, closed)
+    left = _unread(recipe, sites, unread(model))
+    sites = read_sites(model, sites)
+    try:
+        rows = _all_rows(model, recipe, sites, parameters, closed)
+    except PlanError as error:
+        raise PlanError(f"{error}; {type(model).__name__} never reads {', '.join(left)}") if left else error from None
     refuse_no_room(model, rows)
     refuse_twice(rows, parameters)
     refuse_unfoldable(rows)
@@ -194,14 +204,23 @@ def resolve(
         own_pooling(model),
         low=_low(owners, spare if isinstance(model, PreTrainedModel) else trained),
         spare=spare,
+        unread=left,
         left_out=_gaps(model, recipe, sites, barred, rows, closed),
     )
+
+
+def _unread(recipe: Recipe, sites: Sequence[Site], closed: Sequence[str]) -> tuple[str, ...]:
+    """Those of the parts that are never read in which the recipe has sites."""
+    inside = [site for site in sites if any(within(site.path, path) for path in closed)]
+    methods = [term for term in recipe if isinstance(term, Method)]
+    wanted = [site.path for site in inside if any(term.trains(site) or term.acts(site) for term in methods)]
+    return tuple(path for path in closed if any(within(place, path) for place in wanted))
 
 
 def _gaps(
     model: nn.Module, recipe: Recipe, sites: list[Site], barred: list[Site], rows: list[Row], closed: Collection[int]
 ) -> tuple[Gap, ...]:
-    """What each method leaves out, the head and what lies outside its `stack` apart."""
+    """What each method leaves out, the head, what is never read and what lies outside its `stack` apart."""
     found: list[Gap] = []
     for index, method in enumerate(recipe):
         assert isinstance(method, Method)
@@ -252,7 +271,8 @@ def _rows(
     for site in sites:
         prefix = f"{site.path}." if site.path else ""
         owned = {term: parameters[prefix + term] for term, _ in site.terms}
-        trained = [term for term in method.trains(site) if id(owned[term]) not in closed | seen]
+        # one without values (DINOv3's registers, of which there may be none) can neither move nor be rounded
+        trained = [t for t in method.trains(site) if owned[t].numel() and id(owned[t]) not in closed | seen]
         seen.update(id(owned[term]) for term in trained)
         if trained:
             yield Row(index, method, site, tuple((t, tuple(owned[t].shape)) for t in trained), added=False)

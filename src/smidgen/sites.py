@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from smidgen.bare import bare
+from smidgen.bare import bare, is_plain
 from smidgen.calls import never_called
 from smidgen.kinds import channel_axis, is_bias, is_norm, kind_of, norm_form, widths
 from smidgen.layouts import NORM_ROLES, linear_parts, matching, norm_roles, within
@@ -237,8 +237,7 @@ def _parts_outside(model: nn.Module, stacks: Iterable[str]) -> dict[int, _Part]:
     """
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
     base = getattr(model, "base_model_prefix", "")
-    # DINOv3 keeps its encoder where others keep the base model, so only a model in its own right is one
-    if base not in order or not hasattr(model.get_submodule(base), "base_model_prefix"):
+    if base not in order or is_plain(model):
         base = ""
     parts: dict[int, _Part] = {}
     for path, module in model.named_modules():

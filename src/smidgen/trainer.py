@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -21,7 +22,7 @@ from smidgen.events import after_step
 from smidgen.files import write_files
 from smidgen.penalties import penalty
 from smidgen.place import refuse_save
-from smidgen.watch import FEW, MANY, Watch, check_finite, reached_in_eval
+from smidgen.watch import FEW, MANY, Watch, check_depends, check_finite, reached_in_eval
 
 
 class TrainerCallback(Base):
@@ -43,7 +44,7 @@ class TrainerCallback(Base):
     def __init__(self, penalised: bool = False) -> None:
         self.penalised = penalised
         self.watch: Watch | None = None
-        self.hook: RemovableHandle | None = None
+        self.hooks: tuple[RemovableHandle, ...] = ()
         self.batch: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
     def on_train_begin(
@@ -58,7 +59,8 @@ class TrainerCallback(Base):
                 "or add smidgen.penalty(model) in compute_loss and say TrainerCallback(penalised=True)"
             )
         self.watch, self.first = Watch(model), state.global_step
-        self.hook = model.register_forward_pre_hook(self._keep, with_kwargs=True)
+        kept = model.register_forward_pre_hook(self._keep, with_kwargs=True)
+        self.hooks = (kept, model.register_forward_hook(_depends))
         model.__dict__["save_pretrained"] = functools.partial(save_trained, model)
 
     def on_pre_optimizer_step(
@@ -81,9 +83,9 @@ class TrainerCallback(Base):
         self.batch = self.batch or (args, kwargs)
 
     def _drop(self) -> None:
-        if self.hook is not None:
-            self.hook.remove()
-        self.hook = None
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = ()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """All values are finite; events; after a few steps, or at the end of a shorter run: every tensor has moved."""
@@ -102,6 +104,12 @@ class TrainerCallback(Base):
         if self.watch:
             self.watch.report(model, state.global_step - self.first)
         model.__dict__["save_pretrained"] = functools.partial(refuse_save, model)
+
+
+def _depends(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook, until the first step."""
+    if model.training and torch.is_grad_enabled():
+        check_depends(model, output)
 
 
 def save_trained(

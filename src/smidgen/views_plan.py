@@ -27,6 +27,7 @@ def plan(result: Plan, every: bool = False) -> RenderableType:
         "trains": f"{result.trained:,} of {result.pretrained:,} values ({result.share:.4%})",
         "of these": _later(result) if result.pending else None,
         "head": f"{result.head_values:,} values, always trained, counted apart" if result.head else "none",
+        "never read": f"{', '.join(result.unread)} (left out)" if result.unread else None,
         "pooling": result.pooling or result.reads,
         "file": size(result.file_bytes) + (" before choosing" if result.pending else ""),
         "lowest edit": f"{result.lowest} (no gradient below)",

@@ -37,12 +37,13 @@ class Watch:
         steps: how many were watched.
         seen: name of each trained tensor -> in how many of them a gradient reached it.
         idle: names of those that may have none: of experts, and by their method's word.
+        zero: names of those whose gradient was nothing but zeros, or none, in all of them.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.start = snapshot(model)
         self.seen, self.steps = dict.fromkeys(self.start, 0), 0
-        self.idle = set(idle_by_word(model))
+        self.idle, self.zero = set(idle_by_word(model)), set(self.start)
 
     def first(self, model: nn.Module, finite: bool = True, reached: Iterable[str] = ()) -> None:
         """After the first backward pass: all is reached, now or in another pass (`reached`), or excused.
@@ -51,6 +52,9 @@ class Watch:
             TrainError: naming the tensors that the loss does not depend on, or whose gradient is not finite.
         """
         missed = {name for name, p in trained_parameters(model).items() if p.grad is None} - set(reached)
+        spare = set(attachment(model).plan.spare)
+        for names in _terms(model):  # a term of which nothing is reached has no excuse
+            self.idle -= set(names) - spare if missed.issuperset(names) else set()
         self.idle |= set(routed(model, missed))
         check_gradients(model, finite, {*reached, *self.idle})
 
@@ -60,6 +64,8 @@ class Watch:
         if self.steps <= MANY or self.unseen:
             for name, p in trained_parameters(model).items():
                 self.seen[name] += p.grad is not None
+                if name in self.zero and p.grad is not None and p.grad.any():
+                    self.zero.discard(name)
 
     @property
     def unseen(self) -> set[str]:
@@ -80,20 +86,40 @@ class Watch:
                 f"{_narrow(model, late)}"
             )
         rare = {name for name, count in self.seen.items() if count < min(FEW, self.steps)}
-        check_moved(model, self.start, steps, rare)
+        check_moved(model, self.start, steps, rare | set(self.flat(model)))
+
+    def flat(self, model: nn.Module) -> Iterator[str]:
+        """Names of the tensors with nothing but zeros for a gradient, where others of the same term have more.
+
+        That is the model's own doing: the first token of a Longformer attends by maps of its own, and where it alone is
+        read, the last layer's other query moves nothing.
+        """
+        for names in _terms(model):
+            if not self.zero.issuperset(names):
+                yield from (name for name in names if name in self.zero and self.seen[name])
 
     def report(self, model: nn.Module, steps: int) -> None:
-        """At the end of so many steps, if all were seen: warn of what was never used."""
-        names = sorted(self.unseen.difference(attachment(model).plan.spare))
-        if names and self.steps >= steps:
-            why = (
-                "the task does not use them"
-                if set(names) <= set(idle_by_word(model))
-                else "no token went to its expert"
-            )
+        """At the end of so many steps, if all were seen: warn of what was never used, or never had an effect."""
+        if self.steps < steps:
+            return
+        end = f"in {steps} steps: %s; they stand where they stood"
+        if names := sorted(self.unseen.difference(attachment(model).plan.spare)):
+            word = set(names) <= set(idle_by_word(model))
+            why = "the task does not use them" if word else "no token went to its expert"
             why = why if set(names) <= self.idle else "chance (layerdrop) left them out"
-            text = f"{_never(names, len(self.start))} in {steps} steps: {why}; they stand where they stood"
-            warnings.warn(text, IdleWarning, stacklevel=2)
+            warnings.warn(f"{_never(names, len(self.start))} {end % why}", IdleWarning, stacklevel=2)
+        if names := sorted(set(self.flat(model)) & set(still(model, self.start))):
+            text = f"{len(names)} of {len(self.start)} trained tensors had a gradient of zeros, first {names[0]}"
+            why = "nothing that the task reads depends on them"
+            warnings.warn(f"{text} {end % why}", IdleWarning, stacklevel=2)
+
+
+def _terms(model: nn.Module) -> Iterable[list[str]]:
+    """Names of what each term of the recipe trains."""
+    terms: dict[int, list[str]] = {}
+    for row in attachment(model).plan.rows:
+        terms.setdefault(row.index, []).extend(name for name, _ in row.names())
+    return terms.values()
 
 
 def check_gradients(model: nn.Module, finite: bool = True, excused: Iterable[str] = ()) -> None:
@@ -112,6 +138,17 @@ def check_gradients(model: nn.Module, finite: bool = True, excused: Iterable[str
     broken = [n for n, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
     if broken and finite:
         raise TrainError(f"the gradient of {broken[0]} is not finite; lower the learning rate or check the data")
+
+
+def check_depends(model: nn.Module, outputs: Any) -> None:
+    """Before a backward pass: what a model gives, or its loss, depends on something that is trained.
+
+    Raises:
+        TrainError: it does not.
+    """
+    if not any(tensor.requires_grad for tensor in floats(outputs)):
+        names = list(trained_parameters(model))
+        raise TrainError(f"the loss depends on nothing that is trained: {_never(names, len(names))}")
 
 
 def _never(names: list[str], count: int) -> str:

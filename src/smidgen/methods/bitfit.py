@@ -49,8 +49,9 @@ class BitFit(Method):
         return tuple(term for term in site.biases if self.beside or term == site.bias) if wanted else ()
 
     def may_idle(self, site: Site, term: str) -> bool:
-        # A bias beside the maps may belong to an input that a task lacks (XLNet's r_s_bias, to segments).
-        return term != site.bias
+        # It trains every bias there is, also of what a task never uses: a pooler, what Longformer adds for global
+        # attention, XLNet for segments.
+        return True
 
     def may_rest(self, site: Site, term: str) -> bool:
         # A key bias adds the same number to all scores of a query, which softmax ignores: its gradient is zero.
