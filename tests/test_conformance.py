@@ -21,7 +21,7 @@ SUMS = [
         "(Full() | Select('magnitude', keep=200, scope='tensor')) + LoRA(rank=2)",
         "MoS(rank=3, shards=2) + LN()",
         "MoS(rank=2, equivalent=2, private=2, shards=1, target='query')",
-        "TriAdaptLoRA(rank=4) + LoFiT() + LN()",
+        "TriAdaptLoRA(rank=4, orthogonality=0.5) + LoFiT() + LN()",
         "LN() + Compacter(width=8, blocks=2, site='attention', layers=1) + Compacter(width=8, rank=2)",
     )
 ]

@@ -405,6 +405,24 @@ def test_keys_and_values_start_equally_wide_with_and_without_a_network(mlp):
         assert float(start[symbol].square().mean().sqrt()) == pytest.approx(0.02, rel=0.1)
 
 
+@pytest.mark.parametrize("mlp", [4, 64, 256, 800, 2000])
+def test_keys_move_as_far_in_a_step_at_any_width_of_the_network(mlp):
+    def moved(method):
+        torch.manual_seed(0)
+        site = SimpleNamespace(heads=12, head_dim=32, value_dim=32)
+        p = {name: nn.Parameter(t) for name, t in method.init(site).items()}
+        groups = [{"params": [t], "lr": method.lr * method.rate(name)} for name, t in p.items()]
+        adam, start = torch.optim.AdamW(groups, weight_decay=0.0), method.settle(p, site)["K"].detach().clone()
+        gradient = torch.randn(start.shape, generator=torch.Generator().manual_seed(0))
+        for _ in range(5):
+            adam.zero_grad()
+            (method.settle(p, site)["K"] * gradient).sum().backward()
+            adam.step()
+        return float((method.settle(p, site)["K"] - start).detach().abs().mean())
+
+    assert 0.5 < moved(sm.Prefix(mlp=mlp)) / moved(sm.Prefix()) < 2  # at one rate for all widths 190 at 2000
+
+
 def test_the_network_says_what_the_formula_says():
     method, site = sm.Prefix(3, mlp=4), SimpleNamespace(heads=2, head_dim=5, value_dim=3)
     p = {k: v.double() for k, v in method.init(site).items()}

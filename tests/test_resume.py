@@ -133,7 +133,7 @@ def test_interrupted_in_a_step(call, task, tmp_path):
 
 @pytest.mark.parametrize("call", [4, 9, 14])
 def test_interrupted_where_tensors_grow(call, task, tmp_path):
-    grows = {"recipe": "TriAdaptLoRA(rank=4, growth=1) + LN()"}
+    grows = {"recipe": "TriAdaptLoRA(rank=4, growth=1, orthogonality=0.5) + LN()"}
     whole = train(task, objective=Interrupted(), **grows)
     assert any(len(t) > 1 for name, t in whole.tensors.items() if name.endswith(".A")), "nothing grew"
     with pytest.raises(KeyboardInterrupt):

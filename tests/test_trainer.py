@@ -143,14 +143,14 @@ def test_without_the_callback_saving_is_an_error(tmp_path):
 
 
 def test_methods_that_grow_do_so(tmp_path):
-    made = trainer(tmp_path, recipe="TriAdaptLoRA(rank=4, growth=1, orthogonality=0)", save_strategy="no")
+    made = trainer(tmp_path, recipe="TriAdaptLoRA(rank=4, growth=1)", save_strategy="no")
     made.train()
     assert max(len(t) for n, t in trained_parameters(made.model).items() if n.endswith(".A")) > 1
 
 
 def test_a_penalty_that_trainer_leaves_out_is_refused(tmp_path):
     with pytest.raises(TrainError, match=r"adds a penalty to the loss.*TrainerCallback\(penalised=True\)"):
-        trainer(tmp_path, recipe="TriAdaptLoRA(rank=4)").train()
+        trainer(tmp_path, recipe="TriAdaptLoRA(rank=4, orthogonality=0.5)").train()
 
 
 def test_without_anything_attached_the_callback_is_an_error(tmp_path):

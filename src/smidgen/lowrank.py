@@ -34,7 +34,7 @@ class LowRank(Method, abstract=True):
     exclude: str | tuple[str, ...] = ()
     dropout: float = 0.0
 
-    lr: ClassVar[float] = 1e-3
+    lr: ClassVar[float] = 3e-3
 
     def __post_init__(self) -> None:
         name = type(self).__name__

@@ -21,7 +21,7 @@ def parameter_groups(
     """Groups for any torch optimiser, in the plan's order; one for each learning rate of a method.
 
     Args:
-        lr: for all methods; by default each method's own (LN 3e-3, LoRA 1e-3, Full 5e-5).
+        lr: for all methods; by default each method's own (LN 3e-3, LoRA 3e-3, Full 5e-5).
         head_lr: for the head; 5e-3 by default.
         weight_decay: of the trained values; 0 by default, because decay pulls a gain to 0, not to where it began.
     """

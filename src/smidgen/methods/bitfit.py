@@ -36,7 +36,7 @@ class BitFit(Method):
     layers: Layers = None
     beside: bool = True
 
-    lr: ClassVar[float] = 1e-3
+    lr: ClassVar[float] = 3e-3
     later: ClassVar[Mapping[str, Any]] = {"beside": False}
 
     def __post_init__(self) -> None:

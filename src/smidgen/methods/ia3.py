@@ -42,7 +42,7 @@ class IA3(Method):
     target: str | tuple[str, ...] = TARGET
     inputs: str | tuple[str, ...] = INPUTS
 
-    lr: ClassVar[float] = 1e-2
+    lr: ClassVar[float] = 3e-2
     linear: ClassVar[bool] = True
     later: ClassVar[dict[str, Any]] = {"target": TARGET, "inputs": INPUTS}
 

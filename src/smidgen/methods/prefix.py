@@ -21,9 +21,11 @@ class Prefix(Method):
 
     Li and Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation, arXiv:2101.00190, section 4.
     Liu et al. 2021, P-Tuning v2, arXiv:2110.07602, section 3.3 (no reparametrisation).
+    Yang et al. 2022, Tensor Programs V, arXiv:2203.03466, table 3 (how Adam's rate follows the width).
 
         attention(q) = softmax(q [K; K_text]^T / sqrt(head_dim)) [V; V_text]
         mlp=m:  [K; V] = W2 tanh(W1 E + b1) + b2       trained through E, W1, b1, W2, b2 and saved as K and V
+                at min(1, 8 / m) times the learning rate
 
     Shapes:
         K: (heads, length, head_dim)  normal, standard deviation 0.02; of key heads, behind rotary positions
@@ -53,7 +55,8 @@ class Prefix(Method):
     cross: bool = True
     layers: Layers = None
 
-    lr: ClassVar[float] = 1e-2
+    lr: ClassVar[float] = 3e-2
+    narrow: ClassVar[int] = 8
     exceptions: ClassVar[dict[str, str]] = {
         "starts_as_identity": "any further key takes its share of the attention from the text"
     }
@@ -68,6 +71,10 @@ class Prefix(Method):
     def acts(self, site: Site) -> bool:
         wanted = site.kind == "keys_values" and (self.cross or "cross_attention" not in site.roles)
         return wanted and in_layers(site, self.layers)
+
+    def rate(self, term: str) -> float:
+        # a step of Adam moves a sum over mlp values by as many times its rate
+        return min(1.0, self.narrow / self.mlp) if self.mlp is not None else 1.0
 
     def init(self, site: Site) -> dict[str, Tensor]:
         if self.mlp is None:

@@ -51,16 +51,17 @@ class TriAdaptLoRA(LowRank):
 
     Departures: the paper's B, L and U all start at zero in the published file, where no gradient reaches anything. s
     keeps to the final rank, so that growth does not rescale what was learned. Exactly k maps grow also when scores are
-    equal, and no more than the total still takes; the last events may exceed it by less than growth.
+    equal, and no more than the total still takes; the last events may exceed it by less than growth. The penalty, 0.5
+    in the published file, is off: B at zero is far from orthogonal, so its gradient drowns that of a short training's loss.
     """
 
     start: int = 1
     growth: int | None = None
     begin: float = 0.1
     every: float = 0.05
-    orthogonality: float = 0.5
+    orthogonality: float = 0.0
 
-    lr: ClassVar[float] = 1e-2
+    lr: ClassVar[float] = 3e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()
