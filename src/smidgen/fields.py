@@ -88,6 +88,11 @@ def targeted(site: Site, target: Sequence[str]) -> bool:
     return any(_matches(site, name) for name in target)
 
 
+def at_table(site: Site, target: Sequence[str]) -> bool:
+    """Whether a site is a table of embeddings whose path is or ends in one of the names."""
+    return site.kind == "table" and any(f".{site.path}".endswith("." + name) for name in target)
+
+
 def _matches(site: Site, name: str) -> bool:
     if name == "linear":
         return site.rows is None and "block" in site.roles

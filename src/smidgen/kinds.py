@@ -61,6 +61,11 @@ def is_linear(module: nn.Module) -> bool:
     return "weight" in module._parameters and is_plain(module)
 
 
+def is_table(module: nn.Module) -> bool:
+    """Whether a module gives the rows of its weight and does nothing else: no scale (Gemma), no limit to their norm."""
+    return type(module).forward is nn.Embedding.forward and module.max_norm is None and "weight" in module._parameters
+
+
 def kind_of(module: nn.Module) -> str:
     """One of "norm" (one or two tensors of one size, by channel or by head and channel), "linear", "conv",
     "embedding" and "other"."""

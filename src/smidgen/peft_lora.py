@@ -97,6 +97,8 @@ def write_lora(method: Method, sites: list[Placed], model: nn.Module) -> Parts:
     (all rows, k rank). So B A is the slices' products one under the other, exactly.
     """
     assert isinstance(method, LoRA)
+    if tables := [site.path for site, _ in sites if site.kind == "table"]:
+        raise DeltaError(f"{method} at the embedding {tables[0]} is not written in PEFT's format; keep the delta")
     groups: dict[str, list[Placed]] = {}
     for site, values in sites:
         groups.setdefault(site.path, []).append(Placed(site, _pair(method, values)))

@@ -22,7 +22,7 @@ from smidgen.method import Method
 from smidgen.pools import with_pools
 from smidgen.recipe import Recipe, Term, as_recipe
 from smidgen.rows import SHARED, Row, Shape, safetensors_size
-from smidgen.sites import Site, find_sites
+from smidgen.sites import Site, find_sites, find_tables
 from smidgen.stacks import in_stack
 from smidgen.sublayers import find_heads, find_sublayers
 from smidgen.unfit import (
@@ -176,7 +176,7 @@ def resolve(
     closed = {id(parameters[name]) for name in (*trained, *idle)}
     owners = find_sites(model)
     sites = [*owners, *find_sublayers(model)]
-    sites += [*find_heads(model, sites), *find_input(model)]
+    sites += [*find_heads(model, sites), *find_tables(model, sites), *find_input(model)]
     barred = [site for site in sites if any(within(site.path, path) for path in without_gradient(model))]
     sites = [site for site in sites if site not in barred]
     left = _unread(recipe, sites, unread(model))

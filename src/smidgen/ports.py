@@ -81,9 +81,9 @@ class Edit(nn.Module):
         """The edited output, in the dtype of y; only the site's rows of a fused projection change."""
         # what enters may be narrower than what leaves: T5 keeps the last map of its feed-forward part in float32
         x = x.to(y.dtype) if x.is_floating_point() else x
-        p = self.method.input_dropout()
+        p = self.method.input_dropout() if x.is_floating_point() else 0.0  # not of the numbers of rows
         x = F.dropout(x, p) if p and self.training else x
-        return self.formula(self.cast(x), x, y, base)
+        return self.formula(self.cast(y), x, y, base)
 
     def formula(self, p: Tensors, x: Tensor, y: Tensor, base: Tensors | None) -> Tensor:
         """`after` of the given tensors, a pure function."""

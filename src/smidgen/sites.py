@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smidgen.bare import bare, is_plain
 from smidgen.calls import never_called
-from smidgen.kinds import channel_axis, is_bias, is_norm, kind_of, norm_form, widths
+from smidgen.kinds import channel_axis, is_bias, is_norm, is_table, kind_of, norm_form, widths
 from smidgen.layouts import NORM_ROLES, linear_parts, matching, norm_roles, within
 from smidgen.slices import Rows
 
@@ -99,6 +99,12 @@ def find_sites(model: nn.Module) -> list[Site]:
         for role, rows in part.slices:
             sites.append(replace(whole, roles=frozenset({role}), rows=rows, width_out=rows.length))
     return sites
+
+
+def find_tables(model: nn.Module, sites: Iterable[Site]) -> list[Site]:
+    """Each embedding as a linear map of one-hot vectors: `width_in` rows, whose numbers come in, `width_out` wide."""
+    tables = (site for site in sites if site.kind == "embedding" and is_table(model.get_submodule(site.path)))
+    return [replace(site, kind="table", roles=frozenset[str](), terms=(), transposed=True) for site in tables]
 
 
 def find_blocks(model: nn.Module) -> dict[str, list[nn.Module]]:

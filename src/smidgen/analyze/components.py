@@ -199,7 +199,7 @@ def _label(site: Site, places: _Places) -> str:
         return "output embedding"
     if places.pooler is not None and within(site.path, places.pooler):
         return "pooler"
-    return "embedding" if site.kind == "embedding" or site.path in places.before else _elsewhere(site)
+    return "embedding" if site.kind in ("embedding", "table") or site.path in places.before else _elsewhere(site)
 
 
 def _elsewhere(site: Site) -> str:

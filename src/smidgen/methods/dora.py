@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,8 @@ class DoRA(LoRA):
     Departures: dropout acts on the input of A alone, where the authors drop what W multiplies as well. The weight is
     read in master precision at every call, which costs a product of B and A each time.
     """
+
+    tables: ClassVar[bool] = False
 
     def init(self, site: Site) -> dict[str, Tensor]:
         return {**super().init(site), "m": torch.ones(site.width_out)}

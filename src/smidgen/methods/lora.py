@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smidgen.fields import above, one_of
+from smidgen.fields import above, as_names, at_table, check_targets, in_layers, one_of
 from smidgen.lowrank import LowRank
 from smidgen.method import Method, Tensors
 from smidgen.sites import Site
@@ -27,16 +28,18 @@ class LoRA(LowRank):
         y = W x + b + s * B A dropout(x)        s = alpha / rank, or alpha / sqrt(rank) with scaling="rslora"
         W_merged = W + s * B A
         lr(B) = lr_ratio * lr(A)
+        y = W[i] + s * B A[:, i]                at an embedding, of row i
 
     Shapes:
-        A: (rank, width_in)   uniform in +-1/sqrt(width_in)
-        B: (width_out, rank)  zeros
+        A: (rank, width_in)   uniform in +-1/sqrt(width_in); at an embedding (rank, rows), zeros
+        B: (width_out, rank)  zeros; at an embedding normal, standard deviation 1 (as in the authors' code)
 
     Fields:
         rank, alpha: width of the bottleneck and strength. alpha does not follow the rank, so that ranks can be compared
             at one learning rate; alpha=None means alpha = rank (s = 1, or sqrt(rank) with "rslora").
         target: roles ("query", "key", "value", "attention_out", "ff_in", "ff_out"), "linear" for every linear
-            map in the blocks (but gates with a single output), or endings of module paths ("q_proj").
+            map in the blocks (but gates with a single output), or endings of module paths ("q_proj"), which may be
+            those of embeddings ("embed_tokens"). Merging one unties an output layer that shares its weight.
         layers: as in LN.
         exclude: roles or endings of module paths to leave out.
         dropout: on the input of A, in training.
@@ -46,6 +49,8 @@ class LoRA(LowRank):
     Departures: the paper draws A from a normal distribution; its authors' code, and all since, from the uniform
     one above. Slices of a fused projection (GPT-2, Phi-3) each get a pair of their own.
     """
+
+    tables: ClassVar[bool] = True
 
     scaling: str = "lora"
     lr_ratio: float = 1.0
@@ -65,14 +70,28 @@ class LoRA(LowRank):
     def rate(self, term: str) -> float:
         return self.lr_ratio if term == "B" else 1.0
 
+    def check(self, sites: Sequence[Site]) -> None:
+        names = [n for n in as_names(self.target) if not any(self._looks_up(site, (n,)) for site in sites)]
+        check_targets(type(self).__name__, "target", names, sites)
+        check_targets(type(self).__name__, "exclude", as_names(self.exclude), sites)
+
+    def acts(self, site: Site) -> bool:
+        return super().acts(site) or (self._looks_up(site, as_names(self.target)) and in_layers(site, self.layers))
+
+    def _looks_up(self, site: Site, names: Sequence[str]) -> bool:
+        return self.tables and at_table(site, names)
+
     def init(self, site: Site) -> dict[str, Tensor]:
         self.check_rank(site)
+        if site.kind == "table":
+            return {"A": torch.zeros(self.rank, site.width_in), "B": torch.randn(site.width_out, self.rank)}
         bound = 1 / math.sqrt(site.width_in)
         A = torch.empty(self.rank, site.width_in).uniform_(-bound, bound)
         return {"A": A, "B": torch.zeros(site.width_out, self.rank)}
 
     def after(self, p: Tensors, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        return y + self.scale * F.linear(F.linear(x, p["A"]), p["B"])  # (..., width_out)
+        hidden = F.embedding(x, p["A"].T) if site.kind == "table" else F.linear(x, p["A"])  # (..., rank)
+        return y + self.scale * F.linear(hidden, p["B"])  # (..., width_out)
 
     def joined(self, methods: Sequence[Method]) -> Method | None:
         if any(type(method) is not LoRA for method in methods):

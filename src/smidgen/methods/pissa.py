@@ -41,6 +41,7 @@ class PiSSA(LoRA):
     alpha: float | None = None
     iterations: int | None = None
 
+    tables: ClassVar[bool] = False
     keeps: ClassVar[tuple[str, ...]] = ("A", "B")
 
     def __post_init__(self) -> None:
