@@ -197,7 +197,8 @@ def aside(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
     used = [path for path, module in model.named_modules() if id(module) in blocks and _in(reached, path)]
     for name in names:
         owner, _, child = name.partition(".edits.")[0].rpartition(".")
-        called = ".edits." not in name or only_called(type(model.get_submodule(owner)), child)
+        cls: Any = type(model.get_submodule(owner))
+        called = ".edits." not in name or only_called(cls, child)
         if called and any(within(name, path) for path in used):
             yield name
 
