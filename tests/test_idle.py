@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import transformers as T
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import smidgen as sm
@@ -16,6 +17,7 @@ from smidgen.recipe import parse
 from smidgen.watch import IdleWarning, Watch
 from tests import helpers as h
 from tests import odd_models as odd
+from tests.test_doctor import Reading
 
 
 def train(model, recipe, name, tmp_path, steps=8, rows=2, labels=None):
@@ -143,6 +145,49 @@ def test_a_tensor_without_values_is_not_trained():
     with torch.no_grad():
         wanted = model.eval()(**image).last_hidden_state
         assert torch.allclose(sm.merge(model)(**image).last_hidden_state, wanted, atol=1e-6)
+
+
+ASIDE = {
+    "an encoder": (
+        lambda: T.BartForCausalLM(T.BartConfig(**odd_bart())),
+        "LN()", "model.decoder.layers.0.encoder_attn_layer_norm.",
+    ),
+    "global attention": (
+        lambda: T.LongformerForMaskedLM(
+            T.LongformerConfig(**{**h.BASE, "max_position_embeddings": 80}, attention_window=4)
+        ),
+        "SSF()", "longformer.encoder.layer.1.attention.self.query_global.edits",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ASIDE)
+def test_a_part_beside_others_that_a_task_does_not_run_is_named_at_the_end(name):
+    build, recipe, part = ASIDE[name]
+    model = sm.attach(build(), recipe)
+    watch = Watch(model)
+    model(torch.randint(5, 12, (2, 8))).logits.square().sum().backward()
+    assert any(n.startswith(part) and p.grad is None for n, p in trained_parameters(model).items())
+    watch.first(model)
+    watch.saw(model)
+    with pytest.warns(IdleWarning, match=r"got no gradient, first .* in 1 steps: the task does not use them"):
+        watch.report(model, 1)
+
+
+def test_what_is_added_to_a_map_that_is_read_is_none_beside_others():
+    """Its owner's code takes the weight in a way that is not foreseen, so what is added there does not act."""
+    model = sm.attach(nn.Sequential(nn.ModuleList([Reading()])), "LoRA(rank=2, target='linear')")
+    model[0][0](torch.ones(2, 6)).square().sum().backward()
+    with pytest.raises(TrainError, match=r"2 of 4 .* first 0\.0\.one"):
+        Watch(model).first(model)
+
+
+def test_a_block_of_which_nothing_runs_is_none_beside_others():
+    model = sm.attach(T.BertModel(T.BertConfig(**h.BASE)), "LN()")
+    model.encoder.layer[1].forward = lambda hidden, *args, **kwargs: hidden
+    model(torch.ones(1, 4, dtype=torch.long)).last_hidden_state.sum().backward()
+    with pytest.raises(TrainError, match=r"4 of 10 .* first encoder\.layer\.1"):
+        Watch(model).first(model)
 
 
 def test_no_gradient_passes_through_an_indexer():

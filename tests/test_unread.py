@@ -10,6 +10,7 @@ import smidgen as sm
 from smidgen import flow
 from smidgen.attachment import trained_parameters
 from smidgen.cases import shake
+from smidgen.convert import from_peft
 from smidgen.errors import PlanError
 from smidgen.layouts import within
 from smidgen.plan import resolve
@@ -249,3 +250,17 @@ def test_what_outputs_are_computed_with():
 @pytest.mark.parametrize("cls", [Looked, Walked, Handed])
 def test_code_that_is_not_plain_says_nothing(cls):
     assert flow.outputs(cls) is None
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_of_peft_that_covers_what_is_never_read(tmp_path):
+    """PEFT puts its matrices there as well, where they have no effect: the rest is the same function."""
+    peft = pytest.importorskip("peft")
+    model = llava()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    tuned = h.peft_adapter(model, config, tmp_path).eval()
+    with torch.no_grad():
+        wanted = tuned(**inputs(model)).logits
+        sm.attach(model, from_peft(tmp_path, model))
+        assert torch.allclose(model(**inputs(model)).logits, wanted, atol=1e-5)
+    assert not any("vision_tower.encoder.layers.2" in name for name in trained_parameters(model))

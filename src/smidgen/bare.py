@@ -44,7 +44,7 @@ def is_plain(model: nn.Module) -> bool:
 
     DINOv3's and Sapiens2's names their inner encoder.
     """
-    config = type(getattr(model, "config", None))
+    config: Any = type(getattr(model, "config", None))
     known: list[Any] = [auto._model_mapping.get(config, ()) for auto in (AutoModel, AutoBackbone)]
     classes = [cls for found in known for cls in (found if isinstance(found, tuple | list) else (found,))]
     return "For" not in type(model).__name__ and type(model) in classes

@@ -80,6 +80,18 @@ def check_plain(cls: Any) -> None:
             raise UnclearError(cls)
 
 
+@cache
+def only_called(cls: Any, name: str) -> bool:
+    """Whether the code of a class does nothing with a child but call it, if that."""
+    try:
+        check_plain(cls)
+        trees = reachable(cls)
+    except UnclearError:
+        return False
+    calls = {id(node.func) for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    return all(id(node) in calls for tree in trees for node in ast.walk(tree) if own(node) == name)
+
+
 def own(node: ast.AST) -> str:
     """The name in `self.name`, else ""."""
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":

@@ -31,7 +31,7 @@ def unread(model: nn.Module) -> tuple[str, ...]:
     parents = _parents(model)
     for path, owner in model.named_modules():
         if isinstance(owner, PreTrainedModel):
-            for name, reads in _reads(type(owner)).items():
+            for name, reads in _reads(_class(owner)).items():
                 child = owner._modules.get(name)
                 if child is not None and parents[id(child)] == 1:
                     inner = f"{path}.{name}" if path else name
@@ -63,13 +63,17 @@ def read_sites(model: nn.Module, sites: list[Site]) -> list[Site]:
     return [replace(site, depth=depths[site.stack]) if site.depth else site for site in kept]
 
 
+def _class(module: nn.Module) -> Any:
+    return type(module)
+
+
 def _parents(model: nn.Module) -> dict[int, int]:
     """Identity of each module -> how many modules have it as a child; more where code goes past its owner."""
     count: dict[int, int] = {}
     for owner in model.modules():
         for child in owner.children():
             count[id(child)] = count.get(id(child), 0) + 1
-        for chain in _chains(type(owner)):
+        for chain in _chains(_class(owner)):
             module: Any = owner._modules.get(chain[0])
             for name in chain[1:]:
                 module = getattr(module, "_modules", {}).get(name)
@@ -150,7 +154,7 @@ def _use(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> Any:
     if isinstance(parent, ast.Attribute):
         return _field(parent, parents)
     if isinstance(parent, ast.Subscript) and parent.value is node:
-        place = parent.slice
+        place: Any = parent.slice
         if isinstance(place, ast.Slice) and place.upper is None and place.step is None:
             place = place.lower or ast.Constant(0)
             return (place.value, None) if _is_count(place) else WHOLE
@@ -193,7 +197,7 @@ def _idle(owner: Any, child: nn.Module, reads: Collection[Any]) -> Iterator[str]
         if not others - {"last_hidden_state"} and len(layers) == 1:
             yield from _above(child, getattr(owner.config, layers[0], None), bool(others))
         return
-    known = outputs(type(child))
+    known = outputs(_class(child))
     if known is None or WHOLE in reads or any(read[0] == ATTRIBUTE for read in reads):
         return
     used = _used(known, reads)
@@ -250,14 +254,14 @@ def _above(tower: nn.Module, chosen: Any, last: bool) -> Iterator[str]:
         module = tower.get_submodule(level)
         behind = set(_behind(module, path.removeprefix(level + ".").partition(".")[0]))
         if top == states - 1 and inner and (last or _ties(module) is not False):
-            known = outputs(type(module))
+            known = outputs(_class(module))
             behind -= behind if known is None else known.get("last_hidden_state", behind)
         yield from (f"{level}.{name}" if level else name for name in sorted(behind))
 
 
 def _behind(module: nn.Module, name: str) -> Iterator[str]:
     """Names of the children that a module calls after one of them."""
-    lines = _lines(type(module))
+    lines = _lines(_class(module))
     first = min(lines.get(name, ()), default=None)
     if first is not None:
         yield from (other for other in module._modules if min(lines.get(other, ()), default=0) > first)

@@ -1,7 +1,7 @@
 """Nothing fails in silence: every trained tensor is reached by a gradient and moves.
 
-What a forward pass in eval mode never uses is refused at once. Two kinds of tensor are judged over more steps: those of
-an expert to which no token went, and those that chance left out (layerdrop).
+A block or a tower that a forward pass in eval mode never uses is refused at once. Judged over more steps are tensors of
+an expert to which no token went, of a part of a block that is used, and those that chance left out (layerdrop).
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from smidgen.attachment import attachment, trained_parameters
 from smidgen.errors import DivergedError, TrainError
 from smidgen.finite import not_finite
-from smidgen.sites import is_block
+from smidgen.flow import only_called
+from smidgen.layouts import within
+from smidgen.sites import find_blocks, is_block
 from smidgen.stacks import common
 
 MANY = 50  # steps after which chance is no reason any more: a layer is dropped with 0.5 in all of them once in 1e15
@@ -36,14 +38,15 @@ class Watch:
     Attributes:
         steps: how many were watched.
         seen: name of each trained tensor -> in how many of them a gradient reached it.
-        idle: names of those that may have none: of experts, and by their method's word.
+        idle: names of those that may have none: by their method's word, of experts, of parts beside others.
+        routed: names of those of experts.
         zero: names of those whose gradient was nothing but zeros, or none, in all of them.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.start = snapshot(model)
         self.seen, self.steps = dict.fromkeys(self.start, 0), 0
-        self.idle, self.zero = set(idle_by_word(model)), set(self.start)
+        self.idle, self.routed, self.zero = set(idle_by_word(model)), set[str](), set(self.start)
 
     def first(self, model: nn.Module, finite: bool = True, reached: Iterable[str] = ()) -> None:
         """After the first backward pass: all is reached, now or in another pass (`reached`), or excused.
@@ -55,7 +58,8 @@ class Watch:
         spare = set(attachment(model).plan.spare)
         for names in _terms(model):  # a term of which nothing is reached has no excuse
             self.idle -= set(names) - spare if missed.issuperset(names) else set()
-        self.idle |= set(routed(model, missed))
+        self.routed |= set(routed(model, missed))
+        self.idle |= self.routed | set(aside(model, missed))
         check_gradients(model, finite, {*reached, *self.idle})
 
     def saw(self, model: nn.Module) -> None:
@@ -83,7 +87,7 @@ class Watch:
         if late and self.steps >= MANY:
             raise TrainError(
                 f"{_never(late, len(self.start))} in {self.steps} steps, more than chance (layerdrop) explains; "
-                f"{_narrow(model, late)}"
+                f"{_narrow(model, late, self.idle)}"
             )
         rare = {name for name, count in self.seen.items() if count < min(FEW, self.steps)}
         check_moved(model, self.start, steps, rare | set(self.flat(model)))
@@ -104,8 +108,7 @@ class Watch:
             return
         end = f"in {steps} steps: %s; they stand where they stood"
         if names := sorted(self.unseen.difference(attachment(model).plan.spare)):
-            word = set(names) <= set(idle_by_word(model))
-            why = "the task does not use them" if word else "no token went to its expert"
+            why = "no token went to its expert" if self.routed.intersection(names) else "the task does not use them"
             why = why if set(names) <= self.idle else "chance (layerdrop) left them out"
             warnings.warn(f"{_never(names, len(self.start))} {end % why}", IdleWarning, stacklevel=2)
         if names := sorted(set(self.flat(model)) & set(still(model, self.start))):
@@ -132,9 +135,8 @@ def check_gradients(model: nn.Module, finite: bool = True, excused: Iterable[str
     excused = {*attachment(model).plan.spare, *excused}
     unreached = [name for name, p in parameters.items() if p.grad is None and name not in excused]
     if unreached:
-        raise TrainError(
-            f"{_never(unreached, len(parameters))}: the forward pass never used them; {_narrow(model, unreached)}"
-        )
+        said = f"{_never(unreached, len(parameters))}: the forward pass never used them"
+        raise TrainError(f"{said}; {_narrow(model, unreached, excused)}")
     broken = [n for n, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
     if broken and finite:
         raise TrainError(f"the gradient of {broken[0]} is not finite; lower the learning rate or check the data")
@@ -155,9 +157,9 @@ def _never(names: list[str], count: int) -> str:
     return f"{len(names)} of {count} trained tensors got no gradient, first {names[0]}"
 
 
-def _narrow(model: nn.Module, unreached: list[str]) -> str:
+def _narrow(model: nn.Module, unreached: list[str], excused: Iterable[str]) -> str:
     head = {name for name, _ in attachment(model).plan.head}
-    reached = trained_parameters(model).keys() - set(unreached) - head
+    reached = trained_parameters(model).keys() - set(unreached) - head - set(excused)
     part = common((n.partition(".edits.")[0] + "." for n in reached), [n for n in unreached if n not in head])
     fields = f"stack={part!r}" if part else "which=, layers=, target=, stack="
     return f"narrow the recipe ({fields}) to what this model runs"
@@ -182,6 +184,27 @@ def routed(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
         around = [path for path in groups if name.startswith(path + ".")]
         if any(other.startswith(path + ".") for path in around for other in reached):
             yield name
+
+
+def aside(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
+    """Those of the tensors without gradient that lie in a block of which other trained tensors have gradients: what it
+    does not run for this task (a decoder's attention to an encoder, Longformer's global attention).
+
+    Not what is added to a module that may run without it: its owner's code does more than call it.
+    """
+    reached = {name for name, p in trained_parameters(model).items() if p.grad is not None}
+    blocks = {id(block) for found in find_blocks(model).values() for block in found}
+    used = [path for path, module in model.named_modules() if id(module) in blocks and _in(reached, path)]
+    for name in names:
+        owner, _, child = name.partition(".edits.")[0].rpartition(".")
+        cls: Any = type(model.get_submodule(owner))
+        called = ".edits." not in name or only_called(cls, child)
+        if called and any(within(name, path) for path in used):
+            yield name
+
+
+def _in(names: Iterable[str], path: str) -> bool:
+    return any(within(name, path) for name in names)
 
 
 def _alike(group: nn.Module) -> bool:
