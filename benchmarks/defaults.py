@@ -26,6 +26,7 @@ import torch
 from environment import describe, write
 
 import smidgen as sm
+import smidgen.methods  # fills the registry
 from smidgen.method import Method
 from smidgen.recipe import Term
 

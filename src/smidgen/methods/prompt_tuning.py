@@ -39,7 +39,7 @@ class PromptTuning(Method):
     length: int = 20
     start: str = "vocabulary"
 
-    lr: ClassVar[float] = 1e-2
+    lr: ClassVar[float] = 2e-2
     exceptions: ClassVar[dict[str, str]] = {"starts_as_identity": "any further token is attended to"}
 
     def __post_init__(self) -> None:
