@@ -52,7 +52,7 @@ class TriAdaptLoRA(LowRank):
     Departures: the paper's B, L and U all start at zero in the published file, where no gradient reaches anything. s
     keeps to the final rank, so that growth does not rescale what was learned. Exactly k maps grow also when scores are
     equal, and no more than the total still takes; the last events may exceed it by less than growth. The penalty, 0.5
-    in the published file, is off by default: at the start it is far larger than the loss, and it slows a short training.
+    in the published file, is off by default.
     """
 
     start: int = 1
