@@ -43,9 +43,14 @@ def test_without_a_recipe_every_method_is_tried():
     named = {finding.recipe for finding in found.findings}
     assert {"LN()", "LoRA()", "Prefix()", "SSF()"} <= named
     assert found.faults == ()
-    refused = {finding.recipe: finding.refused for finding in found.findings if finding.refused}
-    assert "site names 'feed_forward'" in refused["Adapter()"]
+    assert "Adapter()" in named
     assert any("1 + weight, bias of 16" in part.about for part in found.norms)
+
+
+def test_a_method_that_does_not_fit_is_named_with_the_reason():
+    found = sm.doctor(odd.build("mamba"))
+    refused = {finding.recipe: finding.refused for finding in found.findings if finding.refused}
+    assert "site names 'attention'" in refused["Adapter()"]
 
 
 def test_what_is_left_alone_is_named():
