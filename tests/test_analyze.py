@@ -401,7 +401,7 @@ def test_the_sum_of_learning_rates(world):
     given = delta.with_info(settings={**delta.info["settings"], "lr": 1.0})
     assert lr_steps(given) == pytest.approx(wanted / 3e-3)
     assert lr_steps(replace(delta, info={})) is None
-    mixed = replace(delta, recipe=sm.parse("LN() + LoRA(rank=2)"))
+    mixed = replace(delta, recipe=sm.parse("LN() + IA3()"))
     assert lr_steps(mixed) is None
 
 

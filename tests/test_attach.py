@@ -201,7 +201,7 @@ class Everywhere(Method, abstract=True):
 
 
 def test_out_proj_of_multihead_attention():
-    with pytest.raises(PlanError, match="target names 'out_proj', which this model does not have"):
+    with pytest.raises(PlanError, match="target names 'out_proj', which is no linear map"):
         sm.attach(encoder(), "LoRA(rank=2, target='out_proj')")
     with pytest.raises(
         AttachError, match=r"self_attn\.out_proj belongs to nn\.MultiheadAttention, which never calls it"
