@@ -33,6 +33,7 @@ lint: $(VENV)/.checked
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 docs: $(VENV)/.checked
 	$(BIN)/mkdocs build --strict

@@ -16,7 +16,7 @@ from environment import describe, write
 from scipy.stats import t
 
 import smidgen as sm
-from smidgen.loop import Loop
+from smidgen.training.run.loop import Loop
 
 
 class Clock:

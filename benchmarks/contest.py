@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import smidgen as sm
-from smidgen.loop import Loop
+from smidgen.training.run.loop import Loop
 
 BATCH, WARMUP = 32, 0.06
 ARMS = {

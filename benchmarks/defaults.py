@@ -27,8 +27,8 @@ from environment import describe, write
 
 import smidgen as sm
 import smidgen.methods  # fills the registry
-from smidgen.method import Method
-from smidgen.recipe import Term
+from smidgen.methods.base import Method
+from smidgen.recipe.recipe import Term
 
 HEAD, FULL = "Head()", "Full()"
 FAST, PLAIN = {"dtype": "bfloat16"}, {"dtype": "float32"}

@@ -16,8 +16,8 @@ import torch
 from environment import describe, write
 
 import smidgen as sm
-from smidgen.scores.fisher import CHUNK_BYTES, fisher
-from smidgen.scores.sample import Sample
+from smidgen.importance.fisher_information import CHUNK_BYTES, fisher
+from smidgen.importance.sample import Sample
 
 
 class Peak:

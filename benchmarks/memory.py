@@ -23,11 +23,11 @@ import torch
 from environment import describe, write
 
 import smidgen as sm
-from smidgen.attachment import attachment, trained_parameters
-from smidgen.optim import optimizer
-from smidgen.prefix import frozen_prefix
-from smidgen.speed.recompute import recomputing
-from smidgen.watch import snapshot
+from smidgen.efficiency.activation_checkpointing import recomputing
+from smidgen.planning.frozen_modules import frozen_prefix
+from smidgen.ports.attachment_record import attachment, trained_parameters
+from smidgen.steps.gradient_checks import snapshot
+from smidgen.steps.optimizer_groups import optimizer
 
 RECIPES = ("LN()", "LN(layers='top:2')", "LoRA()", "BitFit()", "Full()")
 SHAPES = ((32, 16), (32, 64), (16, 256))

@@ -13,8 +13,8 @@ from pathlib import Path
 from environment import describe, write
 
 import smidgen as sm
-from smidgen.method import Method
-from smidgen.recipe import Term
+from smidgen.methods.base import Method
+from smidgen.recipe.recipe import Term
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 LEFT_OUT = ("Full", "Head")

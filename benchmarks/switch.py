@@ -17,9 +17,9 @@ import torch
 from environment import describe, write
 
 import smidgen as sm
-from smidgen.attach import attach, remove
-from smidgen.attachment import trained_parameters
-from smidgen.cases import shake
+from smidgen.delta.attaching import attach, remove
+from smidgen.ports.attachment_record import trained_parameters
+from smidgen.testing.cases import shake
 
 RECIPES = ("LN()", "LoRA()", "Prefix()")
 LABELS = {0: "no", 1: "yes"}
@@ -30,7 +30,7 @@ def load():
     """MiniLM with a head of two labels."""
     from transformers import AutoModelForSequenceClassification
 
-    from smidgen.models import BUILTIN
+    from smidgen.inference.builtin_models import BUILTIN
 
     folder, _ = BUILTIN["minilm"]()
     with torch.random.fork_rng(devices=[]):

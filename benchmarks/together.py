@@ -14,11 +14,11 @@ import torch
 from environment import describe, write
 
 import smidgen as sm
-from smidgen.attach import attach, remove
-from smidgen.attachment import attachment, trained_parameters
-from smidgen.feed import around
-from smidgen.prefix import frozen_prefix
-from smidgen.speed.cache import PrefixCache
+from smidgen.delta.attaching import attach, remove
+from smidgen.efficiency.prefix_cache.cache import PrefixCache
+from smidgen.planning.frozen_modules import frozen_prefix
+from smidgen.ports.attachment_record import attachment, trained_parameters
+from smidgen.training.run.batch_feed import around
 
 RECIPES = ("LN(layers='top:2')", "Head()", "LN()", "LoRA()")
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from environment import describe, write
 
 import smidgen as sm
-from smidgen.loop import Loop
-from smidgen.speed.draws import FastDropout
+from smidgen.efficiency.fast_dropout import FastDropout
+from smidgen.training.run.loop import Loop
 
 WIDTH, FF, BATCH, TOKENS, HEADS = 384, 1536, 32, 16, 12
 LOW = torch.bfloat16

@@ -9,10 +9,10 @@ from tiny_inputs import line, run, tensors
 from uncovered import uncovered
 
 import smidgen as sm
-from smidgen.attachment import attachment, trained_parameters
-from smidgen.errors import AttachError, SmidgenError
-from smidgen.recipe import as_recipe
-from smidgen.watch import Watch, resting
+from smidgen.common.errors import AttachError, SmidgenError
+from smidgen.ports.attachment_record import attachment, trained_parameters
+from smidgen.recipe.recipe import as_recipe
+from smidgen.steps.gradient_checks import Watch, resting
 
 NEAR = 1e-4  # of 1 + the largest output: what float32 inside a float64 model leaves
 # "stopped": accepted, then refused with one line in the first step or at detach, where attach could have known

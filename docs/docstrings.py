@@ -6,7 +6,7 @@ import inspect
 import re
 from dataclasses import dataclass
 
-from smidgen.method import Method
+from smidgen.methods.base import Method
 
 
 @dataclass(frozen=True)

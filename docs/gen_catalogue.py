@@ -17,19 +17,22 @@ sys.path.insert(0, str(Path(__file__).parent))
 import peers
 from docstrings import Docstring
 
-import smidgen.method
 import smidgen.methods
-import smidgen.named
-from smidgen.errors import SmidgenError
-from smidgen.fields import LINEAR_ROLES
-from smidgen.method import Method
-from smidgen.named import NAMED
-from smidgen.optim import HEAD_LR
-from smidgen.plan import Plan, resolve
-from smidgen.recipe import Term
-from smidgen.rows import SHARED, safetensors_size
-from smidgen.sites import Site, find_sites
-from smidgen.sublayers import SUBLAYERS
+import smidgen.methods.base
+import smidgen.recipe.named_recipes
+from smidgen.common.errors import SmidgenError
+from smidgen.methods.base import Method
+from smidgen.planning.plans import Plan
+from smidgen.planning.resolution import resolve
+from smidgen.planning.row import SHARED
+from smidgen.planning.saved_layout import safetensors_size
+from smidgen.recipe.named_recipes import NAMED
+from smidgen.recipe.recipe import Term
+from smidgen.sites.discovery import find_sites
+from smidgen.sites.site import Site
+from smidgen.sites.sublayers import SUBLAYERS
+from smidgen.sites.targeting import LINEAR_ROLES
+from smidgen.steps.optimizer_groups import HEAD_LR
 
 PAGE = Path(__file__).with_name("methods.md")
 T5 = {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
@@ -140,8 +143,8 @@ def places(method: Method) -> list[str]:
 
 
 def port(cls: type[Method]) -> str:
-    """The ports that a method uses, by the table of functions in smidgen.method."""
-    rows = re.findall(r"^\| `(\w+)\(.*?\)` \|.*\| (\w+) \|$", smidgen.method.__doc__ or "", re.MULTILINE)
+    """The ports that a method uses, by the table of functions in smidgen.methods.base."""
+    rows = re.findall(r"^\| `(\w+)\(.*?\)` \|.*\| (\w+) \|$", smidgen.methods.base.__doc__ or "", re.MULTILINE)
     return ", ".join(dict.fromkeys(name for function, name in rows if cls.overrides(function))) or "-"
 
 
@@ -259,9 +262,9 @@ def named() -> str:
 
 
 def sources() -> dict[str, str]:
-    """Name of a recipe -> its paper, from the comment that stands above it in smidgen.named, up to a semicolon."""
+    """Name of a recipe -> its paper: the comment above it in smidgen.recipe.named_recipes, up to a semicolon."""
     found, comment = {}, ""
-    for line in inspect.getsource(smidgen.named).splitlines():
+    for line in inspect.getsource(smidgen.recipe.named_recipes).splitlines():
         if match := re.match(r"\s+# (.*)", line):
             comment += " " + match[1]
         elif match := re.match(r'\s+"(\w+)":', line):

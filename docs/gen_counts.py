@@ -10,9 +10,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.architectures import CASES
 
 import smidgen.methods  # noqa: F401  (fills the registry)
-from smidgen.errors import PlanError
-from smidgen.plan import resolve
-from smidgen.sites import find_sites, roles_found
+from smidgen.common.errors import PlanError
+from smidgen.planning.resolution import resolve
+from smidgen.sites.discovery import find_sites, roles_found
 
 PAGE = Path(__file__).with_name("layernorm.md")
 START, END = "<!-- counts: written by docs/gen_counts.py -->", "<!-- end of counts -->"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 import smidgen as sm
-from smidgen.testing import CHECKS, run_check
+from smidgen.testing.suite import CHECKS, run_check
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 import transformers as T
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from smidgen.cases import shake
-from smidgen.data import Task
+from smidgen.data.task import Task
+from smidgen.testing.cases import shake
 
 WORDS = [
     "[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "fine", "great", "bad", "poor", "awful", "film", "plot",

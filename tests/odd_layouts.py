@@ -3,7 +3,7 @@
 import torch
 import transformers as T
 
-from smidgen.testing import shake
+from smidgen.testing.suite import shake
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24, "vocab_size": 61}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -3,7 +3,7 @@
 import torch
 import transformers as T
 
-from smidgen.cases import shake
+from smidgen.testing.cases import shake
 
 WORDS = 41
 TEXT = {

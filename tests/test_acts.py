@@ -10,15 +10,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import smidgen as sm
-from smidgen.attachment import trained_parameters
-from smidgen.calls import never_called, read_at
-from smidgen.cases import shake
-from smidgen.doctor import examine
-from smidgen.errors import AttachError, PlanError
-from smidgen.kinds import channel_axis, kind_of, norm_form
-from smidgen.plan import resolve
-from smidgen.recipe import as_recipe
-from smidgen.sites import find_sites
+from smidgen.common.errors import AttachError, PlanError
+from smidgen.planning.resolution import resolve
+from smidgen.ports.attachment_record import trained_parameters
+from smidgen.recipe.recipe import as_recipe
+from smidgen.sites.discovery import find_sites
+from smidgen.sites.module_calls import never_called, read_at
+from smidgen.sites.module_kinds import channel_axis, kind_of, norm_form
+from smidgen.studies.diagnosis import examine
+from smidgen.testing.cases import shake
 from tests import helpers as h
 from tests import odd_models as odd
 
@@ -256,7 +256,7 @@ def test_all_norms_of_moonshine_streaming_are_there():
 @pytest.mark.parametrize("name", ["cohere", "chameleon"])
 def test_fisher_information_of_norms_by_head(name):
     """The closed form, against autograd on one example at a time."""
-    from smidgen.scores.rules import Call, norm
+    from smidgen.importance.per_example_rules import Call, norm
 
     module = (of("cohere", "CohereLayerNorm") if name == "cohere" else of("chameleon", "ChameleonLayerNorm"))((2, 6))
     shake(module.parameters(), 0.5)

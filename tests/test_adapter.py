@@ -9,11 +9,11 @@ import transformers as T
 from torch import nn
 
 import smidgen as sm
-from smidgen.attachment import trained_parameters
-from smidgen.errors import AttachError, PlanError, RecipeError
-from smidgen.ports import Tap
-from smidgen.sublayers import find_sublayers
-from smidgen.testing import CHECKS, MODELS, SLOW, case, run_check, shake, tiny
+from smidgen.common.errors import AttachError, PlanError, RecipeError
+from smidgen.ports.attachment_record import trained_parameters
+from smidgen.ports.sublayer_port import Tap
+from smidgen.sites.sublayers import find_sublayers
+from smidgen.testing.suite import CHECKS, MODELS, SLOW, case, run_check, shake, tiny
 from tests import helpers as h
 from tests.architectures import CASES
 

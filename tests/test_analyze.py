@@ -19,17 +19,17 @@ import transformers as T
 import typer
 
 import smidgen as sm
-from smidgen.analyze.change_report import agreement, change_report
-from smidgen.analyze.changes import Changes, Run, changes, joined
-from smidgen.analyze.components import COMPONENTS, Part, components, part_of, stack_names
-from smidgen.analyze.fisher import FisherMass
-from smidgen.analyze.fisher_report import fisher_report
-from smidgen.analyze.measures import MEASURES, measure
-from smidgen.analyze.tuning import analyze_changes, change_of, lr_steps
-from smidgen.cli import main
-from smidgen.cli_analyze import app
-from smidgen.errors import ModelError
-from smidgen.settings import Settings
+from smidgen.cli.analyze_commands import app
+from smidgen.cli.commands import main
+from smidgen.common.errors import ModelError
+from smidgen.studies.experiments.change_measures import MEASURES, measure
+from smidgen.studies.experiments.fisher_mass import FisherMass
+from smidgen.studies.experiments.model_components import COMPONENTS, ComponentPart, components, part_of, stack_names
+from smidgen.studies.experiments.parameter_changes import Changes, Run, compare_changes, join_changes
+from smidgen.studies.experiments.tuning_changes import analyze_changes, change_of, lr_steps
+from smidgen.studies.reports.fisher_mass import fisher_report
+from smidgen.studies.reports.parameter_changes import agreement, change_report
+from smidgen.training.run.settings import Settings
 from tests.helpers import bert, build, rows, task, tokenizer, twin
 
 T5 = {"vocab_size": 20, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
@@ -115,7 +115,7 @@ def test_a_fused_projection_is_three_parts():
     other = twin(model)
     with torch.no_grad():
         other.transformer.h[0].attn.c_attn.weight[:, 16:32] += 1.0
-    table = changes(model, other).table("absolute", ("component", "layer"))
+    table = compare_changes(model, other).table("absolute", ("component", "layer"))
     assert {key for key, cell in table.items() if cell.mean} == {("key", 0)}
     assert table["key", 0].mean == pytest.approx(0.5)  # weight 1, bias 0
 
@@ -155,7 +155,7 @@ def test_low_precision_is_compared_exactly():
 def test_a_known_shake_gives_the_known_measures():
     base = wide(build("bert"))
     tuned = moved(base, lambda name: 0.25 if "attention.output.LayerNorm" in name else -0.0625)
-    result = changes(base, tuned, lr_steps=0.125)
+    result = compare_changes(base, tuned, lr_steps=0.125)
     for name in result.components:
         by = 0.25 if name == "attention LN" else 0.0625
         assert result.table("absolute")[name,].mean == pytest.approx(by, rel=1e-9)
@@ -172,8 +172,8 @@ def test_tensors_first_then_components():
     """A large tensor counts no more than a small one."""
     base = wide(build("bert"))
     tuned = moved(base, lambda name: 3.0 if name.endswith("layer.0.output.dense.bias") else 0.0)
-    assert changes(base, tuned).table("absolute")["ff out",].mean == pytest.approx(3.0 / 4)
-    terms = changes(base, tuned).table("absolute", ("component", "term", "layer"))
+    assert compare_changes(base, tuned).table("absolute")["ff out",].mean == pytest.approx(3.0 / 4)
+    terms = compare_changes(base, tuned).table("absolute", ("component", "term", "layer"))
     assert terms["ff out", "bias", 0].mean == pytest.approx(3.0)
     assert terms["ff out", "weight", 0].mean == 0
 
@@ -184,7 +184,7 @@ def test_the_ranking_turns_over():
     with torch.no_grad():
         for parameter in base.parameters():
             parameter.fill_(0.03 if parameter.ndim == 2 else 1.0)
-    result = changes(base, moved(base, lambda name: 0.01 if "LayerNorm" in name else 0.006))
+    result = compare_changes(base, moved(base, lambda name: 0.01 if "LayerNorm" in name else 0.006))
     assert result.ranking("absolute")[0].endswith("LN")
     assert not result.ranking("relative")[0].endswith("LN")
     assert agreement(result.ranking("absolute"), result.ranking("relative")) < 0
@@ -198,7 +198,7 @@ def test_undefined_is_missing_and_not_zero():
         base.bert.pooler.dense.weight.fill_(2.0)
         for norm in (m for n, m in base.named_modules() if n.endswith("embeddings.LayerNorm")):
             norm.weight.zero_(), norm.bias.zero_()
-    result = changes(base, moved(base, lambda name: 0.5))
+    result = compare_changes(base, moved(base, lambda name: 0.5))
     cell = result.table("relative")["pooler",]
     assert (cell.mean, cell.tensors) == (pytest.approx(0.25), 1)
     assert math.isnan(result.table("relative")["embedding LN",].mean)
@@ -224,21 +224,21 @@ def test_agreement_is_spearman():
 def test_state_dicts_prefixes_and_heads():
     model = build("bert")
     tuned = moved(model, lambda name: 0.5)
-    whole = changes(model, tuned, lr_steps=1)
+    whole = compare_changes(model, tuned, lr_steps=1)
     assert not any(part.component == "head" for part in whole.parts)
-    assert np.array_equal(changes(model.state_dict(), tuned, lr_steps=1).values, whole.values)
-    assert np.array_equal(changes(model, tuned.bert.state_dict(), lr_steps=1).values, whole.values)
-    assert np.array_equal(changes(model.bert, tuned, lr_steps=1).values, whole.values)
-    states = changes(model.state_dict(), tuned.state_dict(), model=model, lr_steps=1)
+    assert np.array_equal(compare_changes(model.state_dict(), tuned, lr_steps=1).values, whole.values)
+    assert np.array_equal(compare_changes(model, tuned.bert.state_dict(), lr_steps=1).values, whole.values)
+    assert np.array_equal(compare_changes(model.bert, tuned, lr_steps=1).values, whole.values)
+    states = compare_changes(model.state_dict(), tuned.state_dict(), model=model, lr_steps=1)
     assert np.array_equal(states.values, whole.values)
     with pytest.raises(ModelError, match="pass model="):
-        changes(model.state_dict(), tuned.state_dict())
+        compare_changes(model.state_dict(), tuned.state_dict())
 
 
 def test_a_pooler_that_only_one_has_is_left_out():
     model = build("bert")
     tagger = build("bert", "AutoModelForTokenClassification", seed=1)
-    assert "pooler" not in changes(model, tagger).components
+    assert "pooler" not in compare_changes(model, tagger).components
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_a_pooler_that_only_one_has_is_left_out():
 )
 def test_other_architectures_are_refused(other, found):
     with pytest.raises(ModelError, match=f"not of one architecture: .*{found}") as error:
-        changes(build("bert"), other())
+        compare_changes(build("bert"), other())
     assert "\n" not in str(error.value)
 
 
@@ -262,17 +262,17 @@ def _narrow():
 def test_nothing_changed_is_an_error():
     model = build("bert")
     with pytest.raises(ModelError, match="nothing changed: all 39 tensors are equal"):
-        changes(model, twin(model))
+        compare_changes(model, twin(model))
     other = twin(model)
     with torch.no_grad():
         other.classifier.weight += 1  # the head does not count
     with pytest.raises(ModelError, match="nothing changed"):
-        changes(model, other)
+        compare_changes(model, other)
 
 
 def test_unknown_names_are_errors():
     model = build("bert")
-    result = changes(model, moved(model, lambda name: 0.1))
+    result = compare_changes(model, moved(model, lambda name: 0.1))
     with pytest.raises(ModelError, match="no component 'output NL'; did you mean 'output LN'"):
         result.only(["output NL"])
     with pytest.raises(ModelError, match="no measure 'relativ'; did you mean 'relative'"):
@@ -286,7 +286,7 @@ def test_unknown_names_are_errors():
 
 
 def _parts():
-    return (Part("a", "query", "weight", 0), Part("b", "query", "bias", 0))
+    return (ComponentPart("a", "query", "weight", 0), ComponentPart("b", "query", "bias", 0))
 
 
 def test_means_and_spreads_over_seeds_then_tasks():
@@ -304,7 +304,7 @@ def test_means_and_spreads_over_seeds_then_tasks():
 
 def test_json_round_trip():
     model = build("gpt2")
-    result = changes(model, moved(model, lambda name: 0.1), run=Run("x", 3, {"steps": 2}))
+    result = compare_changes(model, moved(model, lambda name: 0.1), run=Run("x", 3, {"steps": 2}))
     text = json.dumps(result.to_json(), allow_nan=False)
     back = Changes.from_json(json.loads(text))
     assert back.parts == result.parts
@@ -315,9 +315,9 @@ def test_json_round_trip():
 
 def test_joined_runs_may_lack_a_part():
     model = build("bert")
-    one = changes(model, moved(model, lambda name: 0.5), run=Run("x"))
-    two = changes(model, build("bert", "AutoModelForTokenClassification", seed=1), run=Run("y"))
-    both = joined([two, one])
+    one = compare_changes(model, moved(model, lambda name: 0.5), run=Run("x"))
+    two = compare_changes(model, build("bert", "AutoModelForTokenClassification", seed=1), run=Run("y"))
+    both = join_changes([two, one])
     assert both.values.shape == (2, len(one.parts), len(MEASURES))
     assert both.table("absolute")["pooler",].mean == pytest.approx(0.5)
     assert np.isnan(both.values).any()
@@ -478,7 +478,7 @@ def test_without_a_command_it_helps():
 
 
 def test_help_loads_nothing_heavy():
-    code = "import sys, smidgen.cli as c; c.main(['analyze', 'changes', '--help']); "
+    code = "import sys, smidgen.cli.commands as c; c.main(['analyze', 'changes', '--help']); "
     code += "sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'matplotlib', 'jinja2')))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
@@ -514,7 +514,7 @@ def test_changes_between_two_models(world, tmp_path):
 
 
 def test_fisher_command(world, tmp_path, monkeypatch):
-    import smidgen.scores.fisher as home
+    import smidgen.importance.fisher_information as home
 
     seen = {}
 

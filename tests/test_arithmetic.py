@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import smidgen as sm
-from smidgen.attachment import trained_parameters
-from smidgen.changes import drawn, dropped, elected, total
-from smidgen.errors import AttachError, DeltaError
-from smidgen.rows import INDICES
-from smidgen.start import initial
+from smidgen.common.errors import AttachError, DeltaError
+from smidgen.delta.arithmetic.merge_rules import drawn, dropped, elected, total
+from smidgen.planning.initial_values import initial
+from smidgen.planning.row import INDICES
+from smidgen.ports.attachment_record import trained_parameters
 from tests import helpers as h
 
 IN_PLACE = ["LN()", "BitFit()", "Full()"]

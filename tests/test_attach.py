@@ -12,12 +12,12 @@ import transformers as T
 from torch import nn
 
 import smidgen as sm
-from smidgen.attachment import attachment, is_attached, trained_parameters
-from smidgen.cases import inputs_for, shake, tiny
-from smidgen.errors import AttachError, PlanError
-from smidgen.heads import own_pooling
-from smidgen.method import Method
-from smidgen.recipe import Term
+from smidgen.common.errors import AttachError, PlanError
+from smidgen.methods.base import Method
+from smidgen.ports.attachment_record import attachment, is_attached, trained_parameters
+from smidgen.recipe.recipe import Term
+from smidgen.sites.task_head import own_pooling
+from smidgen.testing.cases import inputs_for, shake, tiny
 from tests import helpers as h
 
 FEW = {"MoS": {"rank": 3}}  # the default needs three layers, the tiny models have two

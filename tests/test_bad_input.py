@@ -11,11 +11,11 @@ import transformers as T
 from torch import nn
 
 import smidgen as sm
-from smidgen.attachment import trained_parameters
-from smidgen.cli import main
-from smidgen.errors import AttachError, DeltaError, PlanError, RecipeError, SmidgenError
-from smidgen.recipe import Term
-from smidgen.testing import shake, tiny
+from smidgen.cli.commands import main
+from smidgen.common.errors import AttachError, DeltaError, PlanError, RecipeError, SmidgenError
+from smidgen.ports.attachment_record import trained_parameters
+from smidgen.recipe.recipe import Term
+from smidgen.testing.suite import shake, tiny
 from tests import helpers as h
 
 LONGEST = 600  # characters of a line that is still read

@@ -8,14 +8,14 @@ import transformers as T
 from torch.nn import functional as F
 
 import smidgen as sm
-from smidgen.attachment import attachment, trained_parameters
-from smidgen.delta import Delta
-from smidgen.errors import AttachError, PlanError, RecipeError, SmidgenError
-from smidgen.methods.dora import DoRA
-from smidgen.methods.pissa import PiSSA
-from smidgen.recipe import as_recipe
-from smidgen.rows import START
-from smidgen.testing import CHECKS, case, run_check, shake, tiny
+from smidgen.common.errors import AttachError, PlanError, RecipeError, SmidgenError
+from smidgen.delta.delta import Delta
+from smidgen.methods.low_rank.dora import DoRA
+from smidgen.methods.low_rank.pissa import PiSSA
+from smidgen.planning.row import START
+from smidgen.ports.attachment_record import attachment, trained_parameters
+from smidgen.recipe.recipe import as_recipe
+from smidgen.testing.suite import CHECKS, case, run_check, shake, tiny
 from tests import helpers as h
 
 SUMS = (

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 import smidgen as sm
-from smidgen.analyze.tuning import lr_steps
-from smidgen.batches import POOL, ShuffledBatches
-from smidgen.encode import Encoded
-from smidgen.errors import TrainError
-from smidgen.feed import Feed
-from smidgen.loop import Loop
-from smidgen.runs import RunFolder
-from smidgen.settings import Settings
-from smidgen.watch import memory_guard
+from smidgen.common.errors import TrainError
+from smidgen.common.memory import memory_guard
+from smidgen.data.batching import POOL, ShuffledBatches
+from smidgen.data.text.encoding import Encoded
+from smidgen.studies.experiments.tuning_changes import lr_steps
+from smidgen.training.run.batch_feed import Feed
+from smidgen.training.run.loop import Loop
+from smidgen.training.run.run_folder import RunFolder
+from smidgen.training.run.settings import Settings
 from tests import helpers as h
 
 LENGTHS = random.Random(1).choices((5, 9, 14, 30, 64), k=1000)
@@ -202,7 +202,7 @@ def trained(task, out=None, **options):
 @pytest.fixture
 def small_pools(monkeypatch):
     """Pools of two batches, so that epochs differ in length on little data too."""
-    monkeypatch.setattr("smidgen.batches.POOL", 2)
+    monkeypatch.setattr("smidgen.data.batching.POOL", 2)
 
 
 class StopError(Exception):

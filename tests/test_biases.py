@@ -5,14 +5,14 @@ import torch
 import transformers as T
 
 import smidgen as sm
-from smidgen.cases import shake
-from smidgen.errors import PlanError
-from smidgen.kinds import is_bias
-from smidgen.optim import optimizer
-from smidgen.plan import resolve
-from smidgen.recipe import Term
-from smidgen.scores.fisher import attached_fisher
-from smidgen.watch import IdleWarning
+from smidgen.common.errors import PlanError
+from smidgen.importance.fisher_information import attached_fisher
+from smidgen.planning.resolution import resolve
+from smidgen.recipe.recipe import Term
+from smidgen.sites.module_kinds import is_bias
+from smidgen.steps.gradient_checks import IdleWarning
+from smidgen.steps.optimizer_groups import optimizer
+from smidgen.testing.cases import shake
 from tests import helpers as h
 from tests.test_fisher import whole
 from tests.test_fisher_rules import agree, one_by_one

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import smidgen as sm
-from smidgen.errors import TrainError
-from smidgen.speed.carry import carried
+from smidgen.common.devices import carried
+from smidgen.common.errors import TrainError
 from tests import helpers as h
 
 OPTIONS = {"epochs": 3, "batch_size": 8, "progress": False, "max_length": 16, "lr": 1e-2}
@@ -80,13 +80,13 @@ def test_insisting_is_an_error_where_it_cannot_be(task):
 
 
 def test_beyond_the_limit_it_lies_in_a_file_of_the_run_until_its_end(task, tmp_path, monkeypatch):
-    seen, run = [], sys.modules["smidgen.evaluate"].run
+    seen, run = [], sys.modules["smidgen.inference.forward_pass"].run_examples
 
     def spied(*args):
         seen.extend((tmp_path / "run").glob("prefix-*.states"))
         return run(*args)
 
-    monkeypatch.setattr("smidgen.loop.run", spied)
+    monkeypatch.setattr("smidgen.training.run.loop.run_examples", spied)
     kept = fitted(task, cache=True, cache_bytes=100, out=tmp_path / "run")
     assert len(set(seen)) == 2
     assert not list((tmp_path / "run").glob("prefix-*"))
@@ -107,7 +107,7 @@ def test_a_resumed_run_does_as_at_its_first_start(task, tmp_path, monkeypatch):
             raise StopError
         return original(self, *args)
 
-    loop = __import__("smidgen.loop", fromlist=["Loop"]).Loop
+    loop = __import__("smidgen.training.run.loop", fromlist=["Loop"]).Loop
     original = loop._step
     monkeypatch.setattr(loop, "_step", stopping)
     with pytest.raises(StopError):
@@ -120,7 +120,9 @@ def test_a_resumed_run_does_as_at_its_first_start(task, tmp_path, monkeypatch):
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     for name in ("delta.json", "delta.safetensors"):
         (tmp_path / "run" / name).unlink()
-    monkeypatch.setattr("smidgen.feed.PrefixCache.fill", lambda *args, **kwargs: pytest.fail("filled"))
+    monkeypatch.setattr(
+        "smidgen.training.run.prefix_cache_policy.PrefixCache.fill", lambda *args, **kwargs: pytest.fail("filled")
+    )
     fitted(task, out=tmp_path / "run", checkpoint_steps=1)
 
 

@@ -11,10 +11,10 @@ import torch
 import transformers as T
 
 import smidgen as sm
-from smidgen.method import Method
-from smidgen.named import NAMED
-from smidgen.plan import resolve
-from smidgen.recipe import Term
+from smidgen.methods.base import Method
+from smidgen.planning.resolution import resolve
+from smidgen.recipe.named_recipes import NAMED
+from smidgen.recipe.recipe import Term
 
 DOCS = Path(__file__).parents[1] / "docs"
 METHODS = sorted(n for n, c in Term.registry.items() if c.__module__.startswith("smidgen.methods."))

@@ -8,23 +8,23 @@ import pytest
 import torch
 from torch import nn
 
-from smidgen import ports
-from smidgen.attachment import Attachment
-from smidgen.delta import Delta
-from smidgen.errors import AttachError
-from smidgen.methods.bitfit import BitFit
-from smidgen.methods.dora import DoRA
-from smidgen.methods.ia3 import IA3
-from smidgen.methods.ln import LN
-from smidgen.methods.lora import LoRA
-from smidgen.methods.ssf import SSF
-from smidgen.methods.triadapt import TriAdaptLoRA
-from smidgen.recipe import Term, as_recipe
-from smidgen.testing import CHECKS, case, run_check
+from smidgen.common.errors import AttachError
+from smidgen.delta.delta import Delta
+from smidgen.methods.in_place.bitfit import BitFit
+from smidgen.methods.in_place.ln import LN
+from smidgen.methods.low_rank.dora import DoRA
+from smidgen.methods.low_rank.lora import LoRA
+from smidgen.methods.low_rank.triadapt import TriAdaptLoRA
+from smidgen.methods.scaling.ia3 import IA3
+from smidgen.methods.scaling.ssf import SSF
+from smidgen.ports import module_port as ports
+from smidgen.ports.attachment_record import Attachment
+from smidgen.recipe.recipe import Term, as_recipe
+from smidgen.testing.suite import CHECKS, case, run_check
 
-ATTACH, PLACE = sys.modules["smidgen.attach"], sys.modules["smidgen.place"]
-MERGE = sys.modules["smidgen.merge"]
-CHECKS_TRAINING = sys.modules["smidgen.checks.training"]
+ATTACH, PLACE = sys.modules["smidgen.delta.attaching"], sys.modules["smidgen.ports.placement"]
+MERGE = sys.modules["smidgen.delta.merging"]
+CHECKS_TRAINING = sys.modules["smidgen.testing.checks.training"]
 FAILURES = (AssertionError, AttributeError, AttachError, pickle.PicklingError)  # a run-time check may see it first
 
 
@@ -222,7 +222,7 @@ def no_reset(monkeypatch):
 
 
 def low_masters(monkeypatch):
-    for module in (PLACE, sys.modules["smidgen.attachment"]):
+    for module in (PLACE, sys.modules["smidgen.ports.attachment_record"]):
         monkeypatch.setattr(module, "master_dtype", lambda dtype: dtype)
 
 
@@ -264,7 +264,7 @@ class Settled(TriAdaptLoRA, abstract=True):
 
 
 def stay(monkeypatch):
-    monkeypatch.setattr("smidgen.events.follow", lambda optimizer, old, new: None)
+    monkeypatch.setattr("smidgen.steps.growth.follow", lambda optimizer, old, new: None)
 
 
 def nothing(monkeypatch):

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 import smidgen as sm
-from smidgen.cli import main
-from smidgen.runs import RunFolder
+from smidgen.cli.commands import main
+from smidgen.training.run.run_folder import RunFolder
 
 WORDS = [
     "[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "fine", "great", "bad", "poor", "awful", "film", "plot",
@@ -146,7 +146,7 @@ def test_help_is_quick_and_version(world: World) -> None:
     assert alone.code == 0
     assert all(name in alone.out for name in COMMANDS)
     assert call("--version").out == f"smidgen {sm.__version__}\n"
-    code = "import sys, smidgen.cli as c; c.main(['--help']); sys.exit('torch' in sys.modules)"
+    code = "import sys, smidgen.cli.commands as c; c.main(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
@@ -553,7 +553,7 @@ def test_debug_shows_the_traceback(world: World) -> None:
 
 
 def test_a_bug_says_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smidgen.views.inspected", lambda *_: 1 / 0)
+    monkeypatch.setattr("smidgen.cli.views.results.inspected", lambda *_: 1 / 0)
     said = call("inspect", world.delta)
     assert said.code == 1
     assert said.err.startswith("error: ZeroDivisionError")

@@ -8,26 +8,26 @@ import pytest
 import torch
 
 import smidgen as sm
-from smidgen.analyze.components import components, part_of
-from smidgen.attachment import trained_parameters
-from smidgen.delta import Delta
-from smidgen.errors import AttachError, RecipeError
-from smidgen.methods.adapter import Adapter
-from smidgen.methods.dora import DoRA
-from smidgen.methods.pissa import PiSSA
-from smidgen.methods.prefix import Prefix
-from smidgen.methods.prompt_tuning import PromptTuning
-from smidgen.methods.ssf import SSF
-from smidgen.named import NAMED
-from smidgen.ports import Edit
-from smidgen.recipe import Recipe, Term
-from smidgen.scores.fisher import fisher
-from smidgen.scores.sample import Sample
-from smidgen.testing import CHECKS, MODELS, run_check, shake, tiny
+from smidgen.common.errors import AttachError, RecipeError
+from smidgen.delta.delta import Delta
+from smidgen.importance.fisher_information import fisher
+from smidgen.importance.sample import Sample
+from smidgen.methods.attention.prefix import Prefix
+from smidgen.methods.bottleneck.adapter import Adapter
+from smidgen.methods.low_rank.dora import DoRA
+from smidgen.methods.low_rank.pissa import PiSSA
+from smidgen.methods.prompt.prompt_tuning import PromptTuning
+from smidgen.methods.scaling.ssf import SSF
+from smidgen.ports.attachment_record import trained_parameters
+from smidgen.ports.module_port import Edit
+from smidgen.recipe.named_recipes import NAMED
+from smidgen.recipe.recipe import Recipe, Term
+from smidgen.studies.experiments.model_components import components, part_of
+from smidgen.testing.suite import CHECKS, MODELS, run_check, shake, tiny
 from tests import helpers as h
 from tests.test_fisher_rules import agree, one_by_one, text_model
 
-attach, place = sys.modules["smidgen.attach"], sys.modules["smidgen.place"]
+attach, place = sys.modules["smidgen.delta.attaching"], sys.modules["smidgen.ports.placement"]
 UNIFIED = "LN() + Prefix(length=4) + Adapter(site='attention', width=3)"
 EVERYTHING = (
     "PromptTuning(length=2) + LN() + Prefix(length=2, mlp=3) + DoRA(rank=2, target='linear') + PiSSA(rank=2) "

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 import smidgen as sm
-from smidgen import ports
-from smidgen.attachment import attachment, trained_parameters
-from smidgen.checks.common import resting
-from smidgen.errors import AttachError, PlanError
-from smidgen.methods.prompt_tuning import PromptTuning
-from smidgen.recipe import Term
-from smidgen.testing import MODELS, case, run_check
+from smidgen.common.errors import AttachError, PlanError
+from smidgen.methods.prompt.prompt_tuning import PromptTuning
+from smidgen.ports import module_port as ports
+from smidgen.ports.attachment_record import attachment, trained_parameters
+from smidgen.recipe.recipe import Term
+from smidgen.testing.checks.common import untrained
+from smidgen.testing.suite import MODELS, case, run_check
 from tests import helpers as h
 
-attach, merging = sys.modules["smidgen.attach"], sys.modules["smidgen.merge"]
+attach, merging = sys.modules["smidgen.delta.attaching"], sys.modules["smidgen.delta.merging"]
 PARTS = {
     "norms": "LN()",  # parameter port
     "biases": "BitFit()",
@@ -67,7 +67,7 @@ def sum_of(names):
 def reached(subject):
     """Every trained tensor gets a gradient that is not zero, unless its method says why."""
     subject.loss().backward()
-    excused = resting(subject)
+    excused = untrained(subject)
     for name, p in trained_parameters(subject.model).items():
         assert p.grad is not None, f"{name} has no gradient"
         assert name in excused or p.grad.abs().max() > 0, f"the gradient of {name} is zero"

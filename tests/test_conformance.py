@@ -2,9 +2,9 @@
 
 import pytest
 
-from smidgen.method import Method
-from smidgen.recipe import Term, parse
-from smidgen.testing import CHECKS, MODELS, SLOW, applies, check_method, run_check
+from smidgen.methods.base import Method
+from smidgen.recipe.recipe import Term, parse
+from smidgen.testing.suite import CHECKS, MODELS, SLOW, applies, check_method, run_check
 
 FEW = {"MoS": {"rank": 3}}  # the default needs three layers, the tiny models have two
 METHODS = [cls(**FEW.get(name, {})) for name, cls in sorted(Term.registry.items()) if issubclass(cls, Method)]

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import smidgen.methods  # noqa: F401 (fills the registry)
-from smidgen.attach import attach, attached, detach
-from smidgen.attachment import trained_parameters
-from smidgen.convert import MissingHeadWarning, from_peft, to_peft
-from smidgen.delta import Delta
-from smidgen.errors import DeltaError, SmidgenError
-from smidgen.merge import merge
+from smidgen.common.errors import DeltaError, SmidgenError
+from smidgen.delta.attaching import attach, attached, detach
+from smidgen.delta.delta import Delta
+from smidgen.delta.hf_peft.conversion import MissingHeadWarning, from_peft, to_peft
+from smidgen.delta.merging import merge
+from smidgen.ports.attachment_record import trained_parameters
 from tests import helpers as h
 
 peft = pytest.importorskip("peft")

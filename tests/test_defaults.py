@@ -10,9 +10,9 @@ from importlib.util import find_spec
 import pytest
 
 import smidgen as sm
-from smidgen.demo import DATA, MODEL
-from smidgen.method import Method
-from smidgen.recipe import Term
+from smidgen.cli.demonstration import DATA, MODEL
+from smidgen.methods.base import Method
+from smidgen.recipe.recipe import Term
 
 pytestmark = [
     pytest.mark.slow,

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import smidgen as sm
-from smidgen.attachment import trained_parameters
-from smidgen.cases import inputs_for, shake, tiny
-from smidgen.convert import to_peft
-from smidgen.delta import CARD, META, TENSORS, Delta
-from smidgen.errors import AttachError, DeltaError
-from smidgen.fingerprint import Fingerprint
+from smidgen.common.errors import AttachError, DeltaError
+from smidgen.delta.delta import CARD, META, TENSORS, Delta
+from smidgen.delta.fingerprint import Fingerprint
+from smidgen.delta.hf_peft.conversion import to_peft
+from smidgen.ports.attachment_record import trained_parameters
+from smidgen.testing.cases import inputs_for, shake, tiny
 from tests import helpers as h
 
 
@@ -223,7 +223,7 @@ def test_no_delta_there(tmp_path):
 
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_a_full_disk_leaves_the_old_delta_whole(at, made, saved, monkeypatch):
-    files, calls = sys.modules["smidgen.files"], []
+    files, calls = sys.modules["smidgen.common.atomic_files"], []
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     original = files._write_temporary
 
@@ -245,7 +245,7 @@ def test_a_disk_that_fills_up_while_a_file_is_written(made, tmp_path, monkeypatc
     def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(sys.modules["smidgen.files"].os, "fsync", full)
+    monkeypatch.setattr(sys.modules["smidgen.common.atomic_files"].os, "fsync", full)
     with pytest.raises(DeltaError, match="No space left"):
         made[1].save(tmp_path / "delta")
     assert list((tmp_path / "delta").iterdir()) == []

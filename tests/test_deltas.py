@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import smidgen as sm
-from smidgen.attachment import is_attached, trained_parameters
-from smidgen.cases import inputs_for, shake, tiny
-from smidgen.errors import AttachError, DeltaError
+from smidgen.common.errors import AttachError, DeltaError
+from smidgen.ports.attachment_record import is_attached, trained_parameters
+from smidgen.testing.cases import inputs_for, shake, tiny
 from tests import helpers as h
 
 # Each with what `attach` takes beside it; some differ in values only, which is the short way.
@@ -84,10 +84,10 @@ def test_any_sequence_of_uses_gives_what_a_fresh_model_gives():
         check_uses(deltas, [*draw.choices([None, *RECIPES], k=80), None])
 
 
-@pytest.mark.parametrize("lost", ["fill", "remove", "put"])
+@pytest.mark.parametrize("lost", ["fill_values", "remove", "put"])
 def test_a_switch_that_does_half_of_it_would_be_seen(lost, monkeypatch):
     deltas = shelf("ln", "ln again", "prefix")
-    monkeypatch.setattr(CODE, lost, {"fill": no_fill, "remove": forget, "put": no_head}[lost])
+    monkeypatch.setattr(CODE, lost, {"fill_values": no_fill, "remove": forget, "put": no_head}[lost])
     with pytest.raises((AssertionError, AttachError)):
         check_uses(deltas, ["ln", "ln again", "prefix", "ln"])
 
@@ -152,7 +152,7 @@ def test_masters_that_share_memory_with_the_delta_would_be_seen(monkeypatch):
     deltas = shelf("ln")
     deltas["mine"] = delta
     before = copy.deepcopy(delta)
-    monkeypatch.setattr(CODE, "fill", alias)
+    monkeypatch.setattr(CODE, "fill_values", alias)
     deltas.use("ln")
     deltas.use("mine")
     shake(trained_parameters(deltas.model).values(), 0.3)

@@ -15,14 +15,14 @@ import torch
 import typer
 
 import smidgen as sm
-from smidgen.cli import app
-from smidgen.errors import PlanError
-from smidgen.method import Method
-from smidgen.plan import resolve
-from smidgen.recipe import Term
-from smidgen.selection.narrow import settle
-from smidgen.settings import Settings
-from smidgen.testing import tiny
+from smidgen.cli.commands import app
+from smidgen.common.errors import PlanError
+from smidgen.methods.base import Method
+from smidgen.planning.resolution import resolve
+from smidgen.planning.selection.narrowing import settle
+from smidgen.recipe.recipe import Term
+from smidgen.testing.suite import tiny
+from smidgen.training.run.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import smidgen as sm
-from smidgen import cli
-from smidgen.doctor import Finding, Place
-from smidgen.errors import AttachError, ModelError, RecipeError
-from smidgen.samples import candidates, fitting
+from smidgen.cli import commands as cli
+from smidgen.common.errors import AttachError, ModelError, RecipeError
+from smidgen.inference.sample_inputs import fitting_inputs, input_candidates
+from smidgen.studies.diagnosis import Finding, Place
 from tests import helpers as h
 from tests import odd_models as odd
 
@@ -135,7 +135,7 @@ def test_what_is_not_restored_is_a_fault():
 @pytest.mark.parametrize("name", ["llama4", "switch", "wav2vec2", "moonshine_streaming", "gemma3"])
 def test_inputs_are_made_from_the_configuration(name):
     model = odd.build(name).float()
-    assert set(fitting(model)) >= {odd_main(name)}
+    assert set(fitting_inputs(model)) >= {odd_main(name)}
 
 
 def odd_main(name):
@@ -153,7 +153,7 @@ def test_images_are_made_too():
 def test_ids_mean_nothing_special():
     model = odd.build("gemma3")
     special = {0, 1, 2, 38, 39, 40}
-    for inputs in candidates(model):
+    for inputs in input_candidates(model):
         assert not special & set(inputs.get("input_ids", torch.tensor([])).flatten().tolist())
 
 

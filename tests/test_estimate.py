@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import smidgen as sm
-from smidgen.prefix import frozen_prefix
+from smidgen.planning.frozen_modules import frozen_prefix
 from tests import helpers as h
 
 RECIPES = [

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import smidgen as sm
-from smidgen.attachment import attachment, trained_parameters
-from smidgen.cases import inputs_for, shake, tiny
-from smidgen.errors import PlanError, TrainError
-from smidgen.events import after_step, assign, follow
-from smidgen.methods.triadapt import TriAdaptLoRA
-from smidgen.penalties import penalty
+from smidgen.common.errors import PlanError, TrainError
+from smidgen.methods.low_rank.triadapt import TriAdaptLoRA
+from smidgen.ports.attachment_record import attachment, trained_parameters
+from smidgen.steps.growth import after_step, assign, follow
+from smidgen.steps.penalties import penalty
+from smidgen.testing.cases import inputs_for, shake, tiny
 
 
 def test_the_core_is_two_triangles_of_blocks():

@@ -10,14 +10,15 @@ from torch import nn
 from torch.func import functional_call
 
 import smidgen as sm
-from smidgen.attachment import trained_parameters
-from smidgen.cases import shake
-from smidgen.errors import AttachError, DataError, DeltaError, PlanError
-from smidgen.merge import folded
-from smidgen.scores import record, rules
-from smidgen.scores.fisher import attached_fisher, attached_mean_gradients, fisher, mean_gradients
-from smidgen.scores.likelihood import Likelihood
-from smidgen.scores.sample import Sample
+from smidgen.common.errors import AttachError, DataError, DeltaError, PlanError
+from smidgen.delta.merging import folded
+from smidgen.importance import gradient_recorder as record
+from smidgen.importance import per_example_rules as rules
+from smidgen.importance.fisher_information import attached_fisher, attached_mean_gradients, fisher, mean_gradients
+from smidgen.importance.likelihood import Likelihood
+from smidgen.importance.sample import Sample
+from smidgen.ports.attachment_record import trained_parameters
+from smidgen.testing.cases import shake
 from tests import helpers as h
 from tests.test_fisher_rules import agree, one_by_one, score, text_model, texts
 

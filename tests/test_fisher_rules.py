@@ -6,14 +6,15 @@ import transformers as T
 from torch import nn
 
 import smidgen as sm
-from smidgen.attachment import trained_parameters
-from smidgen.cases import shake
-from smidgen.encode import Collator
-from smidgen.scores import record, squares
-from smidgen.scores.fisher import attached_fisher, attached_mean_gradients
-from smidgen.scores.rules import outer_squares
-from smidgen.scores.sample import Sample
-from smidgen.scores.squares import tensors_of
+from smidgen.data.text.collate import Collator
+from smidgen.importance import gradient_recorder as record
+from smidgen.importance import per_example_squares as squares
+from smidgen.importance.fisher_information import attached_fisher, attached_mean_gradients
+from smidgen.importance.per_example_rules import outer_squares
+from smidgen.importance.per_example_squares import tensors_of
+from smidgen.importance.sample import Sample
+from smidgen.ports.attachment_record import trained_parameters
+from smidgen.testing.cases import shake
 from tests import helpers as h
 
 TINY = {**h.BASE, **h.TOKENS, "head_dim": 8, "num_key_value_heads": 1}

@@ -13,21 +13,21 @@ import pytest
 import torch
 
 import smidgen as sm
-from smidgen.attachment import trained_parameters
-from smidgen.batches import ShuffledBatches
-from smidgen.cases import shake
-from smidgen.errors import AttachError, DivergedError, ModelError, SmidgenError, TrainError
-from smidgen.evaluate import Scores
-from smidgen.objective import Objective, StayClose, TaskLoss
-from smidgen.plan import resolve
-from smidgen.prefix import frozen_prefix
-from smidgen.runs import METRICS
-from smidgen.settings import Settings
-from smidgen.watch import memory_guard
+from smidgen.common.errors import AttachError, DivergedError, ModelError, SmidgenError, TrainError
+from smidgen.common.memory import memory_guard
+from smidgen.data.batching import ShuffledBatches
+from smidgen.inference.evaluation import Scores
+from smidgen.planning.frozen_modules import frozen_prefix
+from smidgen.planning.resolution import resolve
+from smidgen.ports.attachment_record import trained_parameters
+from smidgen.steps.objectives import Objective, StayClose, TaskLoss
+from smidgen.testing.cases import shake
+from smidgen.training.run.run_folder import METRICS
+from smidgen.training.run.settings import Settings
 from tests import helpers as h
 
 QUICK = {"epochs": 2, "batch_size": 8, "lr": 1e-2, "head_lr": 1e-2, "progress": False}
-LOOP = sys.modules.get("smidgen.loop") or __import__("smidgen.loop", fromlist=["Loop"])
+LOOP = sys.modules.get("smidgen.training.run.loop") or __import__("smidgen.training.run.loop", fromlist=["Loop"])
 
 
 @pytest.fixture(scope="module")
@@ -403,7 +403,7 @@ def test_out_of_memory_in_validation(task, monkeypatch):
     def starved(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(sys.modules["smidgen.loop"], "run", starved)
+    monkeypatch.setattr(sys.modules["smidgen.training.run.loop"], "run_examples", starved)
     with pytest.raises(TrainError, match="a batch of 8 does not fit into memory; try batch_size=4"):
         sm.fit(h.bert(), "LN()", task, tokenizer=h.tokenizer(), **QUICK)
 

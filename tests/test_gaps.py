@@ -8,9 +8,9 @@ import transformers as T
 from rich.console import Console
 from torch import nn
 
-from smidgen import gaps
-from smidgen.plan import resolve
-from smidgen.views_plan import plan as view
+from smidgen.cli.views.plans import plan_view as view
+from smidgen.planning import gaps
+from smidgen.planning.resolution import resolve
 from tests import helpers as h
 from tests import odd_layouts, odd_models
 from tests.architectures import CASES

@@ -8,13 +8,14 @@ import transformers as T
 from torch import nn
 
 import smidgen as sm
-from smidgen.attachment import attachment, trained_parameters
-from smidgen.cases import shake
-from smidgen.errors import AttachError
-from smidgen.heads import head_names, own_pooling, pool
-from smidgen.models import load
-from smidgen.plan import resolve
-from smidgen.sites import find_sites
+from smidgen.common.errors import AttachError
+from smidgen.inference.loading import load
+from smidgen.planning.resolution import resolve
+from smidgen.ports.attachment_record import attachment, trained_parameters
+from smidgen.ports.pooling import pool
+from smidgen.sites.discovery import find_sites
+from smidgen.sites.task_head import head_names, own_pooling
+from smidgen.testing.cases import shake
 from tests import helpers as h
 
 CLASSIFIER = ("classifier.weight", "classifier.bias")

@@ -14,12 +14,12 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import smidgen as sm
-from smidgen import held
-from smidgen.attachment import trained_parameters
-from smidgen.cases import shake
-from smidgen.delta import Delta
-from smidgen.errors import AttachError, DeltaError
-from smidgen.fingerprint import Fingerprint
+from smidgen.common.errors import AttachError, DeltaError
+from smidgen.delta.delta import Delta
+from smidgen.delta.fingerprint import Fingerprint
+from smidgen.ports import held_state as held
+from smidgen.ports.attachment_record import trained_parameters
+from smidgen.testing.cases import shake
 from tests import helpers as h
 
 VIT = {

@@ -12,7 +12,7 @@ from tests import helpers
 SHA = "0123456789abcdef0123456789abcdef01234567"
 SCRIPT = """
 import smidgen as sm
-from smidgen.errors import DeltaError
+from smidgen.common.errors import DeltaError
 import helpers
 
 model = helpers.bert()

@@ -9,12 +9,12 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import smidgen as sm
-from smidgen.attachment import trained_parameters
-from smidgen.cases import shake
-from smidgen.errors import PlanError, TrainError
-from smidgen.plan import resolve
-from smidgen.recipe import parse
-from smidgen.watch import IdleWarning, Watch
+from smidgen.common.errors import PlanError, TrainError
+from smidgen.planning.resolution import resolve
+from smidgen.ports.attachment_record import trained_parameters
+from smidgen.recipe.recipe import parse
+from smidgen.steps.gradient_checks import IdleWarning, Watch
+from smidgen.testing.cases import shake
 from tests import helpers as h
 from tests import odd_models as odd
 from tests.test_doctor import Reading

@@ -13,9 +13,9 @@ import psutil
 import pytest
 import torch
 
-from smidgen.errors import SmidgenError, TrainError
-from smidgen.ledger import FILE
-from smidgen.objective import TaskLoss
+from smidgen.common.errors import SmidgenError, TrainError
+from smidgen.steps.objectives import TaskLoss
+from smidgen.studies.search_folder import FILE
 from tests import helpers as h
 from tests.test_search import RATES, TOP, command, results, searched, task, world  # noqa: F401
 

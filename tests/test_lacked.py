@@ -10,16 +10,16 @@ import transformers as T
 from torch import nn
 
 import smidgen as sm
-from smidgen.attachment import trained_parameters
-from smidgen.cases import shake
-from smidgen.errors import DeltaError, PlanError, RecipeError
-from smidgen.fingerprint import Fingerprint
-from smidgen.heads import head_names
-from smidgen.lacked import new_names, resized
-from smidgen.plan import resolve
-from smidgen.prefix import frozen_prefix
-from smidgen.recipe import Term
-from smidgen.watch import check_gradients, still
+from smidgen.common.errors import DeltaError, PlanError, RecipeError
+from smidgen.delta.fingerprint import Fingerprint
+from smidgen.planning.frozen_modules import frozen_prefix
+from smidgen.planning.resolution import resolve
+from smidgen.ports.attachment_record import trained_parameters
+from smidgen.recipe.recipe import Term
+from smidgen.sites.new_tensors import new_names, resized
+from smidgen.sites.task_head import head_names
+from smidgen.steps.gradient_checks import check_gradients, still
+from smidgen.testing.cases import shake
 from tests import helpers as h
 
 BERT_POOLER = ("bert.pooler.dense.weight", "bert.pooler.dense.bias")

@@ -7,15 +7,16 @@ import torch
 import transformers as T
 
 import smidgen as sm
-from smidgen.attachment import trained_parameters
-from smidgen.errors import AttachError, PlanError, RecipeError
-from smidgen.plan import resolve
-from smidgen.selection.units import _number
-from smidgen.sites import find_sites
-from smidgen.slices import Rows
-from smidgen.sublayers import find_sublayers, no_interface
-from smidgen.testing import shake
-from smidgen.untie import UntiedWarning
+from smidgen.common.errors import AttachError, PlanError, RecipeError
+from smidgen.delta.untying import UntiedWarning
+from smidgen.planning.resolution import resolve
+from smidgen.planning.selection.units import _number
+from smidgen.ports.attachment_record import trained_parameters
+from smidgen.sites.attention_modules import no_interface
+from smidgen.sites.discovery import find_sites
+from smidgen.sites.fused_rows import Rows
+from smidgen.sites.sublayers import find_sublayers
+from smidgen.testing.suite import shake
 from tests.odd_layouts import ODD, SIZES, odd, output
 
 ROLES = ("query", "key", "value", "attention_out", "ff_in", "ff_out")

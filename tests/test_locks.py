@@ -8,18 +8,18 @@ import signal
 import pytest
 
 import smidgen as sm
-from smidgen import locks
-from smidgen.errors import DeltaError, TrainError
-from smidgen.locks import NAME, held
-from smidgen.objective import TaskLoss
+from smidgen.common import folder_lock as locks
+from smidgen.common.errors import DeltaError, TrainError
+from smidgen.common.folder_lock import NAME, folder_lock_held
+from smidgen.steps.objectives import TaskLoss
 from tests import helpers as h
 from tests.test_bad_input import refused, shell
 
 HOLD = """
 import sys, time
-from smidgen.locks import held
+from smidgen.common.folder_lock import folder_lock_held
 
-with held(sys.argv[1]):
+with folder_lock_held(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -66,7 +66,7 @@ COMMANDS = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_second_is_one_line(name, world, tmp_path):
     out = tmp_path / "out"
-    with held(out):
+    with folder_lock_held(out):
         refused(*COMMANDS[name](world, out), words=(str(out), *IN_USE))
         assert [path.name for path in out.iterdir()] == [NAME]
 
@@ -107,28 +107,35 @@ def test_of_two_at_once_one_finishes_and_the_other_does_not_touch_it(world, tmp_
 
 
 def test_a_finished_run_is_read_beside_a_lock(world):
-    with held(world / "run"):
+    with folder_lock_held(world / "run"):
         code, out, errors = shell(*tune(world, world / "run"))
     assert (code, errors) == (0, [])
     assert "already finished" in out
 
 
 def test_nothing_is_left_of_a_lock(tmp_path):
-    with pytest.raises(ZeroDivisionError), held(tmp_path / "a" / "b"):
+    with pytest.raises(ZeroDivisionError), folder_lock_held(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b" / NAME).exists()
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "kept").mkdir()
-    with held(tmp_path / "kept"), pytest.raises(TrainError, match="in use"), held(tmp_path / "kept"):
+    with (
+        folder_lock_held(tmp_path / "kept"),
+        pytest.raises(TrainError, match="in use"),
+        folder_lock_held(tmp_path / "kept"),
+    ):
         pass
     assert [path.name for path in tmp_path.rglob("*")] == ["kept"]
-    with held(None), held(None):
+    with folder_lock_held(None), folder_lock_held(None):
         pass
 
 
 def test_where_no_lock_can_be(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(TrainError, match=r"file is a file, not a folder"), held(tmp_path / "file"):
+    with pytest.raises(TrainError, match=r"file is a file, not a folder"), folder_lock_held(tmp_path / "file"):
         pass
-    with pytest.raises((TrainError, DeltaError), match=re.escape(str(tmp_path / "file"))), held(tmp_path / "file/a"):
+    with (
+        pytest.raises((TrainError, DeltaError), match=re.escape(str(tmp_path / "file"))),
+        folder_lock_held(tmp_path / "file/a"),
+    ):
         pass

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import smidgen as sm
-from smidgen.attachment import trained_parameters
-from smidgen.errors import RecipeError
-from smidgen.lowrank import LowRank
-from smidgen.methods.dora import DoRA
-from smidgen.methods.mos import MoS
-from smidgen.methods.pissa import PiSSA
-from smidgen.methods.triadapt import TriAdaptLoRA
-from smidgen.recipe import Term
+from smidgen.common.errors import RecipeError
+from smidgen.methods.low_rank.base import LowRank
+from smidgen.methods.low_rank.dora import DoRA
+from smidgen.methods.low_rank.mos import MoS
+from smidgen.methods.low_rank.pissa import PiSSA
+from smidgen.methods.low_rank.triadapt import TriAdaptLoRA
+from smidgen.ports.attachment_record import trained_parameters
+from smidgen.recipe.recipe import Term
 from tests import helpers as h
 
 LOW_RANK = [cls for _, cls in sorted(Term.registry.items()) if issubclass(cls, LowRank)]

@@ -8,9 +8,9 @@ import transformers as T
 from torch import nn
 
 import smidgen as sm
-from smidgen import casts
-from smidgen.attachment import trained_parameters
-from smidgen.cases import shake
+from smidgen.ports import master_weights as casts
+from smidgen.ports.attachment_record import trained_parameters
+from smidgen.testing.cases import shake
 from tests import helpers as h
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 20, **h.TOKENS}

@@ -12,14 +12,15 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import smidgen as sm
-from smidgen.attachment import attachment, trained_parameters
-from smidgen.errors import TrainError
-from smidgen.optim import optimizer
-from smidgen.peak import Live
-from smidgen.prefix import frozen_prefix
-from smidgen.room import largest_batch, parse_bytes
-from smidgen.speed.recompute import recomputed, recomputing
-from smidgen.watch import snapshot
+from smidgen.common.byte_sizes import parse_bytes
+from smidgen.common.errors import TrainError
+from smidgen.efficiency.activation_checkpointing import recomputed, recomputing
+from smidgen.planning.frozen_modules import frozen_prefix
+from smidgen.ports.attachment_record import attachment, trained_parameters
+from smidgen.steps.gradient_checks import snapshot
+from smidgen.steps.optimizer_groups import optimizer
+from smidgen.training.memory.batch_size import largest_batch
+from smidgen.training.memory.live_tensors import Live
 from tests import helpers as h
 
 RECIPES = ["LN()", "LN(layers='top:1')", "LoRA(rank=2, dropout=0.2)", "IA3()", "BitFit()", "Full()"]

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from smidgen.errors import DataError
-from smidgen.metrics import METRICS, USUAL, check_metric, default_metric, is_bio, score
+from smidgen.common.errors import DataError
+from smidgen.data.metrics import METRICS, USUAL, check_metric, compute_metric, default_metric, is_bio
 
 PREDICTED = [1, 1, 0, 0, 1, 0]
 TRUE = [1, 0, 0, 1, 1, 0]  # tp 2, fp 1, fn 1, tn 2
@@ -59,22 +59,26 @@ def test_nearly_constant_predictions_do_not_warn() -> None:
 
 
 def test_chosen_metric_comes_first_then_the_usual_ones() -> None:
-    scores = score("classification", "matthews", PREDICTED, TRUE, ("no", "yes"))
+    scores = compute_metric("classification", "matthews", PREDICTED, TRUE, ("no", "yes"))
     assert list(scores) == ["matthews", "accuracy", "f1"]
-    assert score("regression", "mse", [1.0, 2.0], [1.0, 3.0])["mse"] == 0.5
-    assert list(score("tokens", "entity_f1", [["O"]], [["O"]], BIO)) == ["entity_f1", "token_accuracy"]
-    assert list(score("causal-lm", "loss", [1.0], [1])) == ["loss", "perplexity"]
+    assert compute_metric("regression", "mse", [1.0, 2.0], [1.0, 3.0])["mse"] == 0.5
+    assert list(compute_metric("tokens", "entity_f1", [["O"]], [["O"]], BIO)) == ["entity_f1", "token_accuracy"]
+    assert list(compute_metric("causal-lm", "loss", [1.0], [1])) == ["loss", "perplexity"]
 
 
 def test_f1_is_macro_when_there_are_three_labels_even_if_two_occur() -> None:
     expected = value("f1_macro", PREDICTED, TRUE)
-    assert score("classification", "f1", [1, 1, 1, 0], [1, 1, 0, 0], "abc")["f1"] == pytest.approx((0.8 + 2 / 3) / 2)
-    assert score("classification", "f1", PREDICTED, TRUE, "abc")["f1"] == pytest.approx(expected)
-    assert score("classification", "f1", [1, 1, 1, 0], [1, 1, 0, 0], "ab")["f1"] == pytest.approx(0.8)
+    assert compute_metric("classification", "f1", [1, 1, 1, 0], [1, 1, 0, 0], "abc")["f1"] == pytest.approx(
+        (0.8 + 2 / 3) / 2
+    )
+    assert compute_metric("classification", "f1", PREDICTED, TRUE, "abc")["f1"] == pytest.approx(expected)
+    assert compute_metric("classification", "f1", [1, 1, 1, 0], [1, 1, 0, 0], "ab")["f1"] == pytest.approx(0.8)
 
 
 def test_tags_that_are_no_entities_have_no_entity_f1() -> None:
-    assert list(score("tokens", "token_accuracy", [["NOUN"]], [["NOUN"]], ("NOUN", "VERB"))) == ["token_accuracy"]
+    assert list(compute_metric("tokens", "token_accuracy", [["NOUN"]], [["NOUN"]], ("NOUN", "VERB"))) == [
+        "token_accuracy"
+    ]
     assert is_bio(BIO)
     assert not is_bio(("NOUN", "O"))
 
@@ -85,8 +89,8 @@ def test_tags_that_are_no_entities_have_no_entity_f1() -> None:
         (lambda: check_metric("acuracy", "classification"), "unknown; did you mean 'accuracy'"),
         (lambda: check_metric("pearson", "classification"), "not for classification; there are accuracy"),
         (lambda: check_metric("entity_f1", "tokens", ("NOUN",)), "found 'NOUN'; use metric='token_accuracy'"),
-        (lambda: score("regression", "mse", [1.0], [1.0, 2.0]), "1 predictions against 2 references"),
-        (lambda: score("regression", "mse", [], []), "0 predictions against 0"),
+        (lambda: compute_metric("regression", "mse", [1.0], [1.0, 2.0]), "1 predictions against 2 references"),
+        (lambda: compute_metric("regression", "mse", [], []), "0 predictions against 0"),
     ],
 )
 def test_errors(call: object, message: str) -> None:

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import smidgen as sm
-from smidgen.method import Method
-from smidgen.recipe import Term
-from smidgen.testing import CHECKS, check_method, run_check
+from smidgen.methods.base import Method
+from smidgen.recipe.recipe import Term
+from smidgen.testing.suite import CHECKS, check_method, run_check
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "new-method.md"
@@ -68,10 +68,10 @@ def test_a_missing_line_would_be_seen(monkeypatch):
 
 
 def test_the_functions_with_a_port_are_functions():
-    """The table in smidgen.method, which the catalogue reads, and the one of the page agree on what they share."""
-    import smidgen.method
+    """The table in smidgen.methods.base, which the catalogue reads, and that of the page agree on what they share."""
+    import smidgen.methods.base
 
-    rows = set(re.findall(r"^\| `(\w+\(.*?\))` \|", smidgen.method.__doc__, re.MULTILINE))
+    rows = set(re.findall(r"^\| `(\w+\(.*?\))` \|", smidgen.methods.base.__doc__, re.MULTILINE))
     assert rows <= defined(Method)
     assert {"after(p, x, y, site)", "trains(site)", "keys_values(p, site)"} <= rows
 

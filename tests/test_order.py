@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import smidgen as sm
-from smidgen.attachment import trained_parameters
-from smidgen.testing import shake
+from smidgen.ports.attachment_record import trained_parameters
+from smidgen.testing.suite import shake
 from tests import helpers as h
 
 QUERY, OUT = "bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.0.attention.output.dense"

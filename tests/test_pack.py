@@ -10,15 +10,15 @@ import transformers as T
 from torch import nn
 
 import smidgen as sm
-from smidgen.batches import PackedBatches
-from smidgen.encode import Collator
-from smidgen.errors import TrainError
-from smidgen.feed import Feed
-from smidgen.loop import Loop
-from smidgen.settings import Settings
-from smidgen.speed import pack
-from smidgen.speed.apart import packer_for
-from smidgen.speed.pack import Packer
+from smidgen.common.errors import TrainError
+from smidgen.data.batching import PackedBatches
+from smidgen.data.text.collate import Collator
+from smidgen.efficiency.packing import packer as pack
+from smidgen.efficiency.packing.isolation_check import packer_for
+from smidgen.efficiency.packing.packer import Packer
+from smidgen.training.run.batch_feed import Feed
+from smidgen.training.run.loop import Loop
+from smidgen.training.run.settings import Settings
 from tests import helpers as h
 
 LENGTHS = random.Random(1).choices((2, 5, 9, 14, 30, 64), k=1000)

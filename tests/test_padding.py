@@ -10,13 +10,13 @@ import transformers as T
 from transformers import DynamicCache
 
 import smidgen as sm
-from smidgen.attachment import trained_parameters
-from smidgen.between import Room
-from smidgen.encode import Collator
-from smidgen.errors import AttachError, DataError, PlanError
-from smidgen.heads import own_pooling, takes_positions
-from smidgen.plan import resolve
-from smidgen.testing import shake
+from smidgen.common.errors import AttachError, DataError, PlanError
+from smidgen.data.text.collate import Collator
+from smidgen.planning.resolution import resolve
+from smidgen.ports.attachment_record import trained_parameters
+from smidgen.ports.token_insertion import Room
+from smidgen.sites.task_head import own_pooling, takes_positions
+from smidgen.testing.suite import shake
 from tests import helpers as h
 from tests.test_prefix import DISTIL, GPT, OPT, QWEN, SMALL, T5, TOKENS
 

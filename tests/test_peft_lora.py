@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from smidgen.attach import attached
-from smidgen.convert import from_peft, to_peft
-from smidgen.errors import DeltaError
-from smidgen.merge import merge
+from smidgen.common.errors import DeltaError
+from smidgen.delta.attaching import attached
+from smidgen.delta.hf_peft.conversion import from_peft, to_peft
+from smidgen.delta.merging import merge
 from tests import helpers as h
 from tests.test_convert import config_of, edit_config, edit_tensors, lora_config, model_of, theirs, trained
 from tests.test_convert import logits as outputs

@@ -14,11 +14,11 @@ import transformers as tf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from smidgen import peft_prompts
-from smidgen.attach import attached
-from smidgen.attachment import trained_parameters
-from smidgen.convert import from_peft, to_peft
-from smidgen.errors import DeltaError
+from smidgen.common.errors import DeltaError
+from smidgen.delta.attaching import attached
+from smidgen.delta.hf_peft import prompts as peft_prompts
+from smidgen.delta.hf_peft.conversion import from_peft, to_peft
+from smidgen.ports.attachment_record import trained_parameters
 from tests import helpers as h
 from tests.test_convert import config_of, edit_config, edit_tensors, logits, model_of, trained
 from tests.test_peft_lora import distance

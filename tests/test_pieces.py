@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import smidgen as sm
-from smidgen.errors import TrainError
-from smidgen.pieces import give_back_memory, pieces
+from smidgen.common.errors import TrainError
+from smidgen.common.memory import give_back_memory
+from smidgen.steps.micro_batches import pieces
 from tests import helpers as h
 
 OPTIONS = {"epochs": 2, "batch_size": 8, "progress": False, "max_length": 16, "lr": 1e-2}

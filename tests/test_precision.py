@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from smidgen import options, precision
-from smidgen.errors import ModelError
-from smidgen.models import load
+from smidgen.cli import options
+from smidgen.common.errors import ModelError
+from smidgen.inference import fastest_dtype as precision
+from smidgen.inference.loading import load
 from tests import helpers as h
 
 

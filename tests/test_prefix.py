@@ -11,11 +11,11 @@ from torch import nn
 from transformers import AttentionInterface, DynamicCache
 
 import smidgen as sm
-from smidgen import attention
-from smidgen.attachment import attachment, trained_parameters
-from smidgen.delta import Delta
-from smidgen.errors import AttachError, PlanError, RecipeError
-from smidgen.testing import shake
+from smidgen.common.errors import AttachError, PlanError, RecipeError
+from smidgen.delta.delta import Delta
+from smidgen.ports import attention_port as attention
+from smidgen.ports.attachment_record import attachment, trained_parameters
+from smidgen.testing.suite import shake
 from tests import helpers as h
 
 SMALL = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -166,7 +166,9 @@ def test_attend_is_attention_over_all_keys(edits, mask, implementation):
     kept |= torch.eye(5, dtype=torch.bool)
     given = {"bool": kept, "float": torch.zeros(2, 1, 5, 5, dtype=torch.float64).masked_fill(~kept, -1e30)}.get(mask)
     stub = Stub(2, pairs, implementation)
-    output, _ = attention.attend(stub, q, k, v, given, scaling=0.4, dropout=0.0, is_causal=mask == "causal")
+    output, _ = attention.attend_with_added_keys(
+        stub, q, k, v, given, scaling=0.4, dropout=0.0, is_causal=mask == "causal"
+    )
 
     def allowed(b, t, s):
         s -= count
@@ -185,7 +187,7 @@ def test_a_position_bias_belongs_to_the_text(causal):
     q, k, v, bias = draw(1, 2, 4, 3), draw(1, 2, 4, 3, seed=1), draw(1, 2, 4, 3, seed=2), draw(1, 2, 4, 4, seed=3)
     pair = draw(2, 2, 3, seed=4), draw(2, 2, 3, seed=5)
     stub = Stub(1, [pair], "sdpa")
-    output, _ = attention.attend(stub, q, k, v, None, scaling=1.0, position_bias=bias, is_causal=causal)
+    output, _ = attention.attend_with_added_keys(stub, q, k, v, None, scaling=1.0, position_bias=bias, is_causal=causal)
     key, value = (torch.cat((x[None], y), 2) for x, y in zip(pair, (k, v), strict=True))
 
     def added(head, t, s):
@@ -199,7 +201,7 @@ def test_a_prefix_is_the_gated_form_of_he_et_al():
     """(1 - g) * attention(text) + g * attention(prefix), g the prefix's share (arXiv:2110.04366, section 3.1)."""
     q, k, v = draw(1, 1, 4, 3), draw(1, 1, 6, 3, seed=1), draw(1, 1, 6, 3, seed=2)
     P, U = draw(1, 2, 3, seed=3), draw(1, 2, 3, seed=4)
-    output, _ = attention.attend(Stub(1, [(P, U)], "sdpa"), q, k, v, None, scaling=1.0, is_causal=False)
+    output, _ = attention.attend_with_added_keys(Stub(1, [(P, U)], "sdpa"), q, k, v, None, scaling=1.0, is_causal=False)
     text, prefix = q @ k.transpose(2, 3), q @ P.transpose(1, 2)
     share = prefix.exp().sum(-1, keepdim=True) / (prefix.exp().sum(-1, keepdim=True) + text.exp().sum(-1, keepdim=True))
     expected = (1 - share) * (text.softmax(-1) @ v) + share * (prefix.softmax(-1) @ U)

@@ -4,7 +4,7 @@ import io
 import re
 import sys
 
-from smidgen.progress import Bar
+from smidgen.training.run.progress_bar import Bar
 
 
 def used(capsys, **options):

@@ -7,9 +7,9 @@ import torch
 import transformers as T
 
 import smidgen as sm
-from smidgen.attachment import trained_parameters
-from smidgen.errors import AttachError, PlanError, RecipeError
-from smidgen.speed.cut import why_not
+from smidgen.common.errors import AttachError, PlanError, RecipeError
+from smidgen.efficiency.prefix_cache.cut_point import why_not
+from smidgen.ports.attachment_record import trained_parameters
 from tests import helpers as h
 from tests.test_prefix import FAMILIES, family
 

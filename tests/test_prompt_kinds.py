@@ -5,9 +5,9 @@ import torch
 import transformers as T
 
 import smidgen as sm
-from smidgen.attachment import trained_parameters
-from smidgen.errors import AttachError, PlanError
-from smidgen.testing import shake
+from smidgen.common.errors import AttachError, PlanError
+from smidgen.ports.attachment_record import trained_parameters
+from smidgen.testing.suite import shake
 from tests import helpers as h
 from tests.test_padding import OPTIONS, XLNET, generated
 from tests.test_prefix import SMALL, T5, TOKENS

@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smidgen.cases import tiny
-from smidgen.errors import PlanError, RecipeError
-from smidgen.methods.bitfit import BitFit
-from smidgen.methods.head import Head
-from smidgen.methods.ia3 import IA3
-from smidgen.methods.ln import LN, WHICH
-from smidgen.methods.lora import LoRA
-from smidgen.plan import resolve
-from smidgen.recipe import Recipe, Term, as_recipe, parse, registry
+from smidgen.common.errors import PlanError, RecipeError
+from smidgen.methods.in_place.bitfit import BitFit
+from smidgen.methods.in_place.head import Head
+from smidgen.methods.in_place.ln import LN, WHICH
+from smidgen.methods.low_rank.lora import LoRA
+from smidgen.methods.scaling.ia3 import IA3
+from smidgen.planning.resolution import resolve
+from smidgen.recipe.recipe import Recipe, Term, as_recipe, parse, registry
+from smidgen.testing.cases import tiny
 
 layers = st.one_of(st.none(), st.integers(0, 40), st.sampled_from(["top:2", "bottom:1", "2:5"]), st.just((0, 5)))
 methods = st.one_of(
@@ -133,6 +133,6 @@ def test_a_misspelt_target_is_an_error_that_names_the_nearest():
 
 
 def test_a_fresh_process_knows_the_methods_without_importing_them():
-    code = "from smidgen.recipe import parse; print(parse('LN() + LoRA(rank=2)'))"
+    code = "from smidgen.recipe.recipe import parse; print(parse('LN() + LoRA(rank=2)'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "LN() + LoRA(rank=2)"

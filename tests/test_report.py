@@ -16,13 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from smidgen.analyze.charts import colour, png, shares, svg
-from smidgen.analyze.columns import shown_columns
-from smidgen.analyze.errors import ReportError
-from smidgen.analyze.numbers import Format, brief, plain, restored
-from smidgen.analyze.report import Report
-from smidgen.analyze.sections import Bars, Column, HeatMap, Lines, Table, Text
-from smidgen.errors import DeltaError
+from smidgen.common.errors import DeltaError
+from smidgen.common.json_numbers import plain, restored
+from smidgen.studies.reports.charts import colour, png, share_chart, svg
+from smidgen.studies.reports.column_layout import shown_columns
+from smidgen.studies.reports.errors import ReportError
+from smidgen.studies.reports.number_format import Format, brief
+from smidgen.studies.reports.report import Report
+from smidgen.studies.reports.sections import Bars, Column, HeatMap, Lines, Table, Text
 
 NAN = math.nan
 TABLE = Table(
@@ -266,10 +267,13 @@ def test_cells_are_readable_everywhere():
 
 
 def test_places_on_the_colour_scale():
-    assert shares([[1.0, 10.0, 100.0], [NAN, None, 1.0]], log=True) == [[0, pytest.approx(0.5), 1], [None, None, 0]]
-    assert shares([[0.0, 5.0, 10.0]], log=False) == [[0, 0.5, 1]]
-    assert shares([[0.0, 1.0, 10.0]], log=True) == [[None, 0, 1]]
-    assert shares([[2.0, 2.0]], log=False) == [[0, 0]]
+    assert share_chart([[1.0, 10.0, 100.0], [NAN, None, 1.0]], log=True) == [
+        [0, pytest.approx(0.5), 1],
+        [None, None, 0],
+    ]
+    assert share_chart([[0.0, 5.0, 10.0]], log=False) == [[0, 0.5, 1]]
+    assert share_chart([[0.0, 1.0, 10.0]], log=True) == [[None, 0, 1]]
+    assert share_chart([[2.0, 2.0]], log=False) == [[0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -299,6 +303,6 @@ def test_numbers_alone_and_as_json():
 
 
 def test_the_template_ships():
-    assert files("smidgen.analyze").joinpath("report.html.jinja").is_file()
+    assert files("smidgen.studies.reports").joinpath("report.html.jinja").is_file()
     listed = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    assert '"smidgen.analyze" = ["*.jinja"]' in listed
+    assert '"smidgen.studies.reports" = ["*.jinja"]' in listed

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import smidgen as sm
-from smidgen.errors import TrainError
-from smidgen.objective import TaskLoss
-from smidgen.optim import HEAD_LR
-from smidgen.runs import CHECKPOINT, METRICS, RUN, RunFolder, State
+from smidgen.common.errors import TrainError
+from smidgen.steps.objectives import TaskLoss
+from smidgen.steps.optimizer_groups import HEAD_LR
+from smidgen.training.run.run_folder import CHECKPOINT, METRICS, RUN, RunFolder, State
 from tests import helpers as h
 
 RECIPE = "LN() + LoRA(rank=2, dropout=0.1)"
@@ -47,7 +47,7 @@ import torch
 import helpers as h
 import smidgen as sm
 from smidgen.data import Task
-from smidgen.runs import CHECKPOINT
+from smidgen.training.run.run_folder import CHECKPOINT
 
 torch.set_num_threads(1)
 root, fit = Path(sys.argv[1]), sm.fit
@@ -144,7 +144,7 @@ def test_interrupted_where_tensors_grow(call, task, tmp_path):
 @pytest.mark.parametrize("validation", [1, 3])
 def test_interrupted_in_a_validation(validation, task, tmp_path, monkeypatch):
     whole = train(task)
-    loop, calls = sys.modules["smidgen.loop"], []
+    loop, calls = sys.modules["smidgen.training.run.loop"], []
     original = loop.run
 
     def run(*args):
@@ -234,7 +234,7 @@ def test_killed_between_run_json_and_metrics(task, tmp_path):
 
 def test_after_the_end_the_same_call_gives_the_saved_delta(task, tmp_path, monkeypatch):
     first = train(task, tmp_path / "run")
-    monkeypatch.setattr(sys.modules["smidgen.loop"].Loop, "_train", None)
+    monkeypatch.setattr(sys.modules["smidgen.training.run.loop"].Loop, "_train", None)
     model = h.bert(0.2)
     with h.untouched(model):
         again = sm.fit(model, RECIPE, task, tokenizer=h.tokenizer(), out=tmp_path / "run", **SETTINGS)

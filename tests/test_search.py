@@ -10,17 +10,17 @@ import pytest
 import torch
 
 import smidgen as sm
-from smidgen.attach import attach, remove
-from smidgen.attachment import attachment
-from smidgen.delta import Delta
-from smidgen.errors import DataError, SmidgenError, TrainError
-from smidgen.ledger import FILE, FOLDER
-from smidgen.loop import Loop
-from smidgen.search import SearchWarning
-from smidgen.speed.cache import PrefixCache
-from smidgen.speed.kept import Kept
-from smidgen.speed.single import FirstRow
-from smidgen.trials import Search, Trial
+from smidgen.common.errors import DataError, SmidgenError, TrainError
+from smidgen.delta.attaching import attach, remove
+from smidgen.delta.delta import Delta
+from smidgen.efficiency.first_token.last_block import FirstRow
+from smidgen.efficiency.prefix_cache.cache import PrefixCache
+from smidgen.efficiency.prefix_cache.shared_caches import Kept
+from smidgen.ports.attachment_record import attachment
+from smidgen.studies.rate_search import SearchWarning
+from smidgen.studies.search_folder import FILE, FOLDER
+from smidgen.studies.trial import Search, Trial
+from smidgen.training.run.loop import Loop
 from tests import helpers as h
 from tests.test_cli import bert as saved_bert
 from tests.test_cli import call

@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 import smidgen as sm
-from smidgen.attachment import is_attached, trained_parameters
-from smidgen.cases import shake, tiny
-from smidgen.errors import AttachError, DataError, DeltaError, PlanError, RecipeError, TrainError
-from smidgen.plan import resolve
-from smidgen.recipe import Recipe, parse
-from smidgen.runs import CHECKPOINT
-from smidgen.selection.budget import budget, choose, quotas, rows_of
-from smidgen.selection.chosen import FILE, Selection
-from smidgen.selection.ready import random as random_scores
-from smidgen.selection.term import READY, SCOPES, SCORES, TRAINED
-from smidgen.selection.units import candidates, label_units
+from smidgen.common.errors import AttachError, DataError, DeltaError, PlanError, RecipeError, TrainError
+from smidgen.delta.saved_selection import FILE, Selection
+from smidgen.planning.resolution import resolve
+from smidgen.planning.selection.budgets import budget, choose, quotas, rows_of
+from smidgen.planning.selection.data_free_scores import random as random_scores
+from smidgen.planning.selection.select_term import READY, SCOPES, SCORES, TRAINED
+from smidgen.planning.selection.units import candidates, label_units
+from smidgen.ports.attachment_record import is_attached, trained_parameters
+from smidgen.recipe.recipe import Recipe, parse
+from smidgen.testing.cases import shake, tiny
+from smidgen.training.run.run_folder import CHECKPOINT
 from tests import helpers as h
 from tests.test_resume import Interrupted
 
@@ -224,7 +224,7 @@ def test_a_budget_is_met_exactly(granularity, scope, keep):
 
 def test_a_budget_that_is_one_off_would_be_seen(monkeypatch):
     monkeypatch.setattr(
-        sys.modules["smidgen.selection.budget"], "budget", lambda by, count: min(count, budget(by, count) + 1)
+        sys.modules["smidgen.planning.selection.budgets"], "budget", lambda by, count: min(count, budget(by, count) + 1)
     )
     for granularity in BITFIT_UNITS:
         with pytest.raises(AssertionError):
@@ -748,14 +748,14 @@ def test_a_kept_selection_is_used_again(task, tmp_path, monkeypatch):
         fit(task, recipe, out=out, objective=Interrupted([8]))
     assert (out / FILE).is_file()
     assert (out / CHECKPOINT).is_file()
-    monkeypatch.setattr(sys.modules["smidgen.loop"], "select", None)
+    monkeypatch.setattr(sys.modules["smidgen.training.run.loop"], "select", None)
     h.same(fit(task, recipe, out=out, objective=Interrupted()), whole)
     assert not (out / FILE).exists(), "the delta has the indices"
     h.same(fit(task, recipe, out=out, objective=Interrupted()), whole)
 
 
 def test_stopped_between_the_selection_and_the_first_step(task, tmp_path, monkeypatch):
-    recipe, out, loop = "LN() | Select('gradient', keep=30)", tmp_path / "run", sys.modules["smidgen.loop"]
+    recipe, out, loop = "LN() | Select('gradient', keep=30)", tmp_path / "run", sys.modules["smidgen.training.run.loop"]
 
     def stopped(self):
         raise KeyboardInterrupt

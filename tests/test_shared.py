@@ -7,13 +7,13 @@ import torch
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 import smidgen as sm
-from smidgen.analyze.components import components, part_of
-from smidgen.attachment import attachment, trained_parameters
-from smidgen.cases import inputs_for, shake, tiny
-from smidgen.errors import PlanError, RecipeError
-from smidgen.recipe import Term
-from smidgen.scores.targets import find_targets
-from smidgen.tensors import kronecker_sum
+from smidgen.common.errors import PlanError, RecipeError
+from smidgen.importance.targets import find_targets
+from smidgen.methods.functional import kronecker_sum
+from smidgen.ports.attachment_record import attachment, trained_parameters
+from smidgen.recipe.recipe import Term
+from smidgen.studies.experiments.model_components import components, part_of
+from smidgen.testing.cases import inputs_for, shake, tiny
 
 
 def t5_base():

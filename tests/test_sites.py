@@ -8,9 +8,10 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 
-from smidgen.layers import layer_indices
-from smidgen.layouts import LAYOUTS, NORM_ROLES
-from smidgen.sites import ROLES, find_sites, roles_found, shares_layers
+from smidgen.sites.architectures import LAYOUTS, NORM_ROLES
+from smidgen.sites.discovery import find_sites, roles_found, shares_layers
+from smidgen.sites.layer_spec import layer_indices
+from smidgen.sites.site import ROLES
 from tests.architectures import CASES
 from tests.odd_layouts import ODD, odd
 
@@ -319,7 +320,7 @@ def test_norms_run_where_their_role_says(name):
 
 @pytest.mark.parametrize("name", ["opt", "deberta-v3", "gpt2-cross", "glm4", "bart", "mbart", "hubert-stable"])
 def test_the_order_of_registration_misleads(name, monkeypatch):
-    monkeypatch.setattr("smidgen.sites.NORM_ROLES", {})
+    monkeypatch.setattr("smidgen.sites.discovery.NORM_ROLES", {})
     assert misplaced(name)
 
 

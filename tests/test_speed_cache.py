@@ -14,16 +14,16 @@ import torch
 import transformers as T
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smidgen.attach import attach, remove
-from smidgen.attachment import attachment, trained_parameters
-from smidgen.errors import TrainError
-from smidgen.speed import cache as module
-from smidgen.speed import store
-from smidgen.speed.cache import PrefixCache
-from smidgen.speed.cut import cut_of, why_not
-from smidgen.speed.inner import inner_cut, resting_modules
-from smidgen.speed.key import key
-from smidgen.speed.listen import resting, states_at
+from smidgen.common.errors import TrainError
+from smidgen.delta.attaching import attach, remove
+from smidgen.efficiency.prefix_cache import cache as module
+from smidgen.efficiency.prefix_cache import storage as store
+from smidgen.efficiency.prefix_cache.cache import PrefixCache
+from smidgen.efficiency.prefix_cache.cache_key import key
+from smidgen.efficiency.prefix_cache.cut_point import cut_of, why_not
+from smidgen.efficiency.prefix_cache.recorded_pass import in_eval_mode, states_at
+from smidgen.efficiency.prefix_cache.within_block import inner_cut, resting_modules
+from smidgen.ports.attachment_record import attachment, trained_parameters
 from tests import helpers as h
 
 TOP = ("LN(layers='top:1')", "LoRA(rank=2, layers='top:1')", "Head()")
@@ -327,7 +327,7 @@ def test_fill_stops_at_the_cut(recipe):
     assert max(calls[1:]) <= 4
     assert done == [(i, 10) for i in range(1, 11)]
     assert torch.equal(generator, torch.get_rng_state())
-    with resting(model), counted([*cut.blocks[cut.index :], model.classifier]) as calls:
+    with in_eval_mode(model), counted([*cut.blocks[cut.index :], model.classifier]) as calls:
         assert states_at(cut, collate(examples()[:2])).shape == (2, 7, 16)
     assert not any(calls)
 

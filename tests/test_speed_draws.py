@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import smidgen as sm
-from smidgen.speed.draws import FastDropout, kept
+from smidgen.efficiency.fast_dropout import FastDropout, kept
 from tests import helpers as h
 
 

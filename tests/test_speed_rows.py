@@ -8,14 +8,15 @@ import torch
 import transformers as T
 
 import smidgen as sm
-from smidgen.around import shortcuts
-from smidgen.attach import attach
-from smidgen.attachment import attachment
-from smidgen.errors import TrainError
-from smidgen.settings import Settings
-from smidgen.speed import query, single
-from smidgen.speed.listen import resting
-from smidgen.speed.single import FirstRow
+from smidgen.common.errors import TrainError
+from smidgen.delta.attaching import attach
+from smidgen.efficiency.first_token import last_block as single
+from smidgen.efficiency.first_token import single_query_attention as query
+from smidgen.efficiency.first_token.last_block import FirstRow
+from smidgen.efficiency.prefix_cache.recorded_pass import in_eval_mode
+from smidgen.ports.attachment_record import attachment
+from smidgen.training.run.forward_shortcuts import shortcuts
+from smidgen.training.run.settings import Settings
 from tests import helpers as h
 from tests.test_speed_cache import build, close, collate, examples, gradients
 
@@ -72,7 +73,7 @@ def test_the_last_block_works_on_one_row(recipe, keys):
     layer = model.bert.encoder.layer[2]
     for part in (layer.attention.self.query, layer.attention.self.key, layer.intermediate.dense):
         part.register_forward_hook(lambda module, args, output: shapes.append(output.shape[1]))
-    with resting(model), row.reading():
+    with in_eval_mode(model), row.reading():
         model(**batch)
     assert shapes == [1, keys, 1]
 
@@ -208,9 +209,9 @@ def test_a_block_that_mixes_the_wrong_rows_is_caught(monkeypatch):
     right = query.Maps.attend
     monkeypatch.setattr(query.Maps, "attend", lambda self, x, *rest, **more: right(self, x.flip(0), *rest, **more))
     assert FirstRow.of(model, batch).maps is None
-    plain = single.attend
+    plain = single.attend_once
     monkeypatch.setattr(
-        single, "attend", lambda tokens, q, k, *rest, **more: plain(tokens, q, k.flip(1), *rest, **more)
+        single, "attend_once", lambda tokens, q, k, *rest, **more: plain(tokens, q, k.flip(1), *rest, **more)
     )
     with pytest.raises(TrainError, match="logits from one row differ"):
         FirstRow.of(model, batch)
@@ -255,7 +256,7 @@ def test_insisting_says_why_not(tmp_path):
 
 
 def test_a_cut_in_the_last_block_needs_one_row_of_states():
-    from smidgen.speed.cache import PrefixCache
+    from smidgen.efficiency.prefix_cache.cache import PrefixCache
 
     model = build()
     attach(model, "LN(layers='top:1')")

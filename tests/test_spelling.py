@@ -8,9 +8,9 @@ import pytest
 import typer
 
 import smidgen.methods  # noqa: F401
-from smidgen.cli import _options, app
-from smidgen.recipe import Term
-from smidgen.spelling import FIELDS, as_options, spelled
+from smidgen.cli.commands import _options, app
+from smidgen.common.argument_spelling import FIELDS, as_options, spelled
+from smidgen.recipe.recipe import Term
 from tests import helpers as h
 from tests.test_bad_input import refused, shell
 
@@ -97,7 +97,7 @@ def test_notes_name_options_too(tmp_path, capsys):
     h.build("bert", "AutoModel").save_pretrained(tmp_path / "base")
     h.tokenizer().save_pretrained(tmp_path / "base")
     data = h.jsonl(tmp_path / "a.jsonl", [{"text": f"a {i}", "label": float(i % 3)} for i in range(30)])
-    from smidgen.cli import main
+    from smidgen.cli.commands import main
 
     assert main(["plan", "--model", str(tmp_path / "base"), "--data", str(data)]) == 0
     assert "read as labels; give --kind regression to read numbers" in capsys.readouterr().err

@@ -14,19 +14,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import smidgen as sm
-from smidgen import subsets
-from smidgen.attachment import attachment, trained_parameters
-from smidgen.cases import inputs_for, shake, tiny
-from smidgen.convert import to_peft
-from smidgen.delta import META, TENSORS, Delta
-from smidgen.errors import AttachError, DeltaError
-from smidgen.place import place
-from smidgen.plan import resolve
-from smidgen.rows import INDICES, START, Subset
-from smidgen.selection.chosen import FILE, Selection
-from smidgen.start import initial
-from smidgen.subsets import Part
-from smidgen.testing import run_check
+from smidgen.common.errors import AttachError, DeltaError
+from smidgen.delta.delta import META, TENSORS, Delta
+from smidgen.delta.hf_peft.conversion import to_peft
+from smidgen.delta.saved_selection import FILE, Selection
+from smidgen.planning.initial_values import initial
+from smidgen.planning.resolution import resolve
+from smidgen.planning.row import INDICES, START, Subset
+from smidgen.ports import sparse_values as subsets
+from smidgen.ports.attachment_record import attachment, trained_parameters
+from smidgen.ports.placement import place
+from smidgen.ports.sparse_values import SparseValues
+from smidgen.testing.cases import inputs_for, shake, tiny
+from smidgen.testing.suite import run_check
 from tests import helpers as h
 from tests.test_attach import encoder
 
@@ -165,7 +165,7 @@ def shifted(self, start):
 @pytest.mark.parametrize("what", ["compose", "whole", "clear"])
 def test_a_port_that_is_broken_would_be_seen(what, monkeypatch):
     if what == "whole":
-        monkeypatch.setattr(Part, "whole", shifted)
+        monkeypatch.setattr(SparseValues, "whole", shifted)
     else:
         monkeypatch.setattr(subsets, what, (lambda *args: None) if what == "clear" else broken_compose)
     recipe = RECIPES["norms"]

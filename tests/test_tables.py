@@ -5,13 +5,13 @@ import torch
 import transformers as T
 
 import smidgen as sm
-from smidgen.attachment import trained_parameters
-from smidgen.cases import shake
-from smidgen.convert import to_peft
-from smidgen.errors import DeltaError, PlanError
-from smidgen.plan import resolve
-from smidgen.scores.fisher import attached_fisher
-from smidgen.untie import UntiedWarning
+from smidgen.common.errors import DeltaError, PlanError
+from smidgen.delta.hf_peft.conversion import to_peft
+from smidgen.delta.untying import UntiedWarning
+from smidgen.importance.fisher_information import attached_fisher
+from smidgen.planning.resolution import resolve
+from smidgen.ports.attachment_record import trained_parameters
+from smidgen.testing.cases import shake
 from tests import helpers as h
 from tests.test_fisher import whole
 from tests.test_fisher_rules import agree, one_by_one, text_model

@@ -5,9 +5,9 @@ import torch
 import transformers as T
 from torch import nn
 
-from smidgen import gaps
-from smidgen.errors import PlanError
-from smidgen.plan import resolve
+from smidgen.common.errors import PlanError
+from smidgen.planning import gaps
+from smidgen.planning.resolution import resolve
 from tests import helpers as h
 from tests import odd_models
 from tests.test_gaps import Attending, Convolving, both, experts, found

@@ -20,9 +20,9 @@ from transformers import (
 )
 
 import smidgen as sm
-from smidgen.attachment import trained_parameters
-from smidgen.cases import shake
-from smidgen.errors import AttachError, DivergedError, TrainError
+from smidgen.common.errors import AttachError, DivergedError, TrainError
+from smidgen.ports.attachment_record import trained_parameters
+from smidgen.testing.cases import shake
 from tests import helpers as h
 
 RECIPE = "LN() + LoRA(rank=2, dropout=0.1)"

@@ -7,14 +7,14 @@ from io import StringIO
 import pytest
 
 import smidgen as sm
-from smidgen.analyze.arms import Bench
-from smidgen.analyze.markdown import markdown
-from smidgen.analyze.transfer import ARMS, carry, transfer
-from smidgen.analyze.transfer_report import gaps, transfer_report
-from smidgen.analyze.trust import trust
-from smidgen.analyze.trust_report import trust_report
-from smidgen.cli import main
-from smidgen.errors import SmidgenError
+from smidgen.cli.commands import main
+from smidgen.common.errors import SmidgenError
+from smidgen.studies.experiments.arm import Bench
+from smidgen.studies.experiments.fisher_stability import measure_stability
+from smidgen.studies.experiments.selection_transfer import ARMS, carry, measure_transfer
+from smidgen.studies.reports.fisher_stability import trust_report
+from smidgen.studies.reports.markdown_report import markdown
+from smidgen.studies.reports.selection_transfer import score_gaps, transfer_report
 from tests import helpers
 
 RECIPE = "LN() | Select('fisher', keep=0.1)"
@@ -47,7 +47,7 @@ def tasks(folder):
 @pytest.fixture(scope="module")
 def carried(folder, tasks):
     said = []
-    result = transfer(folder / "tiny", tasks, RECIPE, seeds=2, out=folder / "out", say=said.append, **FAST)
+    result = measure_transfer(folder / "tiny", tasks, RECIPE, seeds=2, out=folder / "out", say=said.append, **FAST)
     return result, said
 
 
@@ -76,10 +76,10 @@ def test_overlaps_are_a_symmetric_matrix_of_ones_on_the_diagonal(carried):
 def test_finished_runs_are_read_not_repeated(carried, folder, tasks, monkeypatch):
     result, _ = carried
     monkeypatch.setattr(Bench, "_train", lambda *args: pytest.fail("a finished run was trained again"))
-    again = transfer(folder / "tiny", tasks, RECIPE, seeds=2, out=folder / "out", **FAST)
+    again = measure_transfer(folder / "tiny", tasks, RECIPE, seeds=2, out=folder / "out", **FAST)
     assert again.outcomes == result.outcomes
     with pytest.raises(SmidgenError, match="other data or settings"):
-        transfer(folder / "tiny", tasks, RECIPE, seeds=2, out=folder / "out", **{**FAST, "epochs": 2})
+        measure_transfer(folder / "tiny", tasks, RECIPE, seeds=2, out=folder / "out", **{**FAST, "epochs": 2})
 
 
 def test_a_task_does_not_see_its_own_scores(folder, tasks):
@@ -109,7 +109,7 @@ def test_a_task_does_not_see_its_own_scores(folder, tasks):
 def test_bad_requests_are_one_line(folder, tasks, change, message):
     given = tasks[change.pop("tasks", slice(None))]
     with pytest.raises(SmidgenError, match=message) as error:
-        transfer(folder / "tiny", given, **{"recipe": RECIPE, "seeds": 1, **FAST, **change})
+        measure_transfer(folder / "tiny", given, **{"recipe": RECIPE, "seeds": 1, **FAST, **change})
     assert "\n" not in str(error.value)
 
 
@@ -122,12 +122,12 @@ def test_the_report_holds_the_numbers(carried, tmp_path):
     text = markdown(report)
     assert "Overlap of the tasks' own selections" in text
     assert "| a (accuracy) |" in text
-    assert len(gaps(result, "own", "random")) == 6
+    assert len(score_gaps(result, "own", "random")) == 6
 
 
 def test_trust_compares_draws_heads_and_kinds(folder, tasks, tmp_path):
     said = []
-    result = trust(
+    result = measure_stability(
         folder / "tiny",
         tasks[0],
         RECIPE,
@@ -217,8 +217,8 @@ def test_mistakes_end_with_status_2_and_one_line(folder, words, message):
 
 def test_trust_refuses_too_little(folder, tasks):
     with pytest.raises(SmidgenError, match="two seeds"):
-        trust(folder / "tiny", tasks[0], RECIPE, seeds=1)
+        measure_stability(folder / "tiny", tasks[0], RECIPE, seeds=1)
     with pytest.raises(SmidgenError, match="two counts"):
-        trust(folder / "tiny", tasks[0], RECIPE, counts=(999,))
+        measure_stability(folder / "tiny", tasks[0], RECIPE, counts=(999,))
     with pytest.raises(SmidgenError, match=r"one Select\('fisher'\)"):
-        trust(folder / "tiny", tasks[0], "LN() | Select('random')")
+        measure_stability(folder / "tiny", tasks[0], "LN() | Select('random')")

@@ -7,15 +7,15 @@ import torch
 import transformers as T
 
 import smidgen as sm
-from smidgen import flow
-from smidgen.attachment import trained_parameters
-from smidgen.cases import shake
-from smidgen.convert import from_peft
-from smidgen.errors import PlanError
-from smidgen.layouts import within
-from smidgen.plan import resolve
-from smidgen.unread import unread
-from smidgen.watch import Watch
+from smidgen.common.errors import PlanError
+from smidgen.delta.hf_peft.conversion import from_peft
+from smidgen.planning.resolution import resolve
+from smidgen.ports.attachment_record import trained_parameters
+from smidgen.sites import data_flow as flow
+from smidgen.sites.roles import within
+from smidgen.sites.unread_parts import unread
+from smidgen.steps.gradient_checks import Watch
+from smidgen.testing.cases import shake
 from tests import helpers as h
 
 SIDE = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
@@ -235,21 +235,21 @@ class Handed(Parts):
 
 
 def test_what_outputs_are_computed_with():
-    found = flow.outputs(Plain)
+    found = flow.output_fields(Plain)
     assert list(found) == ["last_hidden_state", "pooler_output"], "in the order of the class of outputs"
     assert {"one", "two"} <= found["last_hidden_state"]
     assert not {"three", "four"} & found["last_hidden_state"]
     assert "three" in found["pooler_output"]
-    found = flow.outputs(InPlace)
+    found = flow.output_fields(InPlace)
     assert {"one", "two"} <= found["last_hidden_state"]
     assert {"one", "two", "three"} <= found["pooler_output"]
     assert list(found) == ["last_hidden_state", "pooler_output"]
-    assert "two" in flow.outputs(Late)["last_hidden_state"], "what a loop's end makes comes in at its start"
+    assert "two" in flow.output_fields(Late)["last_hidden_state"], "what a loop's end makes comes in at its start"
 
 
 @pytest.mark.parametrize("cls", [Looked, Walked, Handed])
 def test_code_that_is_not_plain_says_nothing(cls):
-    assert flow.outputs(cls) is None
+    assert flow.output_fields(cls) is None
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

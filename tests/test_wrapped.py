@@ -11,14 +11,14 @@ from accelerate import cpu_offload, disk_offload
 from torch import nn
 
 import smidgen as sm
-from smidgen.analyze.components import components
-from smidgen.analyze.tuning import change_of
-from smidgen.attachment import is_attached, trained_parameters
-from smidgen.bare import bare
-from smidgen.cases import shake
-from smidgen.convert import from_peft, to_peft
-from smidgen.errors import AttachError, DeltaError
-from smidgen.plan import resolve
+from smidgen.common.errors import AttachError, DeltaError
+from smidgen.common.wrappers import bare
+from smidgen.delta.hf_peft.conversion import from_peft, to_peft
+from smidgen.planning.resolution import resolve
+from smidgen.ports.attachment_record import is_attached, trained_parameters
+from smidgen.studies.experiments.model_components import components
+from smidgen.studies.experiments.tuning_changes import change_of
+from smidgen.testing.cases import shake
 from tests import helpers as h
 
 RECIPE = "LN() + LoRA(rank=2)"

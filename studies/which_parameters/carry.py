@@ -7,15 +7,15 @@ from pathlib import Path
 
 from common import load_tasks, options, settings, write
 
-from smidgen.analyze.markdown import markdown
-from smidgen.analyze.transfer import transfer
-from smidgen.analyze.transfer_report import transfer_report
+from smidgen.studies.experiments.selection_transfer import measure_transfer
+from smidgen.studies.reports.markdown_report import markdown
+from smidgen.studies.reports.selection_transfer import transfer_report
 
 if __name__ == "__main__":
     given = options(__doc__, "sst2,stsb,trec,sst5", recipe="LN() | Select('fisher', keep=0.1)", how="mean")
     say = lambda text: print(text, flush=True)  # noqa: E731
     more = {"how": given.how, "seeds": given.seeds, "out": Path(given.runs) / "carry", "say": say}
-    result = transfer(given.model, load_tasks(given), given.recipe, **more, **settings(given))
+    result = measure_transfer(given.model, load_tasks(given), given.recipe, **more, **settings(given))
     report = transfer_report(result)
     report.write(Path(given.out) / f"carry-{given.how}")
     columns = ["task", "arm", "seed", "metric", "value", "trained", "head_values", "seconds"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from common import interval, load_tasks, mean_sd, options, settings, table, write
 
 import smidgen as sm
-from smidgen.analyze.arms import Bench
+from smidgen.studies.experiments.arm import Bench
 
 ARMS = ("fisher", "random within fisher's tensors", "random", "magnitude", "bottom")
 

@@ -7,16 +7,18 @@ from pathlib import Path
 
 from common import load_tasks, options, write
 
-from smidgen.analyze.markdown import markdown
-from smidgen.analyze.trust import trust
-from smidgen.analyze.trust_report import trust_report
+from smidgen.studies.experiments.fisher_stability import measure_stability
+from smidgen.studies.reports.fisher_stability import trust_report
+from smidgen.studies.reports.markdown_report import markdown
 
 if __name__ == "__main__":
     given = options(__doc__, "sst2,trec", recipe="LN() | Select('fisher', keep=0.1)")
     rows, text = [], []
     for task in load_tasks(given):
         say = lambda line: print(line, flush=True)  # noqa: E731
-        result = trust(given.model, task, given.recipe, seeds=given.seeds, say=say, max_length=given.max_length)
+        result = measure_stability(
+            given.model, task, given.recipe, seeds=given.seeds, say=say, max_length=given.max_length
+        )
         report = trust_report(result)
         report.write(Path(given.out) / f"trust-{task.name}")
         text.append(markdown(report))

@@ -8,12 +8,12 @@ from pathlib import Path
 from common import load_tasks, options, settings, write
 
 import smidgen as sm
-from smidgen.analyze.change_report import change_report
-from smidgen.analyze.fisher import FisherMass
-from smidgen.analyze.fisher_report import fisher_report
-from smidgen.analyze.markdown import markdown
-from smidgen.analyze.measures import MEASURES
-from smidgen.analyze.tuning import analyze_changes
+from smidgen.studies.experiments.change_measures import MEASURES
+from smidgen.studies.experiments.fisher_mass import FisherMass
+from smidgen.studies.experiments.tuning_changes import analyze_changes
+from smidgen.studies.reports.fisher_mass import fisher_report
+from smidgen.studies.reports.markdown_report import markdown
+from smidgen.studies.reports.parameter_changes import change_report
 
 POINTS = ("fresh head", "trained head")
 

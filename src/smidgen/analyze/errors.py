@@ -1,7 +1,0 @@
-"""What goes wrong in a report."""
-
-from smidgen.errors import SmidgenError
-
-
-class ReportError(SmidgenError):
-    """A report that cannot be made: a package is missing, or a section's numbers do not fit together."""

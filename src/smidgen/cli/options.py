@@ -1,0 +1,97 @@
+"""What the commands share: the options, and how a task and a delta are opened from them."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import smidgen as sm
+from smidgen.cli.views import results as views
+from smidgen.common.errors import DeltaError
+
+Option = typer.Option
+
+Dtype = StrEnum("Dtype", "float32 bfloat16 float16 float64")
+TuneDtype = StrEnum("TuneDtype", "auto float32 bfloat16 float16 float64")
+Format = StrEnum("Format", "peft smidgen")
+Batching = StrEnum("Batching", "shuffle length pack")
+Model = Annotated[str, Option("--model", help="built-in name (minilm, smollm2), folder, or hub id")]
+Base = Annotated[str | None, Option("--model", help="the delta's base, if it is not where it was")]
+RecipeText = Annotated[str, Option("--recipe", help="what to train, such as 'LN() + LoRA(rank=8)'")]
+AnyRecipe = Annotated[str | None, Option("--recipe", help="default: every method at its defaults")]
+Data = Annotated[str, Option("--data", help="bbc-news, a file, a folder of split files, or hub id")]
+AnyData = Annotated[str | None, Option("--data", help="data that shapes the head")]
+DeltaFolder = Annotated[str, Option("--delta", help="folder of a delta, or hub id")]
+Out = Annotated[Path, Option("--out", help="folder to write")]
+Text = Annotated[list[str] | None, Option("--text", help="text column; twice for two texts")]
+Label = Annotated[str | None, Option("--label", help="label column")]
+Kind = Annotated[str | None, Option("--kind", help="classification, regression, tokens or causal-lm")]
+Metric = Annotated[str | None, Option("--metric", help="metric that counts")]
+Limit = Annotated[int | None, Option("--limit", min=1, help="use so many training examples")]
+Most = Annotated[int | None, Option("--limit", min=1, help="use so many examples of the split")]
+BatchSize = Annotated[int, Option("--batch-size", min=1)]
+BatchTokens = Annotated[int | None, Option("--batch-tokens", min=1, help="fill batches to so many tokens, not rows")]
+Length = Annotated[int | None, Option("--max-length", min=1, help="tokens per text")]
+Pooling = Annotated[str | None, Option("--pooling", help="first, mean or last; default is the model's own")]
+OwnDtype = Annotated[Dtype | None, Option("--dtype", help="of the base; default as in training")]
+Precision = Annotated[TuneDtype, Option("--dtype", help="of the base, not of what is trained; auto: the faster")]
+OnlyRead = Annotated[
+    bool | None, Option("--only-read/--all-rows", help="last block for the token read; default: if exact")
+]
+Json = Annotated[bool, Option("--json", help="one JSON object on stdout")]
+
+
+def open_task(
+    data: str, text: list[str] | None = None, label: str | None = None, kind: str | None = None,
+    metric: str | None = None, limit: Any = None,
+) -> sm.Task:  # fmt: skip
+    """The task that the options name, described in one line on stderr."""
+    task = sm.Task.load(data, text=text or None, label=label, kind=kind, metric=metric, limit=limit)
+    views.note(views.described(task))
+    return task
+
+
+def data_options(
+    data: str, text: list[str] | None, label: str | None, kind: str | None, metric: str | None
+) -> list[str]:
+    """The options that open the same task in another command."""
+    single = {"--label": label, "--kind": kind, "--metric": metric}
+    given = [("--data", data), *(("--text", name) for name in text or ()), *single.items()]
+    return [word for option, value in given if value is not None for word in (option, value)]
+
+
+def dtype_of(choice: str, out: Path) -> str:
+    """What "auto" means: as recorded in `out` if it holds an earlier start, else as measured; said on stderr."""
+    import torch
+
+    from smidgen.common.atomic_files import read_json
+    from smidgen.inference.fastest_dtype import fastest
+
+    if choice != "auto":
+        return choice
+    for name in ("run.json", "search.json"):
+        recorded = read_json(out / name).get("asked", {}).get("dtype") if (out / name).is_file() else None
+        if recorded is not None:
+            return str(recorded)
+    found = fastest("cuda" if torch.cuda.is_available() else "cpu")
+    views.note(str(found))
+    return str(found.dtype)[6:]
+
+
+def open_selection(source: str, network: Any) -> sm.Selection:
+    """The selection in a folder: one that was saved, or that of a delta."""
+    if (Path(source) / "delta.json").is_file():
+        return sm.selection_of(network, sm.Delta.load(source))
+    return sm.Selection.load(source)
+
+
+def open_delta(delta: str, model: str | None, dtype: str | None = None) -> tuple[sm.Delta, Any, Any]:
+    """A delta with its base, that is where the delta says unless `model` is given, and the tokenizer."""
+    trained = sm.Delta.load(delta)
+    name = model or trained.base.name
+    if not name:
+        raise DeltaError("the delta does not say where its base is; give --model")
+    return trained, *sm.load(name, delta=trained, dtype=dtype or trained.base.dtype)

@@ -1,0 +1,92 @@
+"""What a plan looks like in a terminal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from smidgen.cli.views.results import facts, number, size, table
+
+if TYPE_CHECKING:
+    from smidgen.planning.plans import Plan
+    from smidgen.planning.resolution import Row
+
+
+def plan_view(result: Plan, every: bool = False) -> RenderableType:
+    """A plan: its sites grouped by place in the block (or every tensor), its sums, its costs."""
+    if every:
+        rows: Any = [(name, _shape(shape)) for row in result.rows for name, shape in row.names()]
+        sites = table(("tensor", "shape"), rows)
+    else:
+        sites = table(("method", "place", "role", "#sites", "tensors", "#values"), _grouped(result.rows))
+        sites.columns[1].no_wrap = True  # names of tensors break between words, paths do not
+    sums = {
+        "trains": f"{result.trained:,} of {result.pretrained:,} values ({result.share:.4%})",
+        "of these": _later(result) if result.pending else None,
+        "head": f"{result.head_values:,} values, always trained, counted apart" if result.head else "none",
+        "never read": f"{', '.join(result.unread)} (left out)" if result.unread else None,
+        "pooling": result.pooling or result.reads,
+        "file": size(result.file_bytes) + (" before choosing" if result.pending else ""),
+        "lowest edit": f"{result.lowest} (no gradient below)",
+        "left out": "\n".join(_left_out(result)) or None,
+        **{name.replace("_", " "): text for name, text in _costs(result.costs or {})},
+    }
+    title = Text(f"{result.recipe} on {result.model}", style="bold")
+    return Group(title, sites, facts({k: v for k, v in sums.items() if v is not None}))
+
+
+def _left_out(result: Plan) -> Iterator[str]:
+    """One line for each reason; the method's name where there are several."""
+    several = len(result.recipe) > 1
+    for gap in result.left_out:
+        yield f"{gap.method.partition('(')[0]}: {gap}" if several else str(gap)
+
+
+def _later(result: Plan) -> str:
+    """What a selection that needs data will leave."""
+    return "; ".join(f"what {span.by} keeps, chosen on data in training" for span in result.recipe.narrowed)
+
+
+def _grouped(rows: Sequence[Row]) -> Iterator[tuple[object, ...]]:
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        place = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.site.name)
+        tensors = ", ".join(f"{term} {_shape(shape)}" for term, shape in row.terms) or _uses(row)
+        key = (str(row.method), place or "(shared)", " ".join(sorted(row.site.roles - {"block"})), tensors)
+        groups.setdefault(key, []).append(row)
+    for (method, place, roles, tensors), members in groups.items():
+        short = method if len(method) <= 20 else f"{type(members[0].method).__name__}(...)"  # whole in the title
+        yield short, _in_lines(place), roles, len(members), tensors, sum(row.values for row in members)
+
+
+def _uses(row: Row) -> str:
+    """What stands for tensors where a site has none of its own."""
+    return f"shared, at {', '.join(symbol for symbol, _ in row.routes)}"
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(str(n) for n in shape) or "1"
+
+
+def _costs(costs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in costs.items():
+        if key == "unknown":
+            yield "memory", f"not estimated ({value})"
+        elif key.endswith("_bytes"):
+            yield f"{key[:-6]} memory", size(value)
+        elif "flops" in key and isinstance(value, int | float):
+            yield key, f"{value / 1e6:,.1f} M"
+        else:
+            yield key, number(value)
+
+
+def _in_lines(place: str, width: int = 48) -> str:
+    """A long path broken behind a dot, not within a name."""
+    if len(place) <= width:
+        return place
+    at = place.rfind(".", 0, width) + 1 or width
+    return f"{place[:at]}\n  {_in_lines(place[at:], width - 2)}"

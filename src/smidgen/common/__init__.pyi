@@ -1,0 +1,9 @@
+from .byte_sizes import parse_bytes as parse_bytes
+from .errors import AttachError as AttachError
+from .errors import DataError as DataError
+from .errors import DeltaError as DeltaError
+from .errors import ModelError as ModelError
+from .errors import PlanError as PlanError
+from .errors import RecipeError as RecipeError
+from .errors import SmidgenError as SmidgenError
+from .errors import TrainError as TrainError

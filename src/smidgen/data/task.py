@@ -1,0 +1,243 @@
+"""Task: splits with texts and labels, the kind of task they make, its labels and its metric."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from datasets import Dataset, List, Value
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from smidgen.common.errors import DataError, nearest
+from smidgen.data import columns as cols
+from smidgen.data.labels import Labels, is_unlabelled, label_set, to_ids
+from smidgen.data.metrics import check_metric, default_metric
+from smidgen.data.readers import SPLITS, Raw, quiet, read_splits
+from smidgen.data.splits import first, hold_out, share_of
+from smidgen.data.text.collate import Collator
+from smidgen.data.text.encoding import Encoded, encode
+
+Limit = Mapping[str, int] | int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Data of one task.
+
+    Attributes:
+        name: short name.
+        kind: "classification", "regression", "tokens" or "causal-lm".
+        text: columns of one or two texts; of lists of words for tokens; for causal-lm one of plain text, two
+            of prompt and completion, or ("messages",).
+        label: the label column; None for causal-lm.
+        labels: label names in id order; () for regression and causal-lm.
+        metric: name of the metric that counts.
+        splits: "train", "validation", "test" as far as they exist, with the text columns and the label
+            column, which holds ids (classification), floats (regression) or lists of ids (tokens).
+        notes: what the source had and the task has not, such as a split without labels -> why.
+    """
+
+    name: str
+    kind: str
+    text: tuple[str, ...]
+    label: str | None
+    labels: tuple[str, ...]
+    metric: str
+    splits: Mapping[str, Dataset] = field(repr=False)
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        kind: str | None = None,
+        text: str | Sequence[str] | None = None,
+        label: str | None = None,
+        metric: str | None = None,
+        name: str | None = None,
+        seed: int = 0,
+        validation: float = 0.1,
+        limit: Limit = None,
+    ) -> Task:
+        """Load "bbc-news", a .csv .tsv .json .jsonl .parquet .txt file, a folder of such split files, or a
+        hub id.
+
+        Columns and kind that are not given are told from known column names and from the type of the label.
+        Without a validation split, a share (or whole number) of train is cut off, the same for the same seed,
+        every label in proportion, equal texts on one side. A .txt file alone holds out that share of its end,
+        half each for validation and test. `limit` keeps the first n rows after a shuffle by the seed, of
+        train or of the splits it names; of running text it keeps the first n paragraphs.
+
+        Raises:
+            DataError: the source, a column, the labels or an option is of no use; the message says which and
+                why.
+        """
+        raw = read_splits(os.fspath(source), kind)
+        if raw.prose:
+            task = _prose(raw, kind, text, label, validation, limit)
+        else:
+            given = (text,) if isinstance(text, str) else text
+            task = _rows(raw, kind, given, label, (seed, validation, limit))
+        chosen = metric or default_metric(task.kind)
+        check_metric(chosen, task.kind, task.labels)
+        return cls(**{**vars(task), "name": name or raw.name, "metric": chosen})
+
+    @property
+    def num_labels(self) -> int:
+        """Width of the head: the number of labels, 1 for regression, 0 for causal-lm."""
+        return 1 if self.kind == "regression" else len(self.labels)
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Label names in id order; the same as `labels`."""
+        return self.labels
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the rows of all splits and of what is learned from them; the name does not
+        count."""
+        digest = hashlib.sha256(json.dumps([self.kind, self.text, self.label, self.labels, self.metric]).encode())
+        for split in sorted(self.splits):
+            digest.update(f"\n{split}\n".encode())
+            for row in self.splits[split]:
+                digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the rows, as plain data, with the number of rows of each split and the
+        fingerprint."""
+        plain = {key: getattr(self, key) for key in ("name", "kind", "label", "metric")}
+        lists = {"text": list(self.text), "labels": list(self.labels), "notes": dict(self.notes)}
+        rows = {split: len(data) for split, data in self.splits.items()}
+        return {**plain, **lists, "rows": rows, "fingerprint": self.fingerprint}
+
+    def split(self, name: str) -> Dataset:
+        """The rows of a split. Raises DataError, saying which there are, if the task has not got it."""
+        if name in self.splits:
+            return self.splits[name]
+        why = self.notes.get(name) if name in SPLITS else None
+        if why:
+            raise DataError(f"the {name} split of {self.name} {why}; there are {', '.join(self.splits)}")
+        raise DataError(
+            f"{self.name} has no {name} split; there are {', '.join(self.splits)}{nearest(name, self.splits)}"
+        )
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, split: str, *, max_length: int | None = None) -> Encoded:
+        """The split as token ids and labels. Raises DataError if there is no such split, or as `encode`
+        does."""
+        return encode(self.split(split), tokenizer, self.kind, self.text, self.label, max_length)
+
+    def collator(
+        self, tokenizer: PreTrainedTokenizerBase, *, multiple: int = 1, model: nn.Module | None = None
+    ) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
+        """Makes a batch of encoded examples, padded to the longest, or to a multiple of `multiple`.
+
+        Padding is on the right, whatever side the tokenizer names, and on the left for a `model` that reads the last
+        place of each row (XLNet).
+
+        Raises:
+            DataError: the tokenizer has no token to pad with, or the model tells padding by another one.
+        """
+        return Collator.of(tokenizer, self.kind, multiple, model)
+
+
+def _task(
+    columns: cols.Columns, labels: Sequence[str], splits: Mapping[str, Dataset], notes: Mapping[str, str]
+) -> Task:
+    return Task("", columns.kind, columns.text, columns.label, tuple(labels), "", splits, notes)
+
+
+def _rows(
+    raw: Raw,
+    kind: str | None,
+    text: Sequence[str] | None,
+    label: str | None,
+    options: tuple[int, float, Limit],
+) -> Task:
+    seed, validation, limit = options
+    main = next(iter(raw.splits.values()))
+    columns = cols.infer(main, kind, text, label)
+    labels, notes, splits = label_set(main, columns), dict(raw.notes), {}
+    if columns.note:
+        notes[f"column {columns.label!r}"] = columns.note
+    for split, rows in raw.splits.items():
+        if rows is not main and is_unlabelled(rows, columns, labels):
+            notes[split] = "has no labels"
+        else:
+            splits[split] = _prepared(rows, split, columns, labels)
+    if "train" in splits and "validation" not in splits and validation:
+        splits = _with_validation(splits, columns, validation, seed)
+    for split, most in _limits(limit, splits).items():
+        splits[split] = splits[split].select(first(len(splits[split]), most, seed))
+    return _task(columns, labels.names, splits, notes)
+
+
+def _prepared(rows: Dataset, split: str, columns: cols.Columns, labels: Labels) -> Dataset:
+    """Text columns as they are, the label column as ids."""
+    cols.check_texts(rows, split, columns)
+    kept = rows.select_columns(list(columns.text))
+    if columns.label is None:
+        return kept
+    inner = Value("float64" if columns.kind == "regression" else "int64")
+    feature = List(inner) if columns.kind == "tokens" else inner
+    ids = to_ids(rows, split, columns, labels)
+    with quiet():
+        return kept.add_column(columns.label, ids, feature=feature)
+
+
+def _with_validation(
+    splits: Mapping[str, Dataset], columns: cols.Columns, validation: float, seed: int
+) -> dict[str, Dataset]:
+    train = splits["train"]
+    texts = [train[name][:] for name in columns.text]
+    keys = [
+        [value if isinstance(value, str) else json.dumps(value) for value in row] for row in zip(*texts, strict=True)
+    ]
+    strata = train[columns.label][:] if columns.kind == "classification" and columns.label else None
+    kept, held = hold_out(keys, strata, validation, seed)
+    cutting = {"train": train.select(kept), "validation": train.select(held)}
+    return {name: {**splits, **cutting}[name] for name in SPLITS if name in splits or name in cutting}
+
+
+def _limits(limit: Limit, splits: Mapping[str, Dataset]) -> dict[str, int]:
+    limits = dict(limit) if isinstance(limit, Mapping) else {} if limit is None else {"train": limit}
+    for split in limits:
+        if split not in splits:
+            raise DataError(f"limit names the split {split!r}; there are {', '.join(splits)}{nearest(split, splits)}")
+    return limits
+
+
+def _prose(raw: Raw, kind: str | None, text: object, label: str | None, validation: float, limit: Limit) -> Task:
+    """Running text: contiguous splits, each one record."""
+    if kind not in (None, "causal-lm") or text not in (None, "text", ("text",), ["text"]) or label:
+        raise DataError(f"{raw.name} is running text: its kind is 'causal-lm', its column 'text', and it has no label; "
+                        "name a file with columns .csv or .tsv")  # fmt: skip
+    splits = {split: rows["text"][:] for split, rows in raw.splits.items()}
+    if validation and "train" in splits and "validation" not in splits:
+        splits = _contiguous(splits, validation)
+    rows = {split: Dataset.from_dict({"text": pieces}) for split, pieces in splits.items()}
+    for split, most in _limits(limit, rows).items():
+        splits[split] = [splits[split][i] for i in first(len(splits[split]), most, 0, shuffle=False)]
+    joined = {split: Dataset.from_dict({"text": ["".join(pieces)]}) for split, pieces in splits.items()}
+    return _task(cols.Columns("causal-lm", ("text",), None), (), joined, raw.notes)
+
+
+def _contiguous(splits: Mapping[str, list[str]], validation: float) -> dict[str, list[str]]:
+    """The end of train becomes validation, and half of that test if there is none."""
+    pieces = splits["train"]
+    held = round(share_of(validation, len(pieces)) * len(pieces))
+    if held < 2 or held >= len(pieces):
+        raise DataError(f"train has {len(pieces)} paragraphs, too few to cut splits; give a folder with a file for "
+                        "each split (or validation=0 for train alone)")  # fmt: skip
+    cut = len(pieces) - held
+    middle = len(pieces) if "test" in splits else cut + (held + 1) // 2
+    own = {"train": pieces[:cut], "validation": pieces[cut:middle]}
+    return {**own, "test": splits.get("test", pieces[middle:])}

@@ -1,0 +1,1 @@
+"""Text: encoding, collation, causal language modelling."""

@@ -1,0 +1,15 @@
+from .arithmetic.sums import Sum as Sum
+from .arithmetic.sums import average as average
+from .arithmetic.sums import dare as dare
+from .arithmetic.sums import ties as ties
+from .attaching import attach as attach
+from .attaching import attached as attached
+from .attaching import detach as detach
+from .attaching import disabled as disabled
+from .attaching import print_trainable_parameters as print_trainable_parameters
+from .delta import Delta as Delta
+from .merging import RoundingWarning as RoundingWarning
+from .merging import merge as merge
+from .saved_selection import Selection as Selection
+from .switcher import Deltas as Deltas
+from .untying import UntiedWarning as UntiedWarning

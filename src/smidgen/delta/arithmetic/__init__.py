@@ -1,0 +1,1 @@
+"""Sums of deltas: weighted, averaged, TIES, DARE."""

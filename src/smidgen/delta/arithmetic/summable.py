@@ -1,0 +1,175 @@
+"""Which trained results add up, and what the sum is a result of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smidgen.common.errors import DeltaError
+from smidgen.delta.arithmetic.merge_rules import Changes
+from smidgen.delta.compatibility import Trained
+from smidgen.methods.base import Method
+from smidgen.planning.plans import Plan
+from smidgen.planning.row import INDICES, Row
+from smidgen.recipe.recipe import Narrowing, Recipe
+
+
+def check_alike(deltas: Sequence[Trained]) -> None:
+    """Raises DeltaError unless all belong to one base and have heads for the same labels."""
+    first = deltas[0]
+    for other in deltas[1:]:
+        a, b = first.base, other.base
+        same = (a.architecture, a.structure) == (b.architecture, b.structure)
+        if not same or (a.dtype == b.dtype and a.content != b.content):  # other dtypes: the base itself will tell
+            names = (f"{x.name or x.architecture!r} ({x.content[:8]})" for x in (a, b))
+            raise DeltaError(f"these deltas belong to different bases, {' and '.join(names)}: train both on one")
+        for what, x, y in (("labels", first.labels, other.labels), ("tensors", _head(first), _head(other))):
+            if x != y:
+                raise DeltaError(f"these deltas have different heads, with {what} {x} and {y}: only like heads combine")
+        if first.pooling != other.pooling:
+            raise DeltaError(f"these deltas read {first.pooling!r} and {other.pooling!r} pooling: train with one")
+
+
+def _head(delta: Trained) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(delta.tensors[name].shape) for name in delta.head}
+
+
+def check_tensors(plans: Sequence[Plan]) -> None:
+    """Raises DeltaError unless the plans (before narrowing) train and add tensors of the same names."""
+    first = plans[0]
+    for other in plans[1:]:
+        same = [type(term) for term in first.recipe] == [type(term) for term in other.recipe]
+        spans = [[(span.start, span.stop) for span in plan.recipe.narrowed] for plan in (first, other)]
+        if not same or spans[0] != spans[1] or _names(first) != _names(other):
+            raise DeltaError(f"{first.recipe} and {other.recipe} train other tensors: only like recipes add up")
+
+
+def _names(plan: Plan) -> list[tuple[int, str]]:
+    return [(row.index, row.name(term)) for row in plan.rows for term, _ in row.terms]
+
+
+def check_linear(plan: Plan, how: str) -> None:
+    """Raises DeltaError, naming method and reason, unless what each row does adds up.
+
+    how: "sum", or a rule that looks at single values, for which a method's own sum is no help.
+    """
+    for row in plan.rows:
+        if any(row.method.renews(name) for name, _ in row.names() if not row.added):
+            raise DeltaError(
+                f"{row.method} saves tensors whole, wherever they started, so no change of them is known: leave out "
+                "target= in training to add such deltas up"
+            )
+        if not row.added:
+            continue
+        if plan.recipe.narrows(row.index):
+            raise DeltaError(f"a part of {row.method} does not add up: sums of parts are for what is trained in place")
+        if not row.method.linear and row.method.joined([row.method]) is None:
+            raise DeltaError(
+                f"{row.method} does not add up: what it does is not linear in its tensors, and no method does the same "
+                "as the sum; what is trained in place, IA3, SSF, LoFiT and LoRA add up"
+            )
+        if not row.method.linear and how != "sum":
+            raise DeltaError(
+                f"{how} looks at single values, but what {row.method} does is not linear in them; add or average"
+            )
+        if row.method.linear and (other := _beside(row, plan.rows)):
+            raise DeltaError(
+                f"{row.method} and {other.method} both act at {row.site.name}: their changes multiply, so no sum of "
+                "such deltas is one; add up deltas of one of the two"
+            )
+
+
+def _beside(row: Row, rows: Sequence[Row]) -> Row | None:
+    """Another row at the same module, or at a slice of it that overlaps."""
+    for other in rows:
+        apart = row.site.rows and other.site.rows and row.site.name != other.site.name
+        if other is not row and other.site.path == row.site.path and not apart:
+            return other
+    return None
+
+
+def starts_of(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """Saved name -> (n,) float64, flat: where the base stands, of all that adds up value by value."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found = {}
+    for row in plan.rows:
+        fresh = row.method.init(row.site) if row.added and row.method.linear else {}
+        for term, _ in row.terms:
+            start = fresh.get(term) if row.added else parameters[row.name(term)]
+            if start is not None:
+                found[row.name(term)] = start.detach().to("cpu", torch.float64).flatten()
+    return found
+
+
+def changes_of(plan: Plan, delta: Trained, starts: Changes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a delta changed, name -> (n,) float64, and where it could, name -> (n,) bool. The plan is narrowed."""
+    changes = {name: torch.zeros_like(start) for name, start in starts.items()}
+    trained = {name: torch.zeros(len(start), dtype=torch.bool) for name, start in starts.items()}
+    for row in plan.rows:
+        for term, name, _ in row.trained():
+            if name in starts:
+                subset = row.subsets.get(term)
+                at = torch.arange(len(starts[name])) if subset is None else subset.indices
+                changes[name][at] = delta.tensors[name].double().flatten() - starts[name][at]
+                trained[name][at] = True
+    return changes, trained
+
+
+def stored_tensors(plan: Plan, starts: Changes, change: Changes, kept: Changes, delta: Trained) -> dict[str, Tensor]:
+    """start + change as a delta stores it: whole, or where only some values are kept, these and their indices."""
+    dtype = next(iter(delta.tensors.values())).dtype
+    tensors = {}
+    for row in plan.rows:
+        for term, shape in row.terms:
+            name = row.name(term)
+            if name not in starts or not kept[name].any():
+                continue
+            values = (starts[name] + change[name]).to(dtype)
+            tensors[name] = values.view(shape) if kept[name].all() else values[kept[name]]
+            if not kept[name].all():
+                tensors[name + INDICES] = kept[name].nonzero().flatten().to(torch.int32)
+    return tensors
+
+
+def join_ranks(plans: Sequence[Plan], weights: Sequence[float], deltas: Sequence[Trained]) -> dict[str, Tensor]:
+    """The tensors of the methods that say themselves what a sum is (LoRA)."""
+    tensors: dict[str, Tensor] = {}
+    for rows in zip(*(plan.rows for plan in plans), strict=True):
+        first: Row = rows[0]
+        if first.added and not first.method.linear:
+            parts = [
+                {term: d.tensors[row.name(term)].double() for term, _ in row.terms}
+                for row, d in zip(rows, deltas, strict=True)
+            ]
+            found = first.method.join(weights, [row.method for row in rows], parts, first.site)
+            dtype = deltas[0].tensors[first.name(first.terms[0][0])].dtype
+            tensors |= {first.name(term): value.to(dtype).contiguous() for term, value in found.items()}
+    return tensors
+
+
+def sum_recipe(recipes: Sequence[Recipe], plan: Plan, kept: Changes, own: Changes) -> Recipe:
+    """The recipe of a sum: methods joined where they say how; a Select that says how many values came together.
+
+    Args:
+        plan: the first delta's, before narrowing.
+        kept, own: saved name of a tensor -> (n,) bool, which of its values are in the sum, and in the first delta.
+    """
+    terms = [_sum_term(methods) for methods in zip(*recipes, strict=True)]
+    return Recipe(tuple(terms), tuple(_sum_span(span, plan, kept, own) for span in recipes[0].narrowed))
+
+
+def _sum_term(methods: Sequence[Any]) -> Method:
+    first: Method = methods[0]
+    return first.joined(methods) or first
+
+
+def _sum_span(span: Narrowing, plan: Plan, kept: Changes, own: Changes) -> Narrowing:
+    rows = [row for row in plan.rows if span.start <= row.index < span.stop]
+    names = [row.name(term) for row in rows for term, _ in row.terms]
+    count, before = (sum(int(masks[name].sum()) for name in names) for masks in (kept, own))
+    by: Any = span.by
+    return span if count == before else replace(span, by=replace(by, keep=count, granularity="element", scope="global"))

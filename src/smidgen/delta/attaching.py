@@ -1,0 +1,182 @@
+"""attach, detach and what lies between. The base comes back bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from smidgen.common.errors import AttachError
+from smidgen.common.wrappers import bare
+from smidgen.delta.arithmetic.sums import Sum
+from smidgen.delta.compatibility import fitted
+from smidgen.delta.delta import Delta
+from smidgen.delta.fingerprint import verify as verify_base
+from smidgen.delta.saved_selection import Selection
+from smidgen.methods.base import renewed
+from smidgen.planning.plans import Plan
+from smidgen.planning.resolution import resolve
+from smidgen.planning.row import INDICES, START
+from smidgen.planning.selection.data_free_scores import choose_ready
+from smidgen.planning.selection.narrowing import narrow
+from smidgen.ports.attachment_record import attachment, refuse_attached, trained_parameters
+from smidgen.ports.generation_cache import drop_generation
+from smidgen.ports.master_weights import drop_casts
+from smidgen.ports.module_port import drop_guard
+from smidgen.ports.placement import REFUSED, drop_at, place
+from smidgen.ports.sparse_values import drop_parts
+from smidgen.ports.sublayer_port import drop_tap
+from smidgen.recipe.recipe import Recipe, Term
+from smidgen.sites.site import module_at
+
+
+def attach(
+    model: nn.Module,
+    what: str | Term | Recipe | Delta | Sum[Delta],
+    *,
+    pooling: str | None = None,
+    seed: int = 0,
+    selection: Selection | None = None,
+    verify: bool = True,
+) -> nn.Module:
+    """Attach a recipe, or a trained delta, to a model in place; the model keeps its class and is returned.
+
+    Everything but the recipe's tensors and the head is frozen; train or eval mode stays as it is.
+
+    Args:
+        model: any torch module; transformers models also get their head trained. One that came from `torch.compile`
+            or stands in DataParallel is changed inside.
+        what: a recipe or its spelling, or a Delta (which brings its own pooling), or a sum of deltas (`a + b`).
+        pooling: "first", "mean" or "last" for a sequence classifier; None for the class's own.
+        seed: for tensors that start at random; torch's global generator is left alone.
+        selection: what to keep, for a recipe with Select; needed if its score needs data (see `smidgen.select`).
+        verify: check the base's fingerprint (of a delta or a selection).
+
+    Raises:
+        AttachError: something is attached already, or a place cannot be edited.
+        PlanError: the recipe does not fit the model.
+        DeltaError: the delta belongs to another base or head.
+    """
+    refuse_attached(model)
+    inside = bare(model)
+    if isinstance(what, Sum):
+        what = what.on(inside, verify=verify)
+    if isinstance(what, Delta):
+        if pooling is not None or selection is not None:
+            raise AttachError("a delta brings its own pooling and selection; leave pooling= and selection= out")
+        put(inside, fitted(inside, what, verify), what)
+    else:
+        place(inside, _narrowed(inside, resolve(inside, what, pooling), selection, seed, verify), seed)
+        torch.compiler.reset()
+    return model
+
+
+def put(model: nn.Module, plan: Plan, delta: Delta) -> None:
+    """Attach a delta whose plan is at hand; `attach` without a look at the base."""
+    model = bare(model)
+    place(model, plan, compute=False)
+    fill_values(model, delta)
+    torch.compiler.reset()  # compiled code does not notice new hooks
+
+
+def detach(model: nn.Module) -> Delta:
+    """Take off what is attached and give it back as a Delta; the model is as it was, bit for bit."""
+    delta = Delta.of(model)
+    remove(model)
+    return delta
+
+
+def remove(model: nn.Module) -> None:
+    """Take off what is attached without keeping it."""
+    record, model = attachment(model), bare(model)
+    record.held.release()
+    record.unplug(model)
+    for path in {row.site.path for row in record.plan.rows if row.added}:
+        drop_at(module_at(model, path))
+    for path in record.tapped:
+        drop_tap(module_at(model, path))
+    for path in record.guarded:
+        drop_guard(module_at(model, path))
+    drop_casts(model, record.low_modules())
+    for path in record.subset_modules():
+        drop_parts(module_at(model, path))
+    for handle in record.handles:
+        handle.remove()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, flag in record.flags.items():
+        parameters[name].requires_grad_(flag)
+    for name in REFUSED:
+        model.__dict__.pop(name, None)
+    drop_generation(model)
+    model.__dict__.pop("_smidgen")
+    torch.compiler.reset()
+
+
+@contextmanager
+def attached(model: nn.Module, what: str | Term | Recipe | Delta | Sum[Delta], **options: Any) -> Iterator[nn.Module]:
+    """`attach` on entry, take off on exit, also after an error; a delta switches the model to eval mode inside."""
+    refuse_attached(model)
+    what = what.on(model, verify=options.get("verify", True)) if isinstance(what, Sum) else what
+    training = {module: module.training for module in model.modules()}
+    attach(model, what, **options)
+    if isinstance(what, Delta):
+        model.eval()
+    try:
+        yield model
+    finally:
+        remove(model)
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Run the base inside: edits and masters off, pooling kept; gives an Objective its reference outputs."""
+    record, inside = attachment(model), bare(model)
+    record.unplug(inside)
+    try:
+        yield model
+    finally:
+        record.plug(inside)
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print the counts in the wording that PEFT users know, head apart."""
+    plan = attachment(model).plan
+    everything = plan.pretrained + plan.head_values
+    print(
+        f"trainable params: {plan.trained:,} || head params: {plan.head_values:,} || "
+        f"all params: {everything:,} || trainable%: {100 * plan.trained / plan.pretrained:.4f}"
+    )
+
+
+def _narrowed(model: nn.Module, plan: Plan, selection: Selection | None, seed: int, check: bool) -> Plan:
+    if selection is not None and selection.recipe.whole != plan.recipe.whole:
+        raise AttachError(f"the selection is of another recipe: {selection.recipe.whole}, not {plan.recipe.whole}")
+    if selection is not None and not plan.pending:
+        plan = resolve(model, selection.recipe, plan.pooling)
+    if not plan.pending:
+        return plan
+    if selection is None:
+        return narrow(plan, choose_ready(model, plan, seed))
+    if check:
+        verify_base(model, selection.base, (*(name for name, _ in plan.head), *renewed(plan.recipe, model)))
+    return narrow(plan, selection.indices)
+
+
+def fill_values(model: nn.Module, delta: Delta) -> None:
+    """Copy a delta's values, and the starts that it brings, into what is attached."""
+    model = bare(model)
+    with torch.no_grad():
+        for name, parameter in trained_parameters(model).items():
+            parameter.copy_(delta.tensors[name])
+        for name, tensor in attachment(model).fixed(model):
+            if name.endswith(START):
+                tensor.copy_(delta.tensors[name])
+        for row in attachment(model).plan.rows:
+            for symbol, _ in row.routes:
+                module: Any = module_at(model, row.site.path)
+                getattr(module.edits[row.key], symbol).copy_(delta.tensors[row.name(symbol) + INDICES])

@@ -1,0 +1,1 @@
+"""Adapter files of HF PEFT, read and written."""

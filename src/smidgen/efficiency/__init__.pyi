@@ -1,0 +1,1 @@
+from .activation_checkpointing import recomputing as recomputing

@@ -1,0 +1,1 @@
+"""The last block computed for the one token that the head reads."""

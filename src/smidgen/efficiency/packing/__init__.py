@@ -1,0 +1,1 @@
+"""Several short examples in one row, each computed as if alone."""

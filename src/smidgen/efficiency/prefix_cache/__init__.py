@@ -1,0 +1,1 @@
+"""What lies below the lowest edit, computed once per example and kept."""

@@ -1,0 +1,98 @@
+"""The examples that a score is taken over: a seeded choice of a split, in batches by length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from smidgen.common.errors import DataError
+from smidgen.data.splits import first
+from smidgen.data.task import Task
+from smidgen.data.text.encoding import encode
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Examples with labels, and how they make a batch.
+
+    Attributes:
+        kind: of the task: "classification", "regression", "tokens" or "causal-lm".
+        examples: one dict each.
+        collate: examples -> a batch of tensors, "labels" among them.
+        numbers: number of each example in its split.
+        split: name of the split, for messages.
+        width: values that the model's head should give, None if that is not known.
+    """
+
+    kind: str
+    examples: Sequence[Mapping[str, Any]] = field(repr=False)
+    collate: Callable[[list[Any]], Batch] = field(repr=False)
+    numbers: Sequence[int] = field(repr=False)
+    split: str = "the batch"
+    width: int | None = None
+
+    @classmethod
+    def of_task(
+        cls,
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase,
+        split: str = "train",
+        examples: int = 1024,
+        seed: int = 0,
+        max_length: int | None = None,
+        model: nn.Module | None = None,
+    ) -> Sample:
+        """A seeded choice of a split's examples, padded as `model` reads them; all of them if there are fewer.
+
+        Raises:
+            DataError: no such split, no labels, or `examples` is below 1.
+        """
+        if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
+            raise DataError(f"examples={examples!r} must be a whole number of at least 1")
+        rows = task.split(split)
+        options = (tokenizer, task.kind, task.text, task.label, max_length)
+        if task.kind == "causal-lm":  # a row makes many examples, or none
+            encoded = encode(rows, *options)
+            numbers = first(len(encoded), examples, seed)
+            chosen: Sequence[Any] = [encoded[i] for i in numbers]
+        else:
+            numbers = first(len(rows), examples, seed)
+            chosen = encode(rows.select(numbers), *options)
+        width = None if task.kind == "causal-lm" else task.num_labels
+        return cls(task.kind, chosen, task.collator(tokenizer, model=model), numbers, split, width)
+
+    @classmethod
+    def of_batch(cls, batch: Mapping[str, Tensor], kind: str) -> Sample:
+        """The rows of one batch of tensors, such as pixel_values (N, 3, H, W) and labels (N,)."""
+        count = len(batch["labels"])
+        examples = [{key: value[i] for key, value in batch.items()} for i in range(count)]
+        return cls(kind, examples, _stack, range(count))
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def batches(self, size: int) -> Iterator[list[int]]:
+        """Places of the examples of each batch; short ones first, so that little is padded."""
+        lengths = [len(example.get("input_ids", ())) for example in self.examples]
+        order = sorted(range(len(self)), key=lambda i: lengths[i])
+        yield from (order[i : i + size] for i in range(0, len(order), size))
+
+    def batch(self, places: Sequence[int], device: torch.device) -> tuple[Batch, Tensor]:
+        """The model's inputs, and the labels, on a device."""
+        batch = {k: v.to(device) for k, v in self.collate([self.examples[i] for i in places]).items()}
+        return batch, batch.pop("labels")
+
+    def name(self, place: int) -> str:
+        """The example in words."""
+        return f"example {self.numbers[place]} of {self.split}"
+
+
+def _stack(examples: list[Mapping[str, Tensor]]) -> Batch:
+    return {key: torch.stack([example[key] for example in examples]) for key in examples[0]}

@@ -1,0 +1,196 @@
+"""select: a recipe with Select, a model and a task -> what to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from smidgen.common.errors import AttachError, DataError, RecipeError
+from smidgen.common.wrappers import bare
+from smidgen.data.task import Task
+from smidgen.delta.attaching import attached
+from smidgen.delta.compatibility import head_held
+from smidgen.delta.delta import Delta
+from smidgen.delta.fingerprint import Fingerprint, verify
+from smidgen.delta.saved_selection import Selection
+from smidgen.importance.evaluation_point import check_still
+from smidgen.importance.fisher_information import attached_fisher, attached_mean_gradients
+from smidgen.importance.sample import Sample
+from smidgen.importance.warmup import Course, take
+from smidgen.inference.tokenizer import tokenizer_of
+from smidgen.methods.base import renewed
+from smidgen.planning.plans import Plan
+from smidgen.planning.resolution import resolve
+from smidgen.planning.selection.budgets import choose, rows_of
+from smidgen.planning.selection.data_free_scores import READY
+from smidgen.planning.selection.kept_shapes import chosen_indices, narrowed_shapes
+from smidgen.planning.selection.select_term import SCOUT, Select
+from smidgen.ports.attachment_record import attachment, is_attached
+from smidgen.recipe.recipe import Narrowing, Recipe, Term, as_recipe
+from smidgen.steps.objectives import Objective
+
+Scores = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Means:
+    """What scoring needs beside the model: the data and how to read it, and the rates of a warm-up."""
+
+    task: Task | None
+    tokenizer: PreTrainedTokenizerBase | None
+    seed: int
+    batch_size: int
+    max_length: int | None
+    lr: float | None
+    head_lr: float | None
+    objective: Objective | None
+
+
+def select(
+    model: nn.Module,
+    recipe: str | Term | Recipe,
+    task: Task | None = None,
+    *,
+    scores: Scores | None = None,
+    seed: int = 0,
+    pooling: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    lr: float | None = None,
+    head_lr: float | None = None,
+    objective: Objective | None = None,
+) -> Selection:
+    """Choose what a recipe with Select keeps; the model comes back bit for bit. `fit` calls it for you.
+
+    Args:
+        task: its train split is what scores are computed from; "magnitude" and "random" need none.
+        scores: saved name -> score of each value, instead of computing them (see `score`).
+        seed: of tensors that start at random, as in `attach`.
+        batch_size, max_length, lr, head_lr, objective: as in `fit`; the last three are of a warm-up.
+
+    Raises:
+        RecipeError: the recipe has no Select.
+        AttachError: something is attached.
+        DataError: a score that needs data without data, labels that do not fit the model's head, dropout that is on.
+        PlanError: a budget larger than what there is, or units that the model does not have.
+    """
+    model, recipe = bare(model), as_recipe(recipe)
+    means = Means(task, tokenizer, seed, batch_size, max_length, lr, head_lr, objective)
+    _check(model, recipe)
+    plan = resolve(model, recipe, pooling)
+    indices: dict[str, Tensor] = {}
+    for span in recipe.narrowed:
+        found = scores if scores is not None else _score(model, plan, span, means)
+        indices |= choose(model, plan, span, found)
+    base = Fingerprint.of(model, (*(name for name, _ in plan.head), *renewed(recipe, model)))
+    info: dict[str, Any] = {} if task is None else {"task": task.name, "data": task.fingerprint}
+    return Selection(recipe, indices, narrowed_shapes(plan), base, info)
+
+
+def score(
+    model: nn.Module, recipe: str | Term | Recipe, task: Task | None = None, *, pooling: str | None = None, **means: Any
+) -> dict[str, Tensor]:
+    """The scores that `select` ranks by: saved name -> tensor in the shape of the values. Arguments as there.
+
+    Raises:
+        RecipeError, AttachError, DataError, PlanError: as `select` does.
+    """
+    model, recipe = bare(model), as_recipe(recipe)
+    _check(model, recipe)
+    own: dict[str, Any] = {"tokenizer": None, "seed": 0, "batch_size": 32, "max_length": None}
+    own |= {"lr": None, "head_lr": None, "objective": None} | means
+    plan = resolve(model, recipe, pooling)
+    found: dict[str, Tensor] = {}
+    for span in recipe.narrowed:
+        found |= _score(model, plan, span, Means(task, **own))
+    return found
+
+
+def selection_of(model: nn.Module, delta: Delta) -> Selection:
+    """What a trained delta kept, to be used again on another task of the same base.
+
+    Raises:
+        DeltaError: the delta belongs to another base.
+        RecipeError: its recipe has no Select.
+    """
+    model = bare(model)
+    _check(model, delta.recipe)
+    verify(model, delta.base, head_held(model, delta))
+    plan = resolve(model, delta.recipe, delta.pooling, delta.head)
+    info = {"task": delta.info.get("task", {}).get("name"), **delta.info.get("selection", {})}
+    base = Fingerprint.of(model, head_held(model, delta))
+    return Selection(delta.recipe, chosen_indices(plan, delta.tensors), narrowed_shapes(plan), base, info)
+
+
+def _check(model: nn.Module, recipe: Recipe) -> None:
+    if is_attached(model):
+        raise AttachError("something is attached already, and scores are those of the base; detach it first")
+    if not recipe.narrowed:
+        raise RecipeError(f"{recipe} has nothing to choose; write '{recipe} | Select(\"fisher\", keep=0.1)'")
+
+
+def _score(model: nn.Module, plan: Plan, span: Narrowing, means: Means) -> dict[str, Tensor]:
+    by = span.by
+    if not isinstance(by, Select):
+        raise RecipeError(f"{by} has no score")
+    if by.score in READY:
+        return READY[by.score](model, plan, span, means.seed)
+    if means.task is None:
+        raise DataError(f"{by} needs data to choose by: give task=; 'magnitude' and 'random' need none")
+    check_still(model)
+    tokenizer = means.tokenizer or tokenizer_of(model)
+    means = replace(means, tokenizer=tokenizer)
+    if by.score == SCOUT:
+        return _scouted(model, plan, span, by, means)
+    with attached(model, plan.recipe.whole, pooling=plan.pooling, seed=means.seed):
+        found = _from_data(model, by, means)
+        names = {row.name(term) for row in rows_of(plan, span) for term, _ in row.terms}
+        return {name: found[name].detach().cpu() for name in names}
+
+
+def _scouted(model: nn.Module, plan: Plan, span: Narrowing, by: Select, means: Means) -> dict[str, Tensor]:
+    """Scores of one method's values by how far those of its scout move in the same places."""
+    terms = list(plan.recipe.whole)
+    for index in range(span.start, span.stop):
+        method: Any = terms[index]
+        terms[index] = method.scout()  # Select takes no method without one
+    with attached(model, Recipe(tuple(terms)), pooling=plan.pooling, seed=means.seed):
+        change, _ = _course(model, by, means)
+        scouts = {(row.index, row.site.name): row for row in attachment(model).plan.rows}
+    found = {}
+    for row in rows_of(plan, span):
+        other = scouts[row.index, row.site.name]
+        for (term, _), (symbol, _) in zip(row.terms, other.terms, strict=True):
+            found[row.name(term)] = change[other.name(symbol)].detach().cpu().square()
+    return found
+
+
+def _course(model: nn.Module, by: Select, means: Means) -> tuple[Scores, Scores]:
+    """|change| and movement of what is attached over a warm-up."""
+    assert means.task is not None
+    assert means.tokenizer is not None
+    sizes: dict[str, Any] = {"batch_size": means.batch_size, "max_length": means.max_length}
+    course = Course(by.warmup, by.seed, lr=means.lr, head_lr=means.head_lr, objective=means.objective, **sizes)
+    return take(model, means.task, course, means.tokenizer)
+
+
+def _from_data(model: nn.Module, by: Select, means: Means) -> Scores:
+    """Scores of what is attached; a warm-up leaves its mark on the masters, which are dropped afterwards."""
+    assert means.task is not None
+    assert means.tokenizer is not None
+    change: Scores = {}
+    movement: Scores = {}
+    if by.warmup:
+        change, movement = _course(model, by, means)
+    if by.score in ("change", "movement"):
+        return change if by.score == "change" else movement
+    sample = Sample.of_task(means.task, means.tokenizer, "train", by.examples, by.seed, means.max_length, model)
+    if by.score == "gradient":
+        gradients = attached_mean_gradients(model, sample, batch_size=means.batch_size)
+        return {name: gradient.abs() for name, gradient in gradients.items()}
+    return attached_fisher(model, sample, kind=by.kind, seed=by.seed, batch_size=means.batch_size)

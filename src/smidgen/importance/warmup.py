@@ -1,0 +1,110 @@
+"""A short course of training before scoring, and what it tells: how far each value moved, and which way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from smidgen.common.errors import TrainError
+from smidgen.data.batching import ShuffledBatches
+from smidgen.data.task import Task
+from smidgen.delta.attaching import disabled
+from smidgen.planning.frozen_modules import frozen_prefix
+from smidgen.ports.attachment_record import attachment, trained_parameters
+from smidgen.steps.objectives import Objective, TaskLoss
+from smidgen.steps.optimizer_groups import optimizer
+from smidgen.steps.penalties import penalised
+
+
+@dataclass(frozen=True)
+class Course:
+    """How to train for a few steps: AdamW, constant rate after a linear warm-up of a tenth, clipping at 1.
+
+    Attributes:
+        steps: optimiser steps; 0 for none.
+        lr, head_lr: None for the methods' own.
+    """
+
+    steps: int
+    seed: int = 0
+    batch_size: int = 32
+    max_length: int | None = None
+    lr: float | None = None
+    head_lr: float | None = None
+    objective: Objective | None = None
+
+
+def take(
+    model: nn.Module, task: Task, course: Course, tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Train what is attached in place; the mode is left as it came.
+
+    Returns:
+        |theta_w - theta_0| (change) and sum over steps of -theta * d loss / d theta (movement), by saved name, in the
+        shape of the tensors.
+
+    Raises:
+        TrainError: a loss that is not finite.
+    """
+    trained = trained_parameters(model)
+    start = {name: p.detach().clone() for name, p in trained.items()}
+    moved = {name: torch.zeros_like(p) for name, p in start.items()}
+    mode = {module: module.training for module in model.modules()}
+    with torch.random.fork_rng():
+        torch.manual_seed(course.seed)
+        model.train()
+        for module in frozen_prefix(model, attachment(model).plan):
+            module.eval()
+        _steps(model, task, course, tokenizer, moved)
+    for module, training in mode.items():
+        module.training = training
+    return {name: (p.detach() - start[name]).abs() for name, p in trained.items()}, moved
+
+
+def _steps(
+    model: nn.Module,
+    task: Task,
+    course: Course,
+    tokenizer: PreTrainedTokenizerBase,
+    moved: dict[str, Tensor],
+) -> None:
+    trained, adam = trained_parameters(model), optimizer(model, course.lr, course.head_lr)
+    rates = [group["lr"] for group in adam.param_groups]
+    batches, objective = _batches(model, task, course, tokenizer), (course.objective or TaskLoss()).on(task.kind)
+    for step in range(course.steps):
+        for group, rate in zip(adam.param_groups, rates, strict=True):
+            group["lr"] = rate * min(1.0, (step + 1) / max(1, course.steps // 10))
+        batch = {k: v.to(next(model.parameters()).device) for k, v in next(batches).items()}
+        loss = _loss(model, batch, objective)
+        if not torch.isfinite(loss):
+            raise TrainError(
+                f"the loss is {float(loss.detach())} at step {step} of the warm-up for Select; try a lower lr"
+            )
+        loss.backward()
+        for name, p in trained.items():
+            if p.grad is not None:
+                moved[name] -= p.detach() * p.grad
+        nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
+        adam.step()
+        adam.zero_grad(set_to_none=True)
+
+
+def _loss(model: nn.Module, batch: dict[str, Tensor], objective: Objective) -> Tensor:
+    reference = None
+    if objective.needs_reference:
+        with disabled(model), torch.no_grad():
+            reference = model(**batch)
+    return penalised(objective(model(**batch), batch, reference), model)
+
+
+def _batches(model: nn.Module, task: Task, course: Course, tokenizer: PreTrainedTokenizerBase) -> Any:
+    rows = task.encode(tokenizer, "train", max_length=course.max_length)
+    collate = task.collator(tokenizer, model=model)
+    for epoch in count():
+        for places in ShuffledBatches(len(rows), course.batch_size, course.seed, epoch):
+            yield collate([rows[i] for i in places])

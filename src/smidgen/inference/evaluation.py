@@ -1,0 +1,85 @@
+"""Run a model over a split: one output per example, and the task's metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from smidgen.common.errors import DataError
+from smidgen.data.metrics import METRICS, compute_metric
+from smidgen.data.task import Task
+from smidgen.delta.attaching import attached
+from smidgen.delta.delta import Delta
+from smidgen.inference.forward_pass import run_examples
+from smidgen.inference.tokenizer import tokenizer_of
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Metrics of one split and what they were computed from.
+
+    Attributes:
+        metric: name of the task's own metric.
+        values: metric name -> number.
+        predictions, references: per example: label id, float, label names per token, or (nll, tokens).
+        truncated: examples longer than the model takes.
+    """
+
+    metric: str
+    values: dict[str, float]
+    predictions: list[Any] = field(repr=False)
+    references: list[Any] = field(repr=False)
+    truncated: int = 0
+
+    @property
+    def value(self) -> float:
+        """The task's own metric."""
+        return self.values[self.metric]
+
+    @property
+    def better(self) -> float:
+        """The same, turned so that more is better."""
+        return self.value if METRICS[self.metric].higher_is_better else -self.value
+
+
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    *,
+    delta: Delta | None = None,
+    split: str = "test",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    batch_size: int = 64,
+    max_length: int | None = None,
+) -> Scores:
+    """Metrics of a model, with a delta attached for the time, on a split of a task.
+
+    Raises:
+        DataError: the task lacks the split, or its labels, or has other labels than the delta.
+        DeltaError: the delta belongs to another base.
+    """
+    unnamed = delta is not None and all(name == f"LABEL_{i}" for i, name in enumerate(delta.labels))
+    if delta is not None and not unnamed and tuple(task.labels) != delta.labels:
+        raise DataError(
+            f"the data has the labels {', '.join(task.labels) or 'none'}; "
+            f"the delta was trained on {', '.join(delta.labels)}"
+        )
+    tokenizer = tokenizer or tokenizer_of(model)
+    if max_length is None and delta is not None:
+        max_length = delta.info.get("settings", {}).get("max_length")
+    encoded = task.encode(tokenizer, split, max_length=max_length)
+    with attached(model, delta) if delta is not None else nullcontext():
+        outputs = run_examples(model, encoded, task, tokenizer, batch_size)
+    return compute_scores(task, outputs, encoded.truncated)
+
+
+def compute_scores(task: Task, outputs: Sequence[tuple[Any, Any]], truncated: int = 0) -> Scores:
+    """Metrics from (prediction, reference) pairs in the order of the split."""
+    predictions, references = [p for p, _ in outputs], [r for _, r in outputs]
+    values = compute_metric(task.kind, task.metric, predictions, references, task.labels)
+    return Scores(task.metric, values, predictions, references, truncated)

@@ -1,0 +1,116 @@
+"""Names to models: a built-in name, a folder or a hub id -> model with a head shaped by the task, and tokenizer."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from smidgen.common.errors import ModelError
+from smidgen.data.task import Task
+from smidgen.delta.delta import Delta
+from smidgen.inference.builtin_models import _guarded, _locate
+from smidgen.inference.fastest_dtype import fastest
+from smidgen.inference.tokenizer import load_tokenizer
+from smidgen.sites.new_tensors import note_new
+
+CLASSES = {
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "tokens": "AutoModelForTokenClassification",
+    "causal-lm": "AutoModelForCausalLM",
+}
+
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def load(
+    name: str | os.PathLike[str],
+    task: Task | None = None,
+    *,
+    delta: Delta | None = None,
+    dtype: str | torch.dtype = torch.float32,
+    seed: int = 0,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer; a new head is drawn from `seed`, the global generator is left alone.
+
+    Args:
+        name: built-in name ("minilm", "smollm2"), folder, or hub id.
+        task: shapes the head: class of model, number and names of labels.
+        delta: shapes the head for a trained delta instead.
+        dtype: of the base; trained values are float32 masters in any case. "auto" is bfloat16 where its matrix
+            products are measured to be faster (see `smidgen.inference.fastest_dtype`), else float32.
+
+    Raises:
+        ModelError: no such model, or one that does not load; one line.
+    """
+    kind, labels = _shape(task, delta)
+    name_of_class = delta.info.get("model_class") if delta is not None and kind is None else None
+    folder, options = _locate(os.fspath(name))
+    options["dtype"] = _dtype(dtype)
+    if revision is not None:
+        options["revision"] = revision
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _guarded(str(name), lambda: _model(folder, kind, labels, name_of_class, options))
+    tokenizer = load_tokenizer(name)
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.config._name_or_path = os.fspath(name)
+    return model.eval(), tokenizer
+
+
+def _shape(task: Task | None, delta: Delta | None) -> tuple[str | None, tuple[str, ...]]:
+    if task is not None:
+        return task.kind, tuple(task.labels)
+    if delta is not None:
+        return delta.info.get("task", {}).get("kind"), delta.labels
+    return None, ()
+
+
+def _model(
+    folder: str, kind: str | None, labels: tuple[str, ...], named: str | None, options: dict[str, Any]
+) -> PreTrainedModel:
+    """By the task's kind, else by a class's name, else as the checkpoint declares."""
+    options = dict(options)
+    if labels and kind in ("classification", "tokens", None):
+        options["id2label"] = dict(enumerate(labels))
+        options["label2id"] = {label: i for i, label in enumerate(labels)}
+        if kind == "classification":
+            options["problem_type"] = "single_label_classification"
+    elif kind == "regression":
+        options |= {"num_labels": 1, "problem_type": "regression"}
+    known = getattr(transformers, CLASSES[kind] if kind else named or "", None)
+    cls = known or _declared(folder, options)
+    model, info = cls.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
+    note_new(model, set(info["missing_keys"]) | mismatched)
+    return model
+
+
+def _declared(folder: str, options: dict[str, Any]) -> Any:
+    """Without a task: the class that the checkpoint was saved as."""
+    keys = {k: v for k, v in options.items() if k in ("gguf_file", "revision")}
+    fallback = "AutoModelForCausalLM" if "gguf_file" in options else "AutoModel"  # a GGUF file names no class
+    names = AutoConfig.from_pretrained(folder, **keys).architectures or [fallback]
+    return getattr(transformers, names[0], transformers.AutoModel)
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return fastest("cuda" if torch.cuda.is_available() else "cpu").dtype
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]

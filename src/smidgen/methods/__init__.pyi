@@ -1,0 +1,17 @@
+from .attention.prefix import Prefix as Prefix
+from .base import Method as Method
+from .bottleneck.adapter import Adapter as Adapter
+from .bottleneck.compacter import Compacter as Compacter
+from .in_place.bitfit import BitFit as BitFit
+from .in_place.full import Full as Full
+from .in_place.head import Head as Head
+from .in_place.ln import LN as LN
+from .low_rank.dora import DoRA as DoRA
+from .low_rank.lora import LoRA as LoRA
+from .low_rank.mos import MoS as MoS
+from .low_rank.pissa import PiSSA as PiSSA
+from .low_rank.triadapt import TriAdaptLoRA as TriAdaptLoRA
+from .prompt.prompt_tuning import PromptTuning as PromptTuning
+from .scaling.ia3 import IA3 as IA3
+from .scaling.lofit import LoFiT as LoFiT
+from .scaling.ssf import SSF as SSF

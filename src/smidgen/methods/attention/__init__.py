@@ -1,0 +1,1 @@
+"""Methods that add keys and values to attention."""

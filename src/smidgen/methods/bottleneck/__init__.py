@@ -1,0 +1,1 @@
+"""Methods that put a bottleneck beside or behind a sublayer."""

@@ -1,0 +1,1 @@
+"""Methods that train tensors the model already has."""

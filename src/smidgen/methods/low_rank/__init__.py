@@ -1,0 +1,1 @@
+"""Methods that add a product of low rank to a weight."""

@@ -1,0 +1,1 @@
+"""Methods that add vectors to the input."""

@@ -1,0 +1,1 @@
+"""Methods that scale and shift what modules give."""

@@ -1,0 +1,210 @@
+"""Why a recipe does not fit a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from smidgen.common.errors import PlanError
+from smidgen.methods.base import Method, renewed
+from smidgen.planning.prompt_positions import prompt_length
+from smidgen.planning.row import Row
+from smidgen.recipe.recipe import Recipe
+from smidgen.sites.attention_modules import no_interface, without_keys
+from smidgen.sites.discovery import roles_found, shares_layers
+from smidgen.sites.input_embedding import position_limit
+from smidgen.sites.module_calls import without_gradient
+from smidgen.sites.module_kinds import is_norm
+from smidgen.sites.new_tensors import resized
+from smidgen.sites.site import ROLES, Site
+from smidgen.sites.sublayers import SUBLAYERS, UNKNOWN
+from smidgen.sites.targeting import LINEAR_ROLES
+
+# A norm in every place at once: what a method does with norms.
+_NORM = Site(
+    "norm",
+    "norm",
+    frozenset(ROLES),
+    (("weight", (1,)), ("bias", (1,))),
+    width_in=1,
+    width_out=1,
+    gain="weight",
+    bias="bias",
+)
+
+
+def no_match(method: Method, model: nn.Module, sites: Sequence[Site]) -> str:
+    """What to say of a method that matches no site."""
+    name = type(model).__name__
+    roles = ", ".join(roles_found(sites)) or "none"
+    if any(method.trains(site) for site in sites):
+        return f"{method} is left with nothing: the head or another term trains it, or the pooling gives it no effect"
+    text = f"{method} matches no site of {name}; roles found: {roles}"
+    if kinds := dict.fromkeys(site.kind for site in sites if site.kind in SUBLAYERS):
+        text += f"; sublayers found: {', '.join(kinds)}"
+    if method.overrides("tokens"):
+        text += "; it does not embed the tokens of one text, so none can be added"
+    text += _of_norms(method, model, sites)
+    if method.overrides("keys_values") and (classes := no_interface(model, sites)):
+        text += f"; {', '.join(classes)} does not go through transformers' AttentionInterface, so no keys can be added"
+        text += ": choose a method that adds none"
+    shut = [p for p in without_gradient(model) if any(True for _ in model.get_submodule(p).parameters())]
+    if shut:
+        text += f"; no gradient passes through {shut[0] or 'its forward'}, which stands under torch.no_grad"
+    if not any(site.roles & set(LINEAR_ROLES) for site in sites):
+        text += f"; {UNKNOWN}"
+    if stacked := [site.path for site in sites if is_stacked(model, site)]:
+        text += f"; {stacked[0]} holds stacked 3-D weights (of experts or heads), which hooks cannot reach"
+    return text
+
+
+def _of_norms(method: Method, model: nn.Module, sites: Sequence[Site]) -> str:
+    """What a method that trains or scales norms, or biases, would need and this model has not."""
+    all_layers: dict[str, Any] = {"layers": None} if hasattr(method, "layers") else {}
+    anywhere = replace(method, **all_layers)
+    trained, norms = set(anywhere.trains(_NORM)), [site for site in sites if site.kind == "norm"]
+    text = ""
+    if (trained or anywhere.acts(_NORM)) and not norms:
+        if any(is_norm(m) and not type(m).__module__.startswith("torch.nn.utils") for m in model.modules()):
+            text = "; its norms have no parameters, so there is no gain or bias to tune"
+        elif any(hasattr(module, "running_mean") for module in model.modules()):
+            text = "; its norms are BatchNorms, whose statistics run, and no others"
+        else:
+            text = "; it has no norms"
+    if trained == {_NORM.bias} and not any(site.biases for site in sites):
+        text += "; none of its maps and norms has a bias" + (": LN() trains gains" if norms else "")
+    return text
+
+
+def is_stacked(model: nn.Module, site: Site) -> bool:
+    """Whether a site holds several matrices in one parameter. A convolution's weight has three axes too, also where it
+    is made of parts that lie in modules below it (weight norm)."""
+    parents = [site.path.rsplit(".", i)[0] for i in range(site.path.count(".") + 1)]
+    convolution = any(hasattr(model.get_submodule(path), "kernel_size") for path in parents)
+    return not convolution and any(len(shape) == 3 and shape[0] > 1 for _, shape in site.terms)
+
+
+def refuse_unsupported(model: nn.Module, recipe: Recipe) -> None:
+    """Raises PlanError unless the model is one that can be edited, and has layers to name if some are named."""
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"the model is of type {type(model).__name__}, {model!r:.40}; smidgen.load gives one")
+    if getattr(model, "is_quantized", False) or any(not _float(p) for p in model.parameters()):
+        raise PlanError(
+            f"{type(model).__name__} is quantised; load it in float32, bfloat16 or float16 (quantised bases are "
+            "not supported yet)"
+        )
+    named = [term for term in recipe if getattr(term, "layers", None) is not None]
+    if named and shares_layers(model):
+        raise PlanError(
+            f"{named[0]}: {type(model).__name__} uses the same layers at every depth, so layers= cannot pick some; "
+            "leave it out"
+        )
+
+
+def _float(parameter: nn.Parameter) -> bool:
+    return parameter.is_floating_point() and parameter.element_size() > 1
+
+
+def refuse_part(recipe: Recipe, index: int, method: Method) -> None:
+    """Raises PlanError if a term is narrowed of which no part can be kept."""
+    by = next((span.by for span in recipe.narrowed if span.start <= index < span.stop), None)
+    if by is None:
+        return
+    if method.settled() != method:
+        raise PlanError(f"{method} saves {method.settled()}, so no part of it can be kept; leave out the Select")
+    if method.overrides("event"):
+        raise PlanError(f"{method} grows while it trains, so no part of it can be kept; leave out the Select")
+    if why := by.refuses(method):
+        raise PlanError(why)
+
+
+def refuse_passed_by(method: Method, model: nn.Module, sites: Sequence[Site], rows: Sequence[Row]) -> None:
+    """Raises PlanError if keys would reach some of a text's attentions only: the others do not ask for any."""
+    if not rows or not method.overrides("keys_values"):
+        return
+    passed = [site for site in without_keys(model, sites) if method.acts(site)]
+    if passed:
+        names = dict.fromkeys(type(model.get_submodule(s.path.rpartition(".")[0])).__name__ for s in passed)
+        here, there = (", ".join(dict.fromkeys(s.stack for s in at)) for at in (passed, [row.site for row in rows]))
+        raise PlanError(
+            f"{method}: {', '.join(names)} in {here} does not go through transformers' AttentionInterface, so keys "
+            f"would reach {there} alone; choose a method that adds none"
+        )
+
+
+def refuse_no_room(model: nn.Module, rows: Sequence[Row]) -> None:
+    """Raises PlanError if a prompt, or several, take all positions that a model has."""
+    prompts = [row for row in rows if row.site.kind == "input"]
+    limit = position_limit(model, prompts[0].site) if prompts else None
+    taken = sum(prompt_length(row.method, row.site) for row in prompts)
+    if limit is not None and taken >= limit:
+        raise PlanError(
+            f"{' and '.join(str(row.method) for row in prompts)}: the model has {limit} positions, so {taken} vectors "
+            "leave none for a text; a shorter prompt fits"
+        )
+
+
+def refuse_twice(rows: Sequence[Row], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises PlanError if two terms train one tensor."""
+    owner: dict[int, tuple[Row, str]] = {}
+    for row in rows:
+        for name, _ in row.names() if not row.added else ():
+            other, first = owner.setdefault(id(parameters[name]), (row, name))
+            if other.index != row.index:
+                raise PlanError(f"{first} would be trained twice: by {other.method} and by {row.method}; leave one out")
+
+
+def refuse_headless(model: nn.Module, recipe: Recipe, rows: Sequence[Row], head: Sequence[str]) -> None:
+    """Raises PlanError if nothing is trained, or if a class that is made for labels has no layer that gives them."""
+    name = type(model).__name__
+    named = "name it, as in LN() + Full(target='classifier')"
+    if not rows and not head:
+        raise PlanError(
+            f"{recipe} trains nothing: no head is found in {name}; load a class with one (smidgen.load(name, task)), "
+            f"or {named}"
+        )
+    labels = getattr(getattr(model, "config", None), "num_labels", 0)
+    inner = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+    if (
+        not head
+        and labels
+        and re.search(r"For\w*Classification$", name)
+        and not renewed(recipe, model)
+        and all(part.get_output_embeddings() is None for part in inner)
+    ):
+        raise PlanError(
+            f"{name} is made for labels, but none of its layers is known to be its head, which would stay as it is; "
+            f"{named}"
+        )
+
+
+def refuse_resized(model: nn.Module, recipe: Recipe) -> None:
+    """Raises PlanError if rows of added tokens, drawn anew in every process, would be neither trained nor saved."""
+    saved = set(renewed(recipe, model))
+    wrong = [name for name in resized(model) if name not in saved]
+    if wrong:
+        names = tuple(name.removesuffix(".weight") for name in wrong)
+        raise PlanError(
+            f"{wrong[0]} has rows of tokens that were added after loading and are in no checkpoint, so a delta would "
+            f"not fit in a new process: save the resized model (save_pretrained) and load it from there, or train it "
+            f"whole: + Full(target={names if len(names) > 1 else names[0]!r})"
+        )
+
+
+def refuse_unfoldable(rows: Sequence[Row]) -> None:
+    """Raises PlanError if a method reads a weight of which an edit before it cannot become a part."""
+    for row in rows:
+        if not row.method.overrides("after_with"):
+            continue
+        for other in rows:
+            below = other.added and other.site.path == row.site.path and other.index < row.index
+            if below and (why := other.method.unmergeable(other.site)):
+                raise PlanError(
+                    f"{row.method} reads the weight at {row.site.name}, where {other.method} cannot be folded in "
+                    f"({why}); write {row.method} first"
+                )

@@ -1,0 +1,296 @@
+"""What a recipe's words would cover on a model and its plan does not: where, and why.
+
+Methods are asked, not known: what one does at a map that is a query, at a norm, at an attention, tells what its words
+mean; what it does not reach of these is looked for among the sites, block by block.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from smidgen.common.errors import PlanError
+from smidgen.methods.base import Method
+from smidgen.planning.compatibility import is_stacked
+from smidgen.planning.row import Row
+from smidgen.sites.attention_modules import interface_path
+from smidgen.sites.discovery import find_blocks
+from smidgen.sites.module_calls import never_called
+from smidgen.sites.module_kinds import is_linear
+from smidgen.sites.roles import within
+from smidgen.sites.site import Site
+from smidgen.sites.sublayers import SUBLAYERS
+from smidgen.sites.unread_parts import unread
+
+LAYOUT = "its layout is not known, so nothing says which map is which"
+STACKED = "weights of several experts or heads stacked in one parameter, which no hook reaches"
+UNCALLED = "maps that are read and never called, so no hook acts"
+OWN = "a forward of its own: no plain map of a weight"
+FUSED = "which rows of the fused map are which is not known"
+INTERFACE = "computes without transformers' AttentionInterface, so no keys can be added"
+HEADS = "how many heads it has is not known"
+RUNNING = "statistics that run, as BatchNorm's"
+SHAPE = "its gain is not one by channel or by head"
+PLACE = "which sublayer the norm belongs to is not known"
+NAMED = "named by its path, and no linear map"
+OUTSIDE = "it lies outside of all stacks of blocks, where no parts are looked for"
+NO_GRADIENT = "no gradient passes: under torch.no_grad"
+ABSENT = "a stack without the parts that it names"
+
+
+@dataclass(frozen=True)
+class Gap:
+    """What one method leaves out for one reason.
+
+    Attributes:
+        places: module paths, * for the numbers of layers.
+        count: how many modules these are.
+    """
+
+    method: str
+    reason: str
+    places: tuple[str, ...]
+    count: int
+
+    def __str__(self) -> str:
+        more = f" and {len(self.places) - 3} more" if len(self.places) > 3 else ""
+        return f"{', '.join(self.places[:3])}{more}: {self.reason}"
+
+
+def left_out(
+    method: Method, model: nn.Module, sites: Sequence[Site], shut: Sequence[Site], rows: Sequence[Row]
+) -> tuple[Gap, ...]:
+    """What a method that stands at `rows` leaves out.
+
+    Args:
+        sites: those that it may reach: of its `stack`, not of the head.
+        shut: those through which no gradient passes.
+    """
+    if not rows:
+        return ()
+    covered = _Covered(rows)
+    found = [_Candidate(s.path, s, (), NAMED) for s in sites if _named(method, s) and s.path not in covered]
+    found += [c for c in _candidates(model, sites) if _wants(method, c) and c.path not in covered]
+    found += [c for c in _without_keys(method, model, sites) if c.path not in covered]
+    found += [c for c in _norms(method, model, sites) if c.path not in covered]
+    found += [_Candidate(s.path, s, (), NO_GRADIENT) for s in shut if _reaches(method, s)]
+    found += _whole_stacks(method, sites, [c.path for c in found], rows)
+    never = unread(model)  # named apart
+    why = {c.path: c.reason for c in found if not any(within(c.path, path) for path in never)}
+    reasons: dict[str, list[str]] = {}
+    for path, reason in why.items():
+        if not any(outer in why for outer in _around(path) if outer != path):
+            reasons.setdefault(reason, []).append(path)
+    return tuple(
+        Gap(str(method), reason, tuple(dict.fromkeys(map(_pattern, paths))), len(paths))
+        for reason, paths in reasons.items()
+    )
+
+
+def _pattern(path: str) -> str:
+    return re.sub(r"(^|[._])\d+(?=\.|$)", r"\1*", path)
+
+
+class _Covered:
+    """The modules in which a method stands, or that lie in a sublayer at whose end it stands."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        rows = list(rows)
+        self.around = {path for row in rows for path in _around(row.site.path)}
+        self.whole = {row.site.path for row in rows if row.site.entry}
+
+    def __contains__(self, path: str) -> bool:
+        return path in self.around or any(outer in self.whole for outer in _around(path))
+
+
+def _around(path: str) -> Iterator[str]:
+    """A path and those of all modules around it but the model."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A module that may be left out; `sides` are the words of `WORDS` that would mean it, `place` a site in it."""
+
+    path: str
+    place: Site
+    sides: tuple[str, ...]
+    reason: str
+
+
+def _example(kind: str, *roles: str) -> Site:
+    terms = (("weight", (2, 2)), ("bias", (2,)))
+    return Site("", kind, frozenset({*roles, "block"}), terms, width_in=2, width_out=2, bias="bias")
+
+
+WORDS: dict[str, tuple[Site, ...]] = {
+    "attention": (
+        *(_example("linear", role, "attention") for role in ("query", "key", "value", "attention_out")),
+        *(_example(kind, kind) for kind in SUBLAYERS[:2]),
+        _example("keys_values", "attention"),
+    ),
+    "feed_forward": (*(_example("linear", role, "ff") for role in ("ff_in", "ff_out")), _example(*SUBLAYERS[2:])),
+    "linear": (_example("linear"),),
+}
+
+
+def _means(method: Method, side: str, path: str, place: Site) -> bool:
+    """Whether the method would stand at a module of this path and place if it were what `side` says."""
+    for example in WORDS[side]:
+        roles = example.roles if place.layer is not None else example.roles - {"block"}
+        here = replace(example, path=path, roles=roles, layer=place.layer, depth=place.depth, stack=place.stack)
+        try:
+            if method.acts(here):
+                return True
+        except PlanError:  # the stack has no layer of that number
+            return False
+    return False
+
+
+def _wants(method: Method, candidate: _Candidate) -> bool:
+    return any(_means(method, side, candidate.path, candidate.place) for side in candidate.sides)
+
+
+def _named(method: Method, site: Site) -> bool:
+    """Whether the method would stand at a map of this path by the path alone, at which there is none."""
+    if site.kind not in ("embedding", "conv", "other"):
+        return False
+    like = replace(WORDS["linear"][0], path=site.path, roles=frozenset[str](), layer=site.layer, depth=site.depth)
+    return method.acts(like)
+
+
+def _candidates(model: nn.Module, sites: Sequence[Site]) -> Iterator[_Candidate]:
+    """Weights in blocks whose part there is not known, and maps that are none."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    blocks: dict[tuple[str, int | None], list[Site]] = {}
+    for site in sites:
+        if site.layer is not None and not site.entry and site.kind != "keys_values":
+            blocks.setdefault((site.stack, site.layer), []).append(site)
+    idle = never_called(model)
+    stacks = find_blocks(model)
+    for stack, modules in stacks.items():
+        for layer, block in enumerate(modules):
+            here = blocks.get((stack, layer), [])
+            yield from _of_block(model, paths[id(block)], here, idle)
+    yield from _outside(model, [s for s in sites if s.layer is None and not s.roles], stacks)
+
+
+def _outside(model: nn.Module, sites: Iterable[Site], stacks: Collection[str]) -> Iterator[_Candidate]:
+    """Attentions outside of the blocks: those that pool a tower's places, or stand between two towers."""
+    held = {outer for stack in stacks for outer in _around(stack)}
+    for site in sites:
+        top = _attention(model, "", site.path, held)
+        if top and any(len(shape) > 1 for _, shape in site.terms):
+            yield _Candidate(top, site, ("attention",), OUTSIDE)
+
+
+def _of_block(model: nn.Module, root: str, sites: Sequence[Site], idle: Collection[int]) -> Iterator[_Candidate]:
+    parts = [s for s in sites if s.kind in ("linear", "other")]
+    known = {outer for s in parts if s.roles & {"attention", "ff"} for outer in _around(s.path)}
+    roles = {role for s in parts for role in s.roles}
+    unknown, others = dict[str, Site](), list[Site]()
+    for site in (s for s in parts if not s.roles & {"attention", "ff"} and s.rows is None):
+        module, top = model.get_submodule(site.path), _attention(model, root, site.path)
+        if is_stacked(model, site):
+            yield _Candidate(site.path, site, ("linear", "attention" if top else "feed_forward"), STACKED)
+            continue
+        if _is_map(module) and site.kind == "other":
+            yield _Candidate(site.path, site, ("linear",), _why(module, idle))
+        if top and top not in known and any(len(shape) > 1 for _, shape in site.terms):
+            unknown[top] = site if top not in unknown or _why(module, idle) == UNCALLED else unknown[top]
+        elif not top and site.kind == "linear" and min(site.width_in, site.width_out) > 1:
+            others.append(site)
+    for top, site in unknown.items():
+        module = model.get_submodule(site.path)
+        yield _Candidate(top, site, ("attention",), _why(module, idle) if _is_map(module) else LAYOUT)
+    lacking = not unknown and "attention" not in roles
+    mixtures = {s.path.rpartition(".")[0] for s in parts if is_stacked(model, s)}
+    for owner, site in _other_parts(others, known):
+        is_expert = any(outer in mixtures for outer in _around(owner) if outer != owner)
+        sides = ("feed_forward", "attention") if lacking and not is_expert else ("feed_forward",)
+        yield _Candidate(owner, site, sides, LAYOUT)
+    if "attention" in roles and "query" not in roles:
+        fused = (s for s in parts if s.roles == {"attention", "block"})
+        yield from (_Candidate(s.path, s, ("attention",), FUSED) for s in fused)
+
+
+def _is_map(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D | nn.MultiheadAttention)
+
+
+def _why(module: nn.Module, idle: Collection[int]) -> str:
+    """Why a map is not known: it is not called (nn.MultiheadAttention calls none of its own), no map, or elsewhere."""
+    if id(module) in idle or isinstance(module, nn.MultiheadAttention | NonDynamicallyQuantizableLinear):
+        return UNCALLED
+    return LAYOUT if is_linear(module) else OWN
+
+
+def _other_parts(maps: Iterable[Site], known: Collection[str]) -> Iterator[tuple[str, Site]]:
+    """Modules with two maps or more (a gate has one) of which no part is known: mixers, experts, shared experts."""
+    owners: dict[str, list[Site]] = {}
+    for site in maps:
+        owners.setdefault(site.path.rpartition(".")[0], []).append(site)
+    return ((owner, found[0]) for owner, found in owners.items() if len(found) > 1 and owner not in known)
+
+
+def _attention(model: nn.Module, root: str, path: str, held: Collection[str] = ()) -> str:
+    """The outermost module below `root`, around a path, that says by its class that it is an attention; "" if none."""
+    around = [o for o in _around(path) if within(o, root) and o != root and o not in held]
+    named = (o for o in reversed(around) if re.search("attention|attn", type(model.get_submodule(o)).__name__, re.I))
+    return next(named, "")
+
+
+def _without_keys(method: Method, model: nn.Module, sites: Sequence[Site]) -> Iterator[_Candidate]:
+    """Known attentions at which a method that adds keys would stand."""
+    for site in sites if method.overrides("keys_values") else ():
+        if site.kind not in SUBLAYERS[:2] or not method.acts(replace(site, kind="keys_values", entry="")):
+            continue
+        asks = interface_path(model, site.entry)
+        yield _Candidate(asks or site.entry.rpartition(".")[0], site, (), HEADS if asks else INTERFACE)
+
+
+def _norms(method: Method, model: nn.Module, sites: Sequence[Site]) -> Iterator[_Candidate]:
+    """Norms that are no sites of that kind, and those of which it is not known what they belong to."""
+    for site in sites:
+        reason, others = _as_norms(model, site)
+        if others and not _reaches(method, site) and any(_reaches(method, other) for other in others):
+            yield _Candidate(site.path, site, (), reason)
+
+
+def _as_norms(model: nn.Module, site: Site) -> tuple[str, list[Site]]:
+    """What keeps a norm from being known as one, or as one of its sublayer, and the sites that it would be."""
+    module: Any = model.get_submodule(site.path)
+    roles = site.roles | {"norm"}
+    if site.kind == "other" and "norm" in type(module).__name__.lower():
+        gain = next((term for term, _ in site.terms if term != site.bias), None)
+        reason = RUNNING if hasattr(module, "running_mean") else SHAPE
+        return reason, [replace(site, kind="norm", roles=roles, gain=gain)]
+    if site.kind == "norm" and roles == {"block", "norm"}:
+        return PLACE, [replace(site, roles=roles | {role}) for role in ("attention", "output")]
+    return "", []
+
+
+def _reaches(method: Method, site: Site) -> bool:
+    return bool(method.trains(site)) or method.acts(site)
+
+
+def _whole_stacks(
+    method: Method, sites: Sequence[Site], named: Sequence[str], rows: Sequence[Row]
+) -> Iterator[_Candidate]:
+    """Stacks in which nothing is reached and nothing was named yet, for methods that look for parts of blocks."""
+    taken = [*named, *(row.site.path for row in rows)]
+    for stack in dict.fromkeys(site.stack for site in sites if site.stack):
+        inside = [site for site in sites if site.stack == stack]
+        if any(within(path, stack) for path in taken):
+            continue
+        place = next((s for s in inside for side in ("attention", "feed_forward") if _means(method, side, "", s)), None)
+        if place is not None:
+            yield _Candidate(f"{stack}.*", place, (), ABSENT)

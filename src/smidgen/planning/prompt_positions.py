@@ -1,0 +1,14 @@
+"""How many positions a plan's prompts take."""
+
+from __future__ import annotations
+
+import torch
+
+from smidgen.methods.base import Method
+from smidgen.sites.site import Site
+
+
+def prompt_length(method: Method, site: Site) -> int:
+    """How many vectors a method adds."""
+    with torch.device("meta"):
+        return len(method.tokens(method.settle(method.init(site), site), site))

@@ -1,0 +1,177 @@
+"""Plan: a recipe resolved on a model, before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from smidgen.common.errors import PlanError
+from smidgen.common.wrappers import bare
+from smidgen.methods.base import Method
+from smidgen.planning.compatibility import (
+    no_match,
+    refuse_headless,
+    refuse_no_room,
+    refuse_part,
+    refuse_passed_by,
+    refuse_resized,
+    refuse_twice,
+    refuse_unfoldable,
+    refuse_unsupported,
+)
+from smidgen.planning.gaps import Gap, left_out
+from smidgen.planning.plans import Plan
+from smidgen.planning.row import SHARED, Row, Shape
+from smidgen.planning.shared_tensors import with_pools
+from smidgen.planning.stack_choice import in_stack
+from smidgen.recipe.recipe import Recipe, Term, as_recipe
+from smidgen.sites.attention_modules import find_heads
+from smidgen.sites.discovery import find_sites, find_tables
+from smidgen.sites.input_embedding import find_input
+from smidgen.sites.module_calls import without_gradient
+from smidgen.sites.roles import within
+from smidgen.sites.site import Site
+from smidgen.sites.sublayers import find_sublayers
+from smidgen.sites.task_head import check_pooling, head_parts, own_pooling, unused_under
+from smidgen.sites.unread_parts import read_sites, unread
+
+
+def resolve(
+    model: nn.Module,
+    recipe: str | Term | Recipe,
+    pooling: str | None = None,
+    head: Collection[str] | None = None,
+) -> Plan:
+    """Resolve a recipe on a model, which may live on the meta device and is not touched.
+
+    Args:
+        head: names of the head's parameters, as a delta has them; by default those of `head_names`.
+
+    Raises:
+        PlanError: a method matches nothing, two methods train the same tensor, nothing is trained, the base is
+            quantised, layers are named on a model that shares them, or something random would be left out.
+    """
+    model, recipe = bare(model), as_recipe(recipe)
+    refuse_unsupported(model, recipe)
+    pooling = check_pooling(model, pooling)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    idle = set(unused_under(model, pooling))
+    names, own = head_parts(model)
+    names = names if head is None else tuple(name for name in parameters if name in head)
+    trained = [name for name in names if name not in idle]
+    closed = {id(parameters[name]) for name in (*trained, *idle)}
+    owners = find_sites(model)
+    sites = [*owners, *find_sublayers(model)]
+    sites += [*find_heads(model, sites), *find_tables(model, sites), *find_input(model)]
+    barred = [site for site in sites if any(within(site.path, path) for path in without_gradient(model))]
+    sites = [site for site in sites if site not in barred]
+    left = _unread(recipe, sites, unread(model))
+    sites = read_sites(model, sites)
+    try:
+        rows = _all_rows(model, recipe, sites, parameters, closed)
+    except PlanError as error:
+        raise PlanError(f"{error}; {type(model).__name__} never reads {', '.join(left)}") if left else error from None
+    refuse_no_room(model, rows)
+    refuse_twice(rows, parameters)
+    refuse_unfoldable(rows)
+    refuse_headless(model, recipe, rows, trained)
+    refuse_resized(model, recipe)
+    outside = {id(parameters[name]) for name in names}
+    pretrained = sum(p.numel() for n, p in model.named_parameters() if id(p) not in outside)
+    shapes = tuple((name, tuple(parameters[name].shape)) for name in trained)
+    spare = tuple(name for name in trained if name not in own)
+    return Plan(
+        recipe,
+        type(model).__name__,
+        tuple(rows),
+        shapes,
+        pretrained,
+        pooling,
+        own_pooling(model),
+        low=_low(owners, spare if isinstance(model, PreTrainedModel) else trained),
+        spare=spare,
+        unread=left,
+        left_out=_gaps(model, recipe, sites, barred, rows, closed),
+    )
+
+
+def _unread(recipe: Recipe, sites: Sequence[Site], closed: Sequence[str]) -> tuple[str, ...]:
+    """Those of the parts that are never read in which the recipe has sites."""
+    inside = [site for site in sites if any(within(site.path, path) for path in closed)]
+    methods = [term for term in recipe if isinstance(term, Method)]
+    wanted = [site.path for site in inside if any(term.trains(site) or term.acts(site) for term in methods)]
+    return tuple(path for path in closed if any(within(place, path) for place in wanted))
+
+
+def _gaps(
+    model: nn.Module, recipe: Recipe, sites: list[Site], barred: list[Site], rows: list[Row], closed: Collection[int]
+) -> tuple[Gap, ...]:
+    """What each method leaves out, the head, what is never read and what lies outside its `stack` apart."""
+    found: list[Gap] = []
+    for index, method in enumerate(recipe):
+        assert isinstance(method, Method)
+        inner = ((s, model.get_submodule(s.path).parameters()) for s in in_stack(method, [*sites, *barred]))
+        near = [site for site, parameters in inner if not all(id(p) in closed for p in parameters)]
+        here = [row for row in rows if row.index == index and row.site.kind != SHARED]
+        reach = [site for site in near if site not in barred]
+        found += left_out(method, model, reach, [site for site in near if site in barred], here)
+    return tuple(found)
+
+
+def _all_rows(
+    model: nn.Module, recipe: Recipe, sites: list[Site], parameters: dict[str, nn.Parameter], closed: set[int]
+) -> list[Row]:
+    found: dict[int, list[Row]] = {}
+    terms = [(index, method) for index, method in enumerate(recipe) if isinstance(method, Method)]
+    if len(terms) < len(recipe):
+        raise PlanError(f"{next(term for term in recipe if not isinstance(term, Method))} is not a method")
+    for index, method in sorted(terms, key=lambda term: term[1].gives_way()):
+        refuse_part(recipe, index, method)
+        near = in_stack(method, sites)
+        method.check(near)
+        others = [row for rows in found.values() for row in rows if not row.added and not recipe.narrows(row.index)]
+        taken = {id(parameters[name]) for row in others for name, _ in row.names()} if method.gives_way() else set()
+        here = list(_rows(index, method, near, parameters, closed | taken))
+        if not here and _wants_sites(method):
+            raise PlanError(no_match(method, model, near))
+        refuse_passed_by(method, model, near, here)
+        found[index] = list(with_pools(here)) if method.overrides("shared") else here
+    return [row for index in sorted(found) for row in found[index]]
+
+
+def _low(sites: list[Site], names: Collection[str]) -> tuple[Site, ...]:
+    """The sites of these parameters that are registered before the last block ends."""
+    last = max((i for i, site in enumerate(sites) if site.layer is not None), default=-1)
+    owners = {name.rpartition(".")[0] for name in names}
+    return tuple(site for site in sites[: last + 1] if site.path in owners and site.rows is None)
+
+
+def _wants_sites(method: Method) -> bool:
+    return method.overrides("trains") or method.overrides("acts")
+
+
+def _rows(
+    index: int, method: Method, sites: list[Site], parameters: dict[str, nn.Parameter], closed: set[int]
+) -> Iterator[Row]:
+    seen: set[int] = set()
+    for site in sites:
+        prefix = f"{site.path}." if site.path else ""
+        owned = {term: parameters[prefix + term] for term, _ in site.terms}
+        # one without values (DINOv3's registers, of which there may be none) can neither move nor be rounded
+        trained = [t for t in method.trains(site) if owned[t].numel() and id(owned[t]) not in closed | seen]
+        seen.update(id(owned[term]) for term in trained)
+        if trained:
+            yield Row(index, method, site, tuple((t, tuple(owned[t].shape)) for t in trained), added=False)
+        in_head = any(id(p) in closed for p in owned.values())
+        if not in_head and method.acts(site):
+            with torch.device("meta"):
+                tensors = method.init(site)
+                saved = method.settle(tensors, site) if method.settled() != method else {}
+            yield Row(index, method, site, _shapes(tensors), True, settled=_shapes(saved))
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, Shape], ...]:
+    return tuple((symbol, tuple(tensor.shape)) for symbol, tensor in tensors.items())

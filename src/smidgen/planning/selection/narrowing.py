@@ -1,0 +1,79 @@
+"""A plan with a selection: rows keep what was chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from smidgen.common.errors import DeltaError
+from smidgen.planning.initial_values import initial
+from smidgen.planning.plans import Plan
+from smidgen.planning.row import SHARED, Row, Subset
+from smidgen.planning.selection.budgets import check_choice
+from smidgen.planning.selection.data_free_scores import choose_ready, needs_data
+from smidgen.planning.selection.kept_shapes import narrowed_shapes
+
+
+def narrow(plan: Plan, indices: Mapping[str, Tensor]) -> Plan:
+    """The plan with only the chosen values trained; `indices` has an entry (k,) for each tensor that was narrowed.
+
+    A tensor that is kept in whole needs no indices. Of an existing module nothing else changes; an added one with
+    nothing chosen is left out, and where some is chosen the rest of it stands at its start.
+
+    Raises:
+        DeltaError: indices that are none of this plan's tensors, or outside of one.
+    """
+    known = set(narrowed_shapes(plan))
+    if known != set(indices):
+        odd = sorted(known ^ set(indices))
+        raise DeltaError(f"the selection is of another model or recipe: {plan.recipe.whole} differs in {odd[0]}")
+    rows: list[Row] = []
+    for row in plan.rows:
+        rows += _narrowed(row, indices) if plan.recipe.narrows(row.index) else [row]
+    return replace(plan, rows=tuple(rows), chosen=True)
+
+
+def settle(model: nn.Module, plan: Plan, seed: int = 0) -> Plan:
+    """The plan as it will be attached, if that can be told without data; else as it is, `pending`."""
+    if plan.pending:
+        check_choice(model, plan)
+    empty = any(parameter.is_meta for parameter in model.parameters())
+    if not plan.pending or needs_data(plan) or empty:
+        return plan
+    return narrow(plan, choose_ready(model, plan, seed))
+
+
+def _narrowed(row: Row, indices: Mapping[str, Tensor]) -> Iterator[Row]:
+    chosen = {term: _checked(indices[row.name(term)], row.name(term), prod(shape)) for term, shape in row.terms}
+    if not row.sites and not any(len(index) for index in chosen.values()):
+        return  # (sites that share tensors need each other)
+    kept = tuple((t, s) for t, s in row.terms if row.added or len(chosen[t]))
+    partial = [(t, s) for t, s in kept if len(chosen[t]) < prod(s)]
+    fresh = initial(row, 0) if row.added and partial else {}
+    drawn = row.method.overrides("from_base") and row.site.kind != SHARED
+    subsets = {t: Subset(chosen[t], s, t in fresh and (drawn or not _constant(fresh[t]))) for t, s in partial}
+    yield replace(row, terms=kept, subsets=subsets)
+
+
+def _checked(index: Tensor, name: str, size: int) -> Tensor:
+    whole = not index.is_floating_point() and index.dtype != torch.bool
+    index = index.detach().to("cpu", torch.long)
+    good = (
+        whole
+        and index.ndim == 1
+        and (not len(index) or (index[0] >= 0 and index[-1] < size and bool((index.diff() > 0).all())))
+    )
+    if not good:
+        raise DeltaError(
+            f"the indices of {name} are not ascending numbers below {size:,}: damaged, or of another model"
+        )
+    return index
+
+
+def _constant(tensor: Tensor) -> bool:
+    """Whether a start need not be saved: all its values are the same number, so it was not drawn at random."""
+    return tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all())

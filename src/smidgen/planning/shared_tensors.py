@@ -1,0 +1,37 @@
+"""Tensors above the sites: what several of them share is owned once, by a row of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from smidgen.planning.row import SHARED, Row
+from smidgen.sites.site import Site
+
+
+def with_pools(rows: Sequence[Row]) -> Iterator[Row]:
+    """The rows of a method that shares tensors: for each group the owner, then the sites that use what it owns."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.method.group(row.site), []).append(row)
+    for name, found in groups.items():
+        sites, first = tuple(row.site for row in found), found[0]
+        with torch.device("meta"):
+            terms = tuple((symbol, tuple(t.shape)) for symbol, t in first.method.shared(sites).items())
+        yield Row(first.index, first.method, _owner(name), terms, True, sites=sites)
+        for row in found:
+            routes = tuple((symbol, tuple(t.shape)) for symbol, t in row.method.routes(row.site, sites).items())
+            yield replace(row, sites=sites, routes=routes)
+
+
+def _owner(name: str) -> Site:
+    return Site("", SHARED, frozenset({name}), ())
+
+
+def pool_key(row: Row) -> str | None:
+    """Name of the edit, at the model itself, that owns what a row's site shares with others."""
+    if not row.sites or row.site.kind == SHARED:
+        return None
+    return replace(row, site=_owner(row.method.group(row.site))).key

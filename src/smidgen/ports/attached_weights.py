@@ -1,0 +1,22 @@
+"""A module's weight and bias as they stand, chosen values put in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from smidgen.common.dtypes import master_dtype
+from smidgen.ports.sparse_values import current
+from smidgen.sites.weight_view import Pair
+
+
+def stored(module: Any) -> Pair:
+    """A module's weight and bias in master precision, chosen values put in, without gradient."""
+    weight, bias = live(module)
+    return weight.detach(), None if bias is None else bias.detach()
+
+
+def live(module: Any) -> Pair:
+    """The same, with gradient to what of them is trained."""
+    dtype = master_dtype(module._parameters["weight"].dtype)
+    bias = module._parameters.get("bias")
+    return current(module, "weight").to(dtype), None if bias is None else current(module, "bias").to(dtype)

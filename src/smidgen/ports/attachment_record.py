@@ -1,0 +1,230 @@
+"""What is attached to a model: the originals that were set aside and the masters that stand in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smidgen.common.dtypes import LOW, master_dtype
+from smidgen.common.errors import AttachError
+from smidgen.common.wrappers import bare, check_model
+from smidgen.methods.base import Method
+from smidgen.planning.plans import Plan
+from smidgen.planning.row import INDICES, SHARED, START, Row
+from smidgen.ports.held_state import Held, persistent_buffers
+from smidgen.ports.master_weights import Low
+from smidgen.ports.sparse_values import SparseValues
+from smidgen.recipe.recipe import Recipe
+from smidgen.sites.site import module_at
+
+
+@dataclass
+class Swap:
+    """One existing tensor with a master in its place, at every module that owns it."""
+
+    name: str
+    owners: tuple[str, ...]
+    original: nn.Parameter
+    master: nn.Parameter
+    trained: bool = True
+
+
+@dataclass
+class Attachment:
+    """The record that `attach` leaves on the model (as `model._smidgen`) and `detach` takes back."""
+
+    plan: Plan
+    swaps: list[Swap]
+    edits: list[tuple[str, str]]  # (module path, key) of each edit
+    flags: dict[str, bool]  # requires_grad of every base parameter before
+    dtype: torch.dtype  # the base's
+    added: dict[str, nn.Parameter] = field(default_factory=dict)
+    parts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # name of a tensor -> its owners
+    handles: list[Any] = field(default_factory=list)
+    tapped: list[str] = field(default_factory=list)  # paths of modules that hold a tap
+    guarded: list[str] = field(default_factory=list)  # paths of modules that may read a child with edits
+    held: Held = field(default_factory=lambda: Held([], [], []))
+    memory: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)  # of events, by index in the recipe
+    active: bool = True
+    new: tuple[str, ...] | None = None  # what the base's checkpoint lacked, None if none was read
+
+    def plug(self, model: nn.Module) -> None:
+        """Put the masters in."""
+        for swap in self.swaps:
+            _set(model, swap, swap.master)
+        self._switch(model, True)
+
+    def unplug(self, model: nn.Module) -> None:
+        """Put the very original Parameters back, moved to where the module now lives."""
+        for swap in self.swaps:
+            if swap.original.device != swap.master.device:
+                swap.original.data = swap.original.data.to(swap.master.device)
+            _set(model, swap, swap.original)
+        self._switch(model, False)
+
+    def _switch(self, model: nn.Module, on: bool) -> None:
+        for path, key in self.edits:
+            edits: Any = module_at(model, path).edits
+            edits[key].enabled = on
+        for owners in self.parts.values():
+            self._part(model, owners[0]).enabled = on
+        for path, _, _ in self.low_modules():
+            module_at(model, path)._casting = on  # type: ignore[assignment]
+        self.active = on
+
+    def _part(self, model: nn.Module, owner: str) -> SparseValues:
+        path, _, term = owner.rpartition(".")
+        subsets: Any = module_at(model, path).subsets
+        part: SparseValues = subsets[term]
+        return part
+
+    def whole_parts(self, model: nn.Module) -> dict[str, Tensor]:
+        """Name -> whole tensor, in master precision and with gradient, of every existing tensor trained in part."""
+        base = dict(self.base_tensors(model))
+        return {
+            name: self._part(model, owners[0]).whole(base[name].to(master_dtype(base[name].dtype)))
+            for name, owners in self.parts.items()
+        }
+
+    def subset_modules(self) -> dict[str, None]:
+        """Paths of existing modules that hold parts."""
+        return dict.fromkeys(owner.rpartition(".")[0] for owners in self.parts.values() for owner in owners)
+
+    def fixed(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Saved name and tensor of what a file needs beside the trained values: indices, starts drawn at random."""
+        for row in self.plan.rows:
+            if not (row.subsets or row.kept or row.routes):
+                continue
+            module: Any = module_at(model, row.site.path)
+            for term, subset in row.subsets.items():
+                if len(subset.indices):
+                    yield row.name(term) + INDICES, subset.indices.to(torch.int32)
+                if subset.start:
+                    yield row.name(term) + START, getattr(module.edits[row.key], term).detach()
+            for symbol in row.kept:
+                yield row.name(symbol) + START, getattr(module.edits[row.key], f"{symbol}0")
+            for symbol, _ in row.routes:
+                yield row.name(symbol) + INDICES, getattr(module.edits[row.key], symbol).to(torch.int32)
+
+    def low_modules(self) -> list[Low]:
+        """Modules of a low-precision base that hold masters."""
+        norms = {row.site.path for row in self.plan.rows if row.site.kind == "norm"}
+        terms: dict[str, dict[str, torch.dtype]] = {}
+        for swap in self.swaps:
+            if swap.original.dtype in LOW:
+                for owner in swap.owners:
+                    path, _, term = owner.rpartition(".")
+                    terms.setdefault(path, {})[term] = swap.original.dtype
+        return [(path, stored, path in norms) for path, stored in terms.items()]
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Saved name and master of every trained tensor, head included, in the plan's order."""
+        masters = {swap.name: swap.master for swap in self.swaps if swap.trained}
+        for name in self.plan.shapes:
+            yield name, masters[name] if name in masters else self.added[name]
+
+    def added_by(self, index: int) -> list[Row]:
+        """Where a term of the recipe adds tensors of a site's own."""
+        return [row for row in self.plan.rows if row.index == index and row.added and row.site.kind != SHARED]
+
+    def tensors_of(self, row: Row) -> dict[str, nn.Parameter]:
+        """Symbol -> what is trained, of a row that adds tensors."""
+        return {term: self.added[name] for term, name, _ in row.trained()}
+
+    @property
+    def result(self) -> Recipe:
+        """The recipe that what is saved belongs to."""
+        terms = (term.settled() if isinstance(term, Method) else term for term in self.plan.recipe)
+        return replace(self.plan.recipe, terms=tuple(terms))
+
+    def results(self) -> Iterator[tuple[str, Tensor]]:
+        """Saved name and tensor of all that training gave: `trained`, settled where a method says so."""
+        settled = {row.name(term): row for row in self.plan.rows if row.settled for term, _ in row.terms}
+        values, seen = dict(self.trained()), set[str]()
+        for name, tensor in values.items():
+            row = settled.get(name)
+            if row is None:
+                yield name, tensor
+            elif row.name("") not in seen:
+                seen.add(row.name(""))
+                found = row.method.settle({term: values[row.name(term)] for term, _ in row.terms}, row.site)
+                yield from ((row.name(term), value) for term, value in found.items())
+
+    def check_held(self) -> None:
+        """Raises AttachError if a module or parameter of the base was replaced, or a buffer changed from outside."""
+        originals = {owner: swap for swap in self.swaps for owner in swap.owners}
+        now = {n: s.master if self.active else s.original for n, s in originals.items()}
+        self.held.check_parts(self.plan.recipe, now)
+        self.held.check_buffers(self.plan.recipe)
+
+    def base_tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter of the untouched base, by its first name."""
+        originals = {owner: swap.original for swap in self.swaps for owner in swap.owners}
+        for name, parameter in model.named_parameters():
+            if name in self.flags:
+                yield name, originals.get(name, parameter)
+
+
+def _set(model: nn.Module, swap: Swap, parameter: nn.Parameter) -> None:
+    for owner in swap.owners:
+        path, _, term = owner.rpartition(".")
+        module_at(model, path)._parameters[term] = parameter
+
+
+def attachment(model: nn.Module) -> Attachment:
+    """The record on an attached model. Raises AttachError if nothing is attached."""
+    record = bare(model).__dict__.get("_smidgen")
+    if not isinstance(record, Attachment):
+        raise AttachError(
+            f"nothing is attached to this {type(bare(model)).__name__}; call smidgen.attach(model, recipe)"
+        )
+    return record
+
+
+def check_masters(model: nn.Module) -> None:
+    """Raises AttachError if the masters were cast with the model, which ruins them."""
+    record = attachment(model)
+    wanted = master_dtype(record.dtype)
+    for name, parameter in record.trained():
+        if parameter.dtype != wanted:
+            raise AttachError(
+                f"the attached model was cast to {str(parameter.dtype)[6:]} ({name}); trained values are {wanted} "
+                "masters: detach, cast the base, attach again (under Trainer, leave bf16_full_eval off)"
+            )
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether something is attached to the model."""
+    return "_smidgen" in bare(model).__dict__
+
+
+def refuse_attached(model: nn.Module) -> None:
+    """Raises AttachError if something is attached to the model, or if nothing can be (see `check_model`)."""
+    check_model(model)
+    if is_attached(model):
+        raise AttachError(f"{attachment(model).plan.recipe} is attached already; detach it first")
+
+
+def base_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> persistent buffer of the untouched base, whether something is attached or not."""
+    model = bare(model)
+    if is_attached(model):
+        return {buffer.name: buffer.value for buffer in attachment(model).held.buffers}
+    return persistent_buffers(model)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Saved name -> master of every trained tensor of an attached model, head included."""
+    return dict(attachment(model).trained())
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> tensor of the untouched base, whether something is attached or not."""
+    model = bare(model)
+    if is_attached(model):
+        return dict(attachment(model).base_tensors(model))
+    return dict(model.named_parameters())

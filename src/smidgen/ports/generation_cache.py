@@ -1,0 +1,69 @@
+"""`generate` on a model with a prompt: a cache holds the prompt too, and `generate` knows of the text alone.
+
+Two methods of the model are stood in for on the instance, as long as a prompt is attached: what leaves out the tokens
+that a cache holds and makes masks as wide as the cache, and what makes a cache of fixed length.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from smidgen.ports.prompt_port import seen_by
+from smidgen.ports.token_insertion import Room
+
+STAND_INS = ("prepare_inputs_for_generation", "_prepare_static_cache")
+
+
+def place_generation(model: Any, embedding: str) -> None:
+    """Stand in for a decoder's methods of `generate`; `embedding` is the path of the module with the prompt."""
+    if not model.config.is_encoder_decoder and hasattr(model, STAND_INS[0]):
+        model.__dict__[STAND_INS[0]] = partial(prepare_inputs, model, embedding)
+        model.__dict__[STAND_INS[1]] = partial(prepare_static_cache, model, embedding)
+
+
+def drop_generation(model: nn.Module) -> None:
+    """The class's own methods again."""
+    for name in STAND_INS:
+        model.__dict__.pop(name, None)
+
+
+def prepare_inputs(model: Any, embedding: str, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+    """The class's own inputs of one step. Fed are the tokens that the cache lacks, the prompt not counted."""
+    own = partial(type(model).prepare_inputs_for_generation, model)
+    n, at = _prompt(model, embedding)
+    past, mask, count = (kwargs.get(name) for name in ("past_key_values", "attention_mask", "next_sequence_length"))
+    if not n or past is None:
+        return own(input_ids, **kwargs)
+    seen = seen_by(past)
+    vectors = kwargs.get("inputs_embeds")
+    text = input_ids.shape[1] if vectors is None else max(input_ids.shape[1], vectors.shape[1])
+    if seen and count is not None and count == text - seen:  # of a cache from an earlier turn
+        kwargs["next_sequence_length"] = int(count) + n
+    if not (getattr(past, "is_compileable", False) and isinstance(mask, Tensor) and mask.ndim == 2):
+        return own(input_ids, **kwargs)
+    room = Room.of(mask, n, at, mask.device)
+    if seen:
+        kwargs["attention_mask"] = room.put_in(mask, mask.new_ones(()))
+    inputs: dict[str, Any] = own(input_ids, **kwargs)
+    made = inputs["attention_mask"]
+    if isinstance(made, Tensor) and made.ndim == 2:  # BLOOM's, as wide as the cache: there is room in the model's hook
+        inputs["attention_mask"] = room.take_out(made) if seen else made[:, :-n]
+    elif not seen:  # the model makes its masks itself, once there is room for the prompt
+        inputs["attention_mask"] = mask
+    return inputs
+
+
+def prepare_static_cache(model: Any, embedding: str, **kwargs: Any) -> Any:
+    """The class's own cache, with places for the prompt."""
+    n, _ = _prompt(model, embedding)
+    return type(model)._prepare_static_cache(model, **{**kwargs, "max_cache_len": kwargs["max_cache_len"] + n})
+
+
+def _prompt(model: nn.Module, embedding: str) -> tuple[int, int]:
+    """Vectors that are on, and tokens before them."""
+    module: Any = model.get_submodule(embedding)
+    prompt = module.edits.prompt(module.weight.dtype)
+    return (0 if prompt is None else len(prompt)), module.edits.at

@@ -1,0 +1,45 @@
+"""Pooling of a sequence classifier other than its own: one hook on the base model."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+def place_pooling(model: nn.Module, pooling: str) -> RemovableHandle:
+    """Hook the base model so that its output carries the pooled vector at every position."""
+    base: Any = model.base_model
+    return base.register_forward_hook(partial(pool_output, pooling), with_kwargs=True)
+
+
+def pool_output(pooling: str, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook: last_hidden_state (B, T, d) -> its pooled vector (B, d), repeated over T."""
+    hidden = output[0]
+    pooled = pool(hidden, kwargs.get("attention_mask"), pooling)
+    spread = pooled[:, None, :].expand_as(hidden)
+    if isinstance(output, tuple):
+        return (spread, pooled, *output[2:]) if len(output) > 1 and output[1].ndim == 2 else (spread, *output[1:])
+    output["last_hidden_state"] = spread
+    if output.get("pooler_output") is not None:
+        output["pooler_output"] = pooled
+    return output
+
+
+def pool(hidden: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
+    """Pool hidden states (B, T, d) over the tokens that mask (B, T) keeps: "first", "mean" or "last" -> (B, d)."""
+    if mask is None:
+        mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    if pooling == "mean":
+        weight = mask.to(hidden.dtype)[..., None]  # (B, T, 1)
+        return (hidden * weight).sum(1) / weight.sum(1)
+    place = torch.arange(mask.shape[1], device=mask.device)
+    kept = mask.bool()
+    if pooling == "last":
+        index = torch.where(kept, place, -1).amax(1)
+    else:
+        index = torch.where(kept, place, mask.shape[1]).amin(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), index]

@@ -1,0 +1,267 @@
+"""The input port: trained vectors among the embedded tokens of a text.
+
+A pre-hook of the model that takes token ids makes room in ids, mask, token types and positions; a hook of the embedding
+fills it; a hook of the model takes it out of the hidden states again, so that heads, labels and poolings see the text
+alone. In an encoder-decoder the decoder goes on seeing it. Once a cache holds the prompt, only mask and positions are
+adjusted.
+
+The prompt stands beside the text, behind padding on the left. Where the model reads its first token ([CLS]), it stands
+behind that one, else in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from smidgen.common.errors import AttachError
+from smidgen.methods.base import Method
+from smidgen.planning.prompt_positions import prompt_length
+from smidgen.ports.module_port import Edit, Edits
+from smidgen.ports.token_insertion import Room
+from smidgen.sites.input_embedding import _limit, position_limit
+from smidgen.sites.site import Site
+from smidgen.sites.task_head import own_pooling
+
+# What a model may get for each token beside ids, mask and positions; a prompt gets what the token beside it has.
+PER_TOKEN = (
+    "token_type_ids",
+    "bbox",
+    "global_attention_mask",
+    "xpath_tags_seq",
+    "xpath_subs_seq",
+    "cross_attention_mask",
+)
+
+
+TEXT = ("mm_token_type_ids", "moe_mm_token_type_ids", "image_embeds_position_mask")  # 0 is text
+
+
+NO_ROOM = ("perm_mask", "target_mapping", "input_mask", "mems", "past_buckets_states")
+
+
+HELD = "_smidgen_prompt"  # attribute of a cache: length of the prompt that it holds
+
+
+CACHES = ("past_key_values", "cache_params", "state")
+
+
+class InputEdits(Edits):
+    """The edits at one embedding: what comes from them in the pass that is under way."""
+
+    def __init__(self, names: tuple[str, ...], at: int, blank: int, limit: int | None) -> None:
+        super().__init__()
+        self.names, self.at, self.blank, self.limit = names, at, blank, limit
+        self.pending: tuple[Tensor, Tensor] | None = None
+        self.mask: Tensor | None = None
+        self.room: Room | None = None
+
+    def prompt(self, dtype: torch.dtype) -> Tensor | None:
+        """The vectors of all edits that are on, (n, width)."""
+        edits: list[Any] = list(self.values())
+        found = [edit.tokens(dtype) for edit in edits if edit.enabled]
+        return torch.cat(found) if found else None
+
+
+def add_tokens(model: Any, key: str, edit: Edit) -> list[RemovableHandle]:
+    """Put an edit on the embedding, behind those that are there; gives the hooks that were placed elsewhere."""
+    entry: Any = model.get_submodule(edit.site.entry)
+    module: Any = model.get_submodule(edit.site.path)
+    handles: list[RemovableHandle] = []
+    if not isinstance(getattr(module, "edits", None), InputEdits):
+        names = tuple(signature(entry.forward).parameters)
+        module.add_module(
+            "edits", InputEdits(names, _place(model, entry), _blank(module, model), _limit(entry, module))
+        )
+        module._edit_handles = [module.register_forward_hook(fill_prompts)]
+        handles.append(entry.register_forward_pre_hook(make_room, with_kwargs=True))
+        decoder = _decoder(model, entry)
+        if decoder is not None:
+            handles.append(decoder.register_forward_pre_hook(widen_cross, with_kwargs=True))
+        else:
+            handles.append(entry.register_forward_hook(take_out, with_kwargs=True))
+    edit.train(module.training)
+    module.edits[key] = edit
+    return handles
+
+
+def _place(model: nn.Module, entry: Any) -> int:
+    """Number of the text's tokens before the prompt."""
+    pools = own_pooling(model) == "first" or getattr(entry, "pooler", None) is not None
+    return 1 if pools and not model.config.is_encoder_decoder else 0  # type: ignore[union-attr]
+
+
+def _decoder(model: Any, entry: nn.Module) -> nn.Module | None:
+    """The decoder behind an encoder; none for an encoder alone, whatever its configuration says (UMT5's taggers)."""
+    if not model.config.is_encoder_decoder:
+        return None
+    decoder: nn.Module = model.get_decoder()
+    return None if any(module is entry for module in decoder.modules()) else decoder
+
+
+def _blank(embedding: nn.Embedding, model: Any) -> int:
+    """An id for the room that no model takes for padding, or for the place of an image."""
+    special = {embedding.padding_idx}
+    for name, value in {**model.config.to_dict(), **model.config.get_text_config().to_dict()}.items():
+        if name.endswith(("_token_id", "_token_index")):
+            special |= set(value if isinstance(value, list) else [value])
+    free = [i for i in range(min(embedding.num_embeddings, len(special) + 1)) if i not in special]
+    return free[0] if free else next(i for i in range(3) if i not in {embedding.padding_idx, model.config.pad_token_id})
+
+
+def make_room(
+    entry: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook of the model that takes token ids."""
+    module = entry.get_input_embeddings()
+    edits = module.edits
+    prompt = edits.prompt(module.weight.dtype)
+    edits.pending = edits.room = edits.mask = None
+    given: dict[str, Any] = {**dict(zip(edits.names, args, strict=False)), **kwargs}
+    cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+    if prompt is None:
+        if getattr(cache, HELD, 0) and seen_by(cache):
+            raise AttachError("the cache holds a prompt, which is off now; begin with an empty cache")
+        return None
+    if cache is not None and (seen := seen_by(cache)):
+        _check_cache(given, len(prompt), seen, getattr(cache, HELD, 0))
+        return (), _went_on(given, len(prompt), edits.at)
+    if wrong := [name for name in NO_ROOM if given.get(name) is not None]:
+        raise AttachError(f"a prompt has no room in {wrong[0]}; leave it out, and give an attention_mask if need be")
+    _put_in(edits, prompt, given)
+    return (), given
+
+
+def seen_by(cache: Any) -> int | Tensor:
+    """How many tokens a cache holds, a prompt included; 1 for some where it does not count them."""
+    if not isinstance(cache, Cache):
+        return 1
+    if any(isinstance(layer, CacheLayerMixin) for layer in cache.layers) or not cache.layers:
+        return cache.get_seq_length()
+    return int(cache.has_previous_state())
+
+
+def _fed(given: Mapping[str, Any]) -> Tensor:
+    ids: Tensor | None = given.get("input_ids")
+    return given["inputs_embeds"] if ids is None else ids
+
+
+def _went_on(given: dict[str, Any], n: int, at: int) -> dict[str, Any]:
+    """Arguments behind a cache that holds the prompt. Masks of each query are as wide as the cache already."""
+    mask, places = given.get("attention_mask"), given.get("position_ids")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        given["attention_mask"] = Room.of(mask, n, at, mask.device).put_in(mask, mask.new_ones(()))
+    if places is not None:
+        given["position_ids"] = places + n
+    return given
+
+
+def _check_cache(given: Mapping[str, Any], n: int, seen: int | Tensor, held: int) -> None:
+    """Raises AttachError if a cache does not hold the prompt, or cache and tokens are not the whole text."""
+    if held != n:
+        raise AttachError(
+            f"the cache was filled with {f'a prompt of {held}' if held else 'no prompt'}, and one of {n} is on now; "
+            "begin with an empty cache"
+        )
+    mask, fed = given.get("attention_mask"), _fed(given).shape[1]
+    if isinstance(seen, Tensor) or not isinstance(mask, Tensor) or mask.ndim != 2 or seen + fed == mask.shape[1] + n:
+        return
+    raise AttachError(
+        f"the mask has {mask.shape[1]} tokens, but {seen - n} are in the cache (with a prompt of {n}, which it counts) "
+        f"and {fed} given; give the tokens from {seen - n} on"
+    )
+
+
+def _put_in(edits: InputEdits, prompt: Tensor, given: dict[str, Any]) -> None:
+    """Room in whatever has a place for each token."""
+    n, fed, mask = len(prompt), _fed(given), given.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        found = f"one of {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise AttachError(f"a prompt needs an attention mask (batch, tokens), found {found}")
+    check_room(edits.limit, n, fed.shape[1])
+    room = edits.room = Room.of(mask, n, edits.at, fed.device)
+    if given.get("inputs_embeds") is None:
+        given["input_ids"] = room.put_in(fed, fed.new_full((), edits.blank))
+        edits.pending = prompt, given["input_ids"]
+    else:
+        given["inputs_embeds"] = room.fill(room.put_in(fed, fed.new_zeros(())), prompt)
+    if mask is not None:
+        edits.mask = mask
+        given["attention_mask"] = room.put_in(mask, mask.new_ones(()))
+    for name in (*PER_TOKEN, *TEXT):
+        if (each := given.get(name)) is not None:
+            text = name in TEXT or "pixel_values" in edits.names  # types say which tokens are an image's
+            given[name] = room.put_in(each, each.new_zeros(())) if text else room.repeat(each)
+    if given.get("position_ids") is not None:
+        given["position_ids"] = room.positions(given["position_ids"])
+
+
+def check_room(limit: int | None, n: int, tokens: int) -> None:
+    """Raises AttachError if prompt and text are longer than the model's table of positions."""
+    if limit is not None and n + tokens > limit:
+        shorter = f"max_length={limit - n} or a shorter prompt fits" if limit - n > 2 else "a shorter prompt fits"
+        raise AttachError(
+            f"a prompt of {n} and a text of {tokens} tokens need {n + tokens} positions, the model has {limit}; "
+            f"{shorter}"
+        )
+
+
+def check_tokens(model: nn.Module, site: Site, method: Method) -> None:
+    """Raises AttachError, before anything is touched, if an embedding cannot take a method's vectors."""
+    module: Any = model.get_submodule(site.path)
+    check_room(position_limit(model, site), prompt_length(method, site), 1)
+    if hasattr(module, "edits"):
+        raise AttachError(f"{type(module).__name__} at {site.path} already has an attribute 'edits'")
+
+
+def fill_prompts(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    """Forward hook of the embedding: the prompt stands where room was made."""
+    edits = module.edits
+    pending, edits.pending = edits.pending, None
+    if pending is None:
+        return None
+    (prompt, wide), ids = pending, args[0]
+    if wide.shape == ids.shape[::-1]:  # XLNet embeds (T, B)
+        turned = edits.room.fill(output.transpose(0, 1), prompt).transpose(0, 1)
+        if wide.shape != ids.shape:
+            return turned
+        return torch.where((ids == wide).all(), edits.room.fill(output, prompt), turned)
+    return edits.room.fill(output, prompt)
+
+
+def take_out(entry: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of the model that takes token ids: of its hidden states (B, n + T, d), those of the text."""
+    edits = entry.get_input_embeddings().edits
+    room, edits.room = edits.room, None
+    if room is None:
+        return None
+    for name in CACHES:
+        if isinstance(cache := getattr(output, name, None), Cache):
+            cache.__dict__[HELD] = room.n
+    if "attention_mask" in kwargs:  # hooks behind this one pool the text's tokens by it
+        kwargs["attention_mask"] = edits.mask
+    edits.mask = None
+    if isinstance(output, tuple):
+        return (room.take_out(output[0]), *output[1:])
+    output["last_hidden_state"] = room.take_out(output["last_hidden_state"])
+    if output.get("hidden_states") is not None:
+        output["hidden_states"] = tuple(map(room.take_out, output["hidden_states"]))
+    return output
+
+
+def widen_cross(
+    decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook of a decoder: it sees the prompt among the encoder's states, whose mask is the text's."""
+    states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
+    if states is None or mask is None or states.shape[1] == mask.shape[1]:
+        return None
+    room = Room.of(mask, states.shape[1] - mask.shape[1], 0, mask.device)
+    return args, {**kwargs, "encoder_attention_mask": room.put_in(mask, mask.new_ones(()))}

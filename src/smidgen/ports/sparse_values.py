@@ -1,0 +1,91 @@
+"""Subset port: the chosen values of a tensor are a leaf, put into the whole by index at every call.
+
+Never a gradient mask: under weight decay or momentum, masked values drift.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smidgen.common.errors import AttachError
+from smidgen.ports.during_call import stand, stand_down
+
+
+class SparseValues(nn.Module):
+    """The chosen values of one tensor, and where they belong.
+
+    Shapes:
+        values: (k,)   the leaf that is trained
+        indices: (k,)  int64, into the flattened tensor
+    """
+
+    indices: Tensor
+
+    def __init__(self, start: Tensor, indices: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.enabled = True
+        self.register_buffer("indices", indices.to(start.device))
+        self.values = nn.Parameter(start.detach().flatten()[self.indices].to(dtype))
+
+    def whole(self, start: Tensor) -> Tensor:
+        """The tensor `start` with the chosen values put in, in the dtype of `start`."""
+        flat = start.detach().flatten().index_put((self.indices,), self.values.to(start.dtype))
+        return flat.view(start.shape)
+
+
+def compose(module: Any, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook: whole tensors stand in the instance's `__dict__`, which look-up reads before `_parameters`."""
+    for term, part in module.subsets.items():
+        if part.enabled:
+            module.__dict__[term] = part.whole(module._parameters[term])
+
+
+def clear(module: Any, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook (always called): take them away again."""
+    for term in module.subsets:
+        module.__dict__.pop(term, None)
+
+
+def composed(module: Any, term: str) -> Tensor:
+    """A module's tensor with its chosen values put in, if it has any that are in use."""
+    tensor: Tensor = module._parameters[term]
+    if not hasattr(module, "_subset_handles") or term not in module.subsets:
+        return tensor
+    part: SparseValues = module.subsets[term]
+    return part.whole(tensor) if part.enabled else tensor
+
+
+def current(module: Any, term: str) -> Tensor:
+    """A module's tensor with its chosen values put in, if it has any; with gradient to what of it is trained."""
+    tensor: Tensor = module._parameters[term]
+    if not hasattr(module, "_subset_handles") or term not in module.subsets:
+        return tensor
+    part: SparseValues = module.subsets[term]
+    return part.whole(tensor.to(part.values.dtype))
+
+
+def check_free(module: Any, path: str) -> None:
+    """Raises AttachError, before anything is touched, if a module cannot carry parts."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise AttachError(f"{path} belongs to nn.MultiheadAttention, which never calls it: no part can be trained")
+    if hasattr(module, "subsets") and not hasattr(module, "_subset_handles"):
+        raise AttachError(f"{type(module).__name__} at {path} already has an attribute 'subsets'")
+
+
+def add_part(module: Any, term: str, part: SparseValues) -> None:
+    """Put a part on a module, and place the hooks once."""
+    if not hasattr(module, "_subset_handles"):
+        module.add_module("subsets", nn.ModuleDict())
+        module._subset_handles = stand(module, compose, clear)
+    module.subsets[term] = part
+
+
+def drop_parts(module: Any) -> None:
+    """Take all parts and their hooks off a module."""
+    for handle in module.__dict__.pop("_subset_handles", ()):
+        handle.remove()
+    stand_down(module)
+    module._modules.pop("subsets", None)

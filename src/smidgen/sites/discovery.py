@@ -1,0 +1,214 @@
+"""Model -> sites: every module that owns parameters, what it is and what part it plays.
+
+Blocks, norms and embeddings are found by structure; the linear maps inside a block by `LAYOUTS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from smidgen.common.wrappers import bare, is_plain
+from smidgen.sites.architectures import NORM_ROLES
+from smidgen.sites.fused_rows import Rows
+from smidgen.sites.module_calls import never_called
+from smidgen.sites.module_kinds import channel_axis, is_norm, is_table, kind_of, norm_form, widths
+from smidgen.sites.roles import linear_parts, matching, norm_roles, within
+from smidgen.sites.site import ROLES, Site
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a module's place in the model says of it."""
+
+    roles: frozenset[str] = frozenset()
+    layer: int | None = None
+    depth: int = 0
+    stack: str = ""
+    slices: tuple[tuple[str, Rows], ...] = ()
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """Every module that owns parameters, once each, in order of registration; slices follow the whole."""
+    model = bare(model)
+    stacks = find_blocks(model)
+    parts = _parts_outside(model, stacks) | _parts_of_blocks(stacks) | _parts_of_lists(model, stacks)
+    idle = never_called(model)
+    sites: list[Site] = []
+    for path, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is None:
+            continue
+        part = parts.get(id(module), _Part())
+        whole = _site(path, module, part, _corrected(part.roles, model, path))
+        if id(module) in idle and whole.kind in ("linear", "conv"):
+            whole = replace(whole, kind="other", width_in=0, width_out=0, axis=-1)
+        sites.append(whole)
+        for role, rows in part.slices:
+            sites.append(replace(whole, roles=frozenset({role}), rows=rows, width_out=rows.length))
+    return sites
+
+
+def find_tables(model: nn.Module, sites: Iterable[Site]) -> list[Site]:
+    """Each embedding as a linear map of one-hot vectors: `width_in` rows, whose numbers come in, `width_out` wide."""
+    tables = (site for site in sites if site.kind == "embedding" and is_table(model.get_submodule(site.path)))
+    return [replace(site, kind="table", roles=frozenset[str](), terms=(), transposed=True) for site in tables]
+
+
+def find_blocks(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """Path of each stack -> its blocks, in order."""
+    return {path: list(_blocks_in(stack)) for path, stack in _stacks_in(model).items()}
+
+
+def roles_found(sites: Iterable[Site]) -> list[str]:
+    """The roles that occur among these sites, in the order of `ROLES`."""
+    present = {role for site in sites for role in site.roles}
+    return [role for role in ROLES if role in present]
+
+
+def shares_layers(model: nn.Module) -> bool:
+    """Whether one block is applied more than once (ALBERT), so that it belongs to no single layer."""
+    for module in model.modules():
+        config, listed = getattr(module, "config", None), list(module._modules.values())
+        groups, layers = (getattr(config, n, None) for n in ("num_hidden_groups", "num_hidden_layers"))
+        if isinstance(groups, int) and isinstance(layers, int) and groups < layers:
+            return True
+        if len(set(map(id, listed))) < len(listed) and _is_stack(module):
+            return True
+    return False
+
+
+def _corrected(roles: frozenset[str], model: nn.Module, path: str) -> frozenset[str]:
+    """The roles of a module by its place, or what `NORM_ROLES` has for it."""
+    owner, _, name = path.rpartition(".")
+    classes = type(model.get_submodule(owner)).__mro__
+    known = [NORM_ROLES[cls.__name__, name] for cls in classes if (cls.__name__, name) in NORM_ROLES]
+    return (roles & {"block"}) | {known[0]} if known else roles
+
+
+def _site(path: str, module: nn.Module, part: _Part, roles: frozenset[str]) -> Site:
+    terms = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+    kind = kind_of(module)
+    bias = next((name for name in ("bias", "in_proj_bias", "beta") if name in terms), None)
+    width_in, width_out = widths(module)
+    form = norm_form(module) if kind == "norm" else None
+    return Site(
+        path=path,
+        kind=kind,
+        roles=roles | ({kind} & {"norm", "embedding"}),
+        terms=tuple(terms.items()),
+        layer=part.layer,
+        depth=part.depth,
+        stack=part.stack,
+        width_in=width_in,
+        width_out=width_out,
+        transposed=isinstance(module, Conv1D),
+        gain=next((name for name in terms if name != bias), None) if kind == "norm" else None,
+        bias=bias,
+        axis=channel_axis(module),
+        affine=form is not None and len(next(iter(terms.values()))) == 1,
+        offset=form.offset if form else 0.0,
+    )
+
+
+def _count(module: nn.Module, kind: str) -> int:
+    return sum(kind_of(m) == kind for m in module.modules())
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether a module has a norm and two linear maps, as transformer, Mamba and ConvNeXt blocks do."""
+    return any(map(is_norm, module.modules())) and _count(module, "linear") >= 2
+
+
+def _alike(modules: nn.Module) -> bool:
+    return len(set(map(type, modules.children()))) == 1
+
+
+def _is_stack(module: nn.Module) -> bool:
+    """Whether a module is a list of blocks; a Sequential of several classes is a chain, no list."""
+    listed = isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and _alike(module))
+    return listed and any(True for _ in module.children()) and all(map(is_block, module.children()))
+
+
+def _stacks_in(module: nn.Module) -> dict[str, nn.Module]:
+    """Path -> each outermost list of blocks in a module."""
+    found: dict[str, nn.Module] = {}
+    for path, part in module.named_modules():
+        if _is_stack(part) and not any(within(path, outer) for outer in found):
+            found[path] = part
+    return found
+
+
+def _blocks_in(stack: nn.Module) -> Iterator[nn.Module]:
+    """The blocks of a stack: its elements, or theirs where an element is a stage (Swin, ConvNeXt, ALBERT).
+
+    A stage holds most of its linear maps in lists of blocks of one class: not so T5's sublayers (several
+    classes), experts (no norms) and the feed-forward list of a MobileBERT block (the smaller half).
+    """
+    for element in stack.children():
+        inner = list(filter(_alike, _stacks_in(element).values()))
+        is_stage = 2 * sum(_count(found, "linear") for found in inner) > _count(element, "linear")
+        yield from (block for found in inner for block in _blocks_in(found)) if is_stage else (element,)
+
+
+def _parts_of_blocks(stacks: dict[str, list[nn.Module]]) -> dict[int, _Part]:
+    """Identity of each module in a block -> its part there."""
+    parts: dict[int, _Part] = {}
+    for stack, blocks in stacks.items():
+        norms: dict[type, dict[str, frozenset[str]]] = {}
+        # the block with most norms speaks for its class: ModernBERT's first has none before its attention
+        for block in sorted(blocks, key=lambda b: _count(b, "norm"), reverse=True):
+            linears, slices = linear_parts(block)
+            known = norms.setdefault(type(block), norm_roles(block, linears)) | linears
+            for path, module in block.named_modules():
+                roles = known.get(path, frozenset[str]()) | {"block"}
+                part = _Part(roles, blocks.index(block), len(blocks), stack, tuple(slices.get(path, ())))
+                parts.setdefault(id(module), part)
+    return parts
+
+
+def loose_parts(model: nn.Module, stacks: Iterable[str]) -> Iterator[nn.Module]:
+    """Sublayers that stand in lists side by side, all attentions in one, in a model that has no blocks (XLM)."""
+    if not any(True for _ in stacks):
+        lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+        yield from (child for found in lists for child in found.children() if any(True for _ in matching(child)))
+
+
+def _parts_of_lists(model: nn.Module, stacks: Iterable[str]) -> dict[int, _Part]:
+    """Identity of each linear map of the model's `loose_parts` -> its part there; they count no layers."""
+    parts: dict[int, _Part] = {}
+    for part in loose_parts(model, stacks):
+        linears, slices = linear_parts(part)
+        for path, roles in linears.items():
+            parts[id(part.get_submodule(path))] = _Part(roles | {"block"}, slices=tuple(slices.get(path, ())))
+    return parts
+
+
+def _parts_outside(model: nn.Module, stacks: Iterable[str]) -> dict[int, _Part]:
+    """Identity of each norm outside the stacks -> "embedding" or "final", by its side of the nearest stacks.
+
+    A final norm belongs to a module that holds the stack, in the base model; the others behind are a head's.
+    """
+    order = {path: i for i, (path, _) in enumerate(model.named_modules())}
+    base = getattr(model, "base_model_prefix", "")
+    if base not in order or is_plain(model):
+        base = ""
+    parts: dict[int, _Part] = {}
+    for path, module in model.named_modules():
+        owner = path.rpartition(".")[0]
+        near = _nearest(owner, stacks)
+        if kind_of(module) != "norm" or not near or any(within(path, stack) for stack in stacks):
+            continue
+        if all(order[path] < order[stack] for stack in near):
+            parts[id(module)] = _Part(frozenset({"embedding"}))
+        elif all(order[path] > order[stack] and within(stack, owner) for stack in near) and within(path, base):
+            parts[id(module)] = _Part(frozenset({"final"}))
+    return parts
+
+
+def _nearest(path: str, stacks: Iterable[str]) -> list[str]:
+    """The stacks in the module at this path, or in the nearest one around it that has any."""
+    near = [stack for stack in stacks if within(stack, path)]
+    return near if near or not path else _nearest(path.rpartition(".")[0], stacks)

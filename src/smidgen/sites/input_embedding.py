@@ -1,0 +1,71 @@
+"""Where token ids become vectors, and how many positions a model has."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from smidgen.sites.discovery import find_blocks
+from smidgen.sites.site import Site
+
+
+def find_input(model: nn.Module) -> list[Site]:
+    """The embedding of a text's tokens, and as `entry` the model around it that takes their ids; none for others."""
+    entry: Any = _entry(model)
+    try:
+        embedding = None if entry is None else entry.get_input_embeddings()
+    except NotImplementedError:  # Dia's encoder does not say where its embedding is
+        return []
+    if not isinstance(embedding, nn.Embedding):
+        return []
+    paths = {id(module): path for path, module in model.named_modules()}
+    place = (paths[id(embedding)], "input", frozenset({"embedding"}), ())
+    rows, width = embedding.num_embeddings, embedding.embedding_dim
+    return [Site(*place, width_in=rows, width_out=width, entry=paths[id(entry)])]
+
+
+def _entry(model: nn.Module) -> nn.Module | None:
+    """The innermost model around the blocks that takes ids: OPT's and others' heads pass the outer ones by."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    stacks = find_blocks(model)
+    coder: Any = model.get_encoder() if model.config.is_encoder_decoder else model
+    if len(stacks) != 1 and coder is model:
+        return _around_images(model)
+    blocks = [set(map(id, found)) for found in stacks.values()]
+    found = [m for m in _takes_ids(coder) if any(inner <= set(map(id, m.modules())) for inner in blocks)]
+    return found[-1] if found else None
+
+
+def _takes_ids(model: nn.Module, *also: str) -> list[PreTrainedModel]:
+    """Models in a model that take ids, from the outermost."""
+    wanted = {"input_ids", *also}
+    models = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    return [module for module in models if wanted <= set(signature(module.forward).parameters)]
+
+
+def _around_images(model: PreTrainedModel) -> nn.Module | None:
+    """The model that puts images among a language model's embedded tokens; none where texts are not gone on with."""
+    decoder = model.get_decoder()
+    around = [m for m in _takes_ids(model, "past_key_values") if any(p is decoder for p in list(m.modules())[1:])]
+    stacks = find_blocks(decoder)
+    return around[-1] if around and len(stacks) == 1 and isinstance(decoder, PreTrainedModel) else None
+
+
+def _limit(entry: Any, embedding: nn.Embedding) -> int | None:
+    """How many positions a model has, if it looks them up in a table."""
+    count = getattr(entry.config.get_text_config(), "max_position_embeddings", None)
+    for module in entry.get_decoder().modules():
+        if isinstance(module, nn.Embedding) and module is not embedding and count and module.num_embeddings >= count:
+            padding = module.padding_idx
+            return count if padding is None else module.num_embeddings - padding - 1
+    return None
+
+
+def position_limit(model: nn.Module, site: Site) -> int | None:
+    """How many positions the model around an embedding has, if it looks them up in a table."""
+    module: Any = model.get_submodule(site.path)
+    return _limit(model.get_submodule(site.entry), module)

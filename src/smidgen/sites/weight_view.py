@@ -1,0 +1,68 @@
+"""A module's tensors as its sites see them, and back: Conv1D stores the transpose, slices are some of the rows, a
+convolution's weight has more axes than two and its channels lie before the places of an image."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from smidgen.common.dtypes import master_dtype
+from smidgen.sites.site import Site
+
+Pair = tuple[Tensor, Tensor | None]
+
+
+def parameters_of(module: nn.Module) -> Pair:
+    """Weight and bias of a module with nothing attached, in the dtype of master values, without gradient."""
+    weight, bias = module._parameters["weight"], module._parameters.get("bias")
+    assert weight is not None
+    dtype = master_dtype(weight.dtype)
+    return weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+
+
+def seen_from(site: Site, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    """What a site sees of them: "weight" (width_out, width_in), "bias" (width_out,) if there is one.
+
+    Of a convolution the weight is (width_out, width_in / groups * kernel size); of a norm that keeps its gain as the
+    distance from 1, the gain itself.
+    """
+    oriented = _oriented(site, weight)
+    part = oriented if site.rows is None else site.rows.take(oriented)
+    seen = {"weight": part + site.offset if site.offset else part}
+    if bias is not None:
+        seen["bias"] = bias if site.rows is None else site.rows.take(bias)
+    return seen
+
+
+def put_back(site: Site, whole: Pair, part: Pair) -> Pair:
+    """The stored tensors with a site's part of them replaced."""
+    weight, bias = whole
+    oriented = _oriented(site, weight)
+    stored_part = part[0] - site.offset if site.offset else part[0]
+    new = stored_part if site.rows is None else site.rows.put(oriented, stored_part)
+    if bias is not None and part[1] is not None:
+        bias = part[1] if site.rows is None else site.rows.put(bias, part[1])
+    return new.T.contiguous() if site.transposed else new.view(weight.shape), bias
+
+
+def _oriented(site: Site, weight: Tensor) -> Tensor:
+    """Output rows first, and for a convolution everything else in one axis."""
+    if site.kind == "conv":
+        return weight.flatten(1)
+    return weight.T if site.transposed else weight
+
+
+def channels_last(site: Site, t: Tensor) -> Tensor:
+    """What enters or leaves a site's module, with its channels at the end, where methods expect them."""
+    return t if site.axis == -1 else t.movedim(site.axis, -1)
+
+
+def channels_back(site: Site, t: Tensor) -> Tensor:
+    """The inverse of `channels_last`."""
+    return t if site.axis == -1 else t.movedim(-1, site.axis)
+
+
+def overlap(one: Site, other: Site) -> bool:
+    """Whether two sites of one module share rows."""
+    if one.rows is None or other.rows is None:
+        return True
+    return one.rows.overlaps(other.rows)

@@ -1,1 +1,0 @@
-"""Going faster: what lies below the lowest edit, computed once per example and kept; examples packed into rows."""

@@ -1,0 +1,6 @@
+from .diagnosis import Diagnosis as Diagnosis
+from .diagnosis import doctor as doctor
+from .rate_search import SearchWarning as SearchWarning
+from .rate_search import search as search
+from .trial import Search as Search
+from .trial import Trial as Trial

@@ -1,0 +1,1 @@
+"""Experiments: where fine-tuning happens, what Fisher information says, what carries over."""

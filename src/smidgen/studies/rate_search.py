@@ -1,0 +1,159 @@
+"""search: several trials of one recipe, at several learning rates, that share what is frozen."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from accelerate import PartialState
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from smidgen.common.errors import TrainError
+from smidgen.common.folder_lock import folder_lock_held
+from smidgen.common.wrappers import bare, check_model
+from smidgen.data.task import Task
+from smidgen.methods.base import Method
+from smidgen.planning.resolution import resolve
+from smidgen.recipe.recipe import Recipe, Term, as_recipe
+from smidgen.steps.objectives import Objective, TaskLoss
+from smidgen.steps.optimizer_groups import HEAD_LR
+from smidgen.studies.runners.local import Work
+from smidgen.studies.runners.local import trials as run_trials
+from smidgen.studies.search_folder import Ledger
+from smidgen.studies.trial import Search, Trial
+from smidgen.training.run.run_record import asked
+from smidgen.training.run.settings import Settings
+
+SPAN = 10.0  # the default rates reach from a tenth of a recipe's own to ten times it
+
+
+class SearchWarning(UserWarning):
+    """The best rate is the lowest or the highest that was tried."""
+
+
+def search(
+    model: nn.Module, recipe: str | Term | Recipe, task: Task, *, lr: Sequence[float] | None = None,
+    seeds: Sequence[int] = (0,), trials: int = 10, jobs: int = 1, out: str | os.PathLike[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None, objective: Objective | None = None,
+    progress: bool | None = None, say: Callable[[str], None] | None = None, **settings: Any,
+) -> Search:  # fmt: skip
+    """Train one recipe at several rates, and with several seeds; the best by validation comes back with its delta.
+
+    Each trial is a run of `fit`, bit for bit where both come to the same choice of `cache` and run on as many threads.
+    Hidden states below the lowest edit are computed once for all trials of a process. With `out`, a search that was
+    killed goes on by the same call.
+
+    Args:
+        lr: rates to try; None for `trials` rates, log-spaced from a tenth of the recipe's own to ten times it. Where
+            only the head is trained, the rates are the head's.
+        seeds: each rate is tried with each of them; all heads start as the model's does.
+        jobs: so many trials run at once, in processes that share torch's threads; the progress bar counts trials.
+        out: gets the best delta, search.json, and the run of each trial in `trials`.
+        say: gets a line per finished trial.
+        settings: fields of `Settings`, but seed and lr.
+
+    Raises:
+        TrainError: nothing to try, a setting that cannot be, `out` holds something else, or every trial diverged.
+        DataError: no train or no validation split.
+    """
+    check_model(model)
+    wanted = Trials.of(bare(model), as_recipe(recipe), task, (lr, seeds, trials), objective or TaskLoss(), settings)
+    if jobs < 1:
+        raise TrainError(f"jobs={jobs} must be at least 1")
+    with folder_lock_held(out):
+        ledger = Ledger(out, wanted.asked())
+        todo = [(each, ledger.folder(wanted.rate, each)) for each in wanted.settings[len(ledger.trials) :]]
+        for trial, delta in run_trials(wanted.work(tokenizer, ledger.path), todo, jobs, progress):
+            ledger.add(trial, delta)
+            if say is not None:
+                say(wanted.told(ledger.trials))
+        found = wanted.found(ledger.trials)
+        place = found.trials.index(found.best)
+        return _warned(ledger.finish(found, ledger.folder(wanted.rate, wanted.settings[place])))
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What is to be tried: settings that differ in the rate and the seed alone."""
+
+    model: nn.Module
+    recipe: Recipe
+    task: Task
+    objective: Objective
+    rate: str
+    settings: tuple[Settings, ...]
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, recipe: Recipe, task: Task, tried: tuple[Sequence[float] | None, Sequence[int], int],
+        objective: Objective, given: Mapping[str, Any],
+    ) -> Trials:  # fmt: skip
+        """Everything is checked here, before anything is trained. `tried`: rates, seeds, number of default rates."""
+        if PartialState().num_processes > 1:
+            raise TrainError("a search runs in one process; start it without a launcher")
+        if "seed" in given:
+            raise TrainError(f"a search takes seeds=({given['seed']!r},), not seed={given['seed']!r}")
+        rate = "lr" if resolve(model, recipe).rows else "head_lr"
+        if rate in given and given[rate] is not None:
+            raise TrainError(f"{recipe} trains the head alone, so lr= names the head's rates; leave out {rate}=")
+        rates, seeds = _rates(recipe, rate, tried[2]) if tried[0] is None else tried[0], tried[1]
+        for name, values in (("lr", rates), ("seeds", seeds)):
+            if not values or len(set(values)) < len(values):
+                raise TrainError(f"{name}={list(values)} must name at least one value, and none of them twice")
+        for split in ("train", "validation"):
+            task.split(split)
+        each = (Settings.of({**given, rate: lr, "seed": seed}) for lr in rates for seed in seeds)
+        return cls(model, recipe, task, objective, rate, tuple(each))
+
+    def work(self, tokenizer: PreTrainedTokenizerBase | None, folder: Path | None) -> Work:
+        """What all trials have in common."""
+        epochs = sum(each.epochs for each in self.settings)
+        return Work(self.model, self.recipe, self.task, self.objective, tokenizer, self.rate, epochs, folder)
+
+    def asked(self) -> dict[str, Any]:
+        """What has to be the same for a search to go on."""
+        same = asked(self.model, self.recipe, self.task, self.settings[0], self.objective, None)
+        return {**same, "settings": [asdict(each) for each in self.settings]}
+
+    def found(self, trials: Sequence[Trial]) -> Search:
+        """The result. Raises TrainError if every trial diverged."""
+        if all(trial.error for trial in trials):
+            rates = sorted({trial.lr for trial in trials})
+            raise TrainError(f"every trial diverged, the lowest {self.rate} being {rates[0]:g}; try lower ones")
+        return Search(self.recipe, self.task.name, self.task.metric, self.rate, tuple(trials))
+
+    def told(self, trials: Sequence[Trial]) -> str:
+        """A line about the last trial."""
+        last = trials[-1]
+        value = last.value(self.task.metric)
+        came = last.error or f"{self.task.metric} {value:.4f} at epoch {last.best_epoch}"
+        return f"{self.rate} {last.lr:g}, seed {last.seed}: {came} ({len(trials)} of {len(self.settings)})"
+
+
+def _rates(recipe: Recipe, rate: str, count: int) -> list[float]:
+    """`count` rates, three digits each, log-spaced around the geometric mean of the methods' own."""
+    if count < 1:
+        raise TrainError(f"trials={count} must be at least 1")
+    own = [HEAD_LR] if rate == "head_lr" else [method.lr for method in recipe if isinstance(method, Method)]
+    centre = fmean(map(math.log10, own))
+    places = [2 * i / (count - 1) - 1 for i in range(count)] if count > 1 else [0.0]
+    return [float(f"{10 ** (centre + place * math.log10(SPAN)):.3g}") for place in places]
+
+
+def _warned(found: Search) -> Search:
+    if found.edge is not None:
+        towards, factor = ("up", SPAN) if found.edge == "highest" else ("down", 1 / SPAN)
+        warnings.warn(
+            f"the best {found.rate}, {found.best.lr:g}, is the {found.edge} that was tried; "
+            f"try some {towards} to {found.best.lr * factor:.3g} too",
+            SearchWarning,
+            stacklevel=3,
+        )
+    return found

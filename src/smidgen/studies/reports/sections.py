@@ -1,0 +1,150 @@
+"""What a report is made of: text, tables, heat maps, bars and lines, as plain data with their own checks."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+from smidgen.studies.reports.errors import ReportError
+
+Number = float | None
+Cell = str | Number | tuple[Number, Number]  # a tuple is a mean with its spread
+
+
+def mean_cell(values: Sequence[float]) -> Cell:
+    """Mean with standard deviation; one value alone; None for none."""
+    if len(values) < 2:
+        return values[0] if values else None
+    return statistics.fmean(values), statistics.stdev(values)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One titled part of a report; `note` is small print below it."""
+
+    kind: ClassVar[str] = ""
+    title: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data with the kind."""
+        return {"kind": self.kind, **asdict(self)}
+
+    def check(self, good: bool, what: str) -> None:
+        """Raise ReportError, naming this section, unless `good`."""
+        if not good:
+            raise ReportError(f"the {self.kind} {self.title!r} does not fit together: {what}")
+
+
+@dataclass(frozen=True)
+class Text(Section):
+    """Paragraphs."""
+
+    kind: ClassVar[str] = "text"
+    paragraphs: Sequence[str] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        best: "max" or "min" marks that number of the column.
+        percent: numbers are shown times 100, with the sign.
+    """
+
+    name: str
+    best: str | None = None
+    percent: bool = False
+
+
+@dataclass(frozen=True)
+class Table(Section):
+    """Rows of words and numbers; None and nan are missing."""
+
+    kind: ClassVar[str] = "table"
+    columns: Sequence[Column] = ()
+    rows: Sequence[Sequence[Cell]] = ()
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        wrong = [len(row) for row in self.rows if len(row) != len(self.columns)]
+        self.check(not wrong, f"{len(self.columns)} columns, but a row of {wrong[:1]}")
+
+
+@dataclass(frozen=True)
+class HeatMap(Section):
+    """Numbers by row and column, coloured.
+
+    Attributes:
+        values: rows of numbers; None and nan are missing and stay blank.
+        log: colours follow the logarithm, for numbers that span powers of ten; those not above 0 stay blank then.
+        groups: a word for each column, such as "encoder"; neighbours with the same word share a head.
+    """
+
+    kind: ClassVar[str] = "heat map"
+    rows: Sequence[str] = ()
+    columns: Sequence[str] = ()
+    values: Sequence[Sequence[Number]] = ()
+    unit: str = ""
+    across: str = ""
+    log: bool = False
+    percent: bool = False
+    groups: Sequence[str] = ()
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        self.check(
+            len(self.groups) in (0, len(self.columns)), f"{len(self.columns)} columns, {len(self.groups)} groups"
+        )
+        self.check(len(self.values) == len(self.rows), f"{len(self.rows)} rows, {len(self.values)} given")
+        wrong = [len(row) for row in self.values if len(row) != len(self.columns)]
+        self.check(not wrong, f"{len(self.columns)} columns, but a row of {wrong[:1]}")
+
+
+@dataclass(frozen=True)
+class Bars(Section):
+    """One horizontal bar per label, with its spread.
+
+    Attributes:
+        groups: label -> group; a group has a colour, in the order in which they are first named, and a legend.
+        percent: numbers are shown times 100.
+    """
+
+    kind: ClassVar[str] = "bars"
+    labels: Sequence[str] = ()
+    values: Sequence[Number] = ()
+    spreads: Sequence[Number] = ()
+    unit: str = ""
+    percent: bool = False
+    groups: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        self.check(len(self.values) == len(self.labels), f"{len(self.labels)} labels, {len(self.values)} values")
+        spreads = len(self.spreads) in (0, len(self.labels))
+        self.check(spreads, f"{len(self.labels)} labels, {len(self.spreads)} spreads")
+
+
+@dataclass(frozen=True)
+class Lines(Section):
+    """Series over one axis, each with a band of its spread.
+
+    Attributes:
+        series: name -> (values, spreads); spreads may be empty.
+    """
+
+    kind: ClassVar[str] = "lines"
+    x: Sequence[float] = ()
+    series: Mapping[str, tuple[Sequence[Number], Sequence[Number]]] = field(default_factory=dict)
+    across: str = ""
+    unit: str = ""
+    log: bool = False
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for name, (values, spreads) in self.series.items():
+            fits = len(values) == len(self.x) and len(spreads) in (0, len(self.x))
+            self.check(fits, f"{name!r} has {len(values)} values and {len(spreads)} spreads for {len(self.x)} places")

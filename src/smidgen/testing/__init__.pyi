@@ -1,0 +1,10 @@
+from .suite import CHECKS as CHECKS
+from .suite import MODELS as MODELS
+from .suite import Case as Case
+from .suite import applies as applies
+from .suite import case as case
+from .suite import check as check
+from .suite import check_method as check_method
+from .suite import run_check as run_check
+from .suite import shake as shake
+from .suite import tiny as tiny

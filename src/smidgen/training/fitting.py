@@ -1,0 +1,54 @@
+"""fit: one loop on Accelerate. The base is untouched; the best state on validation comes back as a Delta."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from smidgen.data.task import Task
+from smidgen.delta.delta import Delta
+from smidgen.delta.saved_selection import Selection
+from smidgen.recipe.recipe import Recipe, Term, as_recipe
+from smidgen.steps.objectives import Objective, TaskLoss
+from smidgen.training.run.loop import Loop
+from smidgen.training.run.settings import Settings
+
+
+def fit(
+    model: nn.Module,
+    recipe: str | Term | Recipe,
+    task: Task,
+    *,
+    objective: Objective | None = None,
+    out: str | os.PathLike[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    selection: Selection | None = None,
+    progress: bool | None = None,
+    **settings: Any,
+) -> Delta:
+    """Train a recipe on a task and give it back as a Delta; the base comes back bit for bit.
+
+    AdamW without decay on edits, linear warm-up and decay, clipping; best epoch on the validation split kept. With
+    `out`, the run can be killed at any moment and started again by the same call; after its end the same call gives
+    the saved delta.
+
+    Args:
+        model: from `smidgen.load(name, task=task)`, or any transformers model of the right class.
+        selection: what to keep, instead of what the recipe's Select would choose (see `smidgen.select`); the delta
+            then records the selection's recipe.
+        objective: loss of (outputs, batch, reference outputs); by default the model's own.
+        settings: fields of `Settings`: seed, epochs, lr, head_lr, batch_size, max_length, pooling, ...
+
+    Raises:
+        TrainError: the loss or a gradient is not finite, a trained tensor is not reached or does not move, `out`
+            holds another run, a batch does not fit into memory, a row not into `batch_tokens`, or rows cannot be
+            packed.
+    """
+    loss, wanted = objective or TaskLoss(), Settings.of(settings)
+    recipe = as_recipe(recipe)
+    if selection is not None and recipe.whole == selection.recipe.whole:
+        recipe = selection.recipe
+    return Loop(model, recipe, task, wanted, loss, out, tokenizer, progress, selection).fit()

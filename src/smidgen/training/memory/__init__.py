@@ -1,0 +1,1 @@
+"""Peak memory by estimate, and the largest batch that fits."""

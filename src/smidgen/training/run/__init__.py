@@ -1,0 +1,1 @@
+"""One run: the loop, its feed of batches, checkpoint, folder and record."""

@@ -1,0 +1,84 @@
+"""Feed: the batches of training, epoch by epoch, and the kept prefix of their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smidgen.common.devices import carried
+from smidgen.data.batching import PackedBatches, ShuffledBatches
+from smidgen.data.text.encoding import Encoded
+from smidgen.efficiency.packing.isolation_check import packer_for
+from smidgen.efficiency.packing.packer import Packer
+from smidgen.training.run.settings import PACK, Settings
+
+Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Encoded rows as batches on a device, for one process of several.
+
+    Attributes:
+        packer: makes batches of packed rows; `ready` finds one that the model understands.
+    """
+
+    rows: Encoded
+    collate: Collate
+    settings: Settings
+    rank: int
+    world: int
+    device: torch.device
+    packer: Packer = field(default_factory=Packer)
+
+    def ready(self, model: nn.Module) -> Feed:
+        """The feed for a model: with `batching="pack"`, packed rows as it keeps their examples apart.
+
+        Raises:
+            TrainError: it does not.
+        """
+        if self.settings.batching != PACK:
+            return self
+        rows = self.rows
+        return replace(self, packer=packer_for(model, rows, rows.lengths, self.collate, rows.max_length))
+
+    @property
+    def steps(self) -> int:
+        """Steps in all epochs. Raises TrainError if a row is longer than `batch_tokens`."""
+        return self.before(self.settings.epochs)
+
+    def before(self, epoch: int) -> int:
+        """Steps in all epochs before this one; epochs may have different numbers of batches."""
+        return sum(self._counts[:epoch])
+
+    @cached_property
+    def _counts(self) -> list[int]:
+        return [len(self._order(epoch)) for epoch in range(self.settings.epochs)]
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """Row numbers and batch, in the order of the epoch, without the first `skip`."""
+        order = self._order(epoch, skip)
+        for places, batch in self._packed(order) if isinstance(order, PackedBatches) else self._padded(order):
+            yield places, {k: carried(v, self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def _padded(self, order: ShuffledBatches) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        for places in order:
+            yield places, self.collate([self.rows[i] for i in places])
+
+    def _packed(self, order: PackedBatches) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        for rows in order:
+            yield [i for row in rows for i in row], self.packer([[self.rows[i] for i in row] for row in rows])
+
+    def _order(self, epoch: int, skip: int = 0) -> ShuffledBatches | PackedBatches:
+        s, lengths = self.settings, self.rows.lengths
+        share: Any = {"skip": skip, "rank": self.rank, "world": self.world}
+        if s.batching == PACK:
+            return PackedBatches(lengths, self.rows.max_length, s.batch_size, s.seed, epoch, **share)
+        if s.batching == "length" or s.batch_tokens is not None:
+            share |= {"lengths": lengths, "tokens": s.batch_tokens}
+        return ShuffledBatches(len(self.rows), s.batch_size, s.seed, epoch, **share)

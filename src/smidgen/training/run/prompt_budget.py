@@ -1,0 +1,42 @@
+"""How long a text may be beside a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from smidgen.methods.base import Method
+from smidgen.planning.prompt_positions import prompt_length
+from smidgen.planning.resolution import resolve
+from smidgen.ports.attachment_record import refuse_attached
+from smidgen.ports.prompt_port import check_room
+from smidgen.recipe.recipe import Recipe
+from smidgen.sites.input_embedding import position_limit
+
+
+def room(model: nn.Module, recipe: Recipe) -> tuple[int | None, int]:
+    """Positions that the model has, None where they do not end, and how many of them the recipe's prompts take.
+
+    Raises:
+        AttachError: something is attached to the model.
+        PlanError: a recipe with a prompt does not fit the model.
+    """
+    if not any(isinstance(method, Method) and method.overrides("tokens") for method in recipe):
+        return None, 0
+    refuse_attached(model)
+    rows = [row for row in resolve(model, recipe).rows if row.site.kind == "input"]
+    return position_limit(model, rows[0].site), sum(prompt_length(row.method, row.site) for row in rows)
+
+
+def longest(model: nn.Module, recipe: Recipe, tokenizer: Any) -> int | None:
+    """Most tokens of a text when nobody says: None for the tokenizer's own limit, less where a prompt needs room."""
+    limit, taken = room(model, recipe)
+    return None if limit is None else min(tokenizer.model_max_length, 512, limit - taken)
+
+
+def check_lengths(model: nn.Module, recipe: Recipe, lengths: Sequence[int]) -> None:
+    """Raises AttachError, before anything is trained, if a text is too long to stand beside the recipe's prompts."""
+    limit, taken = room(model, recipe)
+    check_room(limit, taken, max(lengths, default=0))

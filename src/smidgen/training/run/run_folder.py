@@ -1,0 +1,184 @@
+"""A run's folder: run.json (what was asked and chosen), metrics.jsonl, one checkpoint file, and at the end the delta.
+
+The checkpoint is a single safetensors file that is replaced by a rename, so that a run killed at any moment leaves a
+whole one. Starting the same run again goes on from it; metrics.jsonl is cut back to where it was then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from smidgen.common.atomic_files import read_json, write_files
+from smidgen.common.errors import RecipeError, TrainError
+from smidgen.delta.delta import META
+from smidgen.delta.saved_selection import FILE as SELECTION
+from smidgen.delta.saved_selection import Selection
+from smidgen.recipe.recipe import Recipe
+
+RUN, METRICS, CHECKPOINT = "run.json", "metrics.jsonl", "checkpoint.safetensors"
+
+
+@dataclass
+class State:
+    """Everything that the next step depends on."""
+
+    tensors: dict[str, Tensor]
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+class RunFolder:
+    """One run's folder, or nothing at all if `path` is None."""
+
+    def __init__(self, path: str | os.PathLike[str] | None, writer: bool = True) -> None:
+        self.path = None if path is None else Path(path)
+        self.writer = writer and path is not None
+
+    def open(self, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The record of an earlier start of the same run, or None for a new one.
+
+        Raises:
+            TrainError: the folder holds another run, or something else.
+        """
+        if self.path is None or not self.path.exists():
+            return None
+        if not self.path.is_dir():
+            raise TrainError(f"{self.path} is a file, not a folder")
+        if not (self.path / RUN).is_file():
+            if any(not p.name.startswith(".") for p in self.path.iterdir()):
+                raise TrainError(f"{self.path} is not empty and holds no run of smidgen; choose another --out")
+            return None
+        record = read_json(self.path / RUN)
+        check_same(self.path, record["asked"], asked)
+        return record
+
+    def start(self, asked: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
+        """Write what was asked and every automatic choice, to be used again on resuming."""
+        if self.writer and self.path:
+            content = json.dumps({"asked": asked, "chosen": chosen}, indent=1, sort_keys=True).encode()
+            write_files(self.path, {RUN: content, METRICS: b""})
+
+    def agreed(
+        self, asked: Mapping[str, Any], chosen: Mapping[str, Any], record: Mapping[str, Any] | None
+    ) -> Mapping[str, Any]:
+        """The choices to train by: fresh ones, written down, or those of the earlier start.
+
+        Raises:
+            TrainError: the run was begun with another number of processes.
+        """
+        if record is None:
+            self.start(asked, chosen)
+            return chosen
+        earlier: Mapping[str, Any] = record["chosen"]
+        if earlier["processes"] != chosen["processes"]:
+            raise TrainError(
+                f"{self.path} was begun with {earlier['processes']} process(es), not {chosen['processes']}"
+            )
+        for key in ("threads", "torch"):
+            if earlier[key] != chosen[key]:
+                change = f"{key} was {earlier[key]}, now {chosen[key]}"
+                warnings.warn(f"{change}: the run goes on, but not bit for bit", stacklevel=2)
+        return earlier
+
+    def keep(self, selection: Selection | None) -> None:
+        """Put down what was chosen, so that a resumed run has the same."""
+        if self.writer and self.path and selection is not None:
+            selection.save(self.path)
+
+    def kept(self) -> Selection | None:
+        """What an earlier start chose, if it came so far."""
+        return Selection.load(self.path) if self.path and (self.path / SELECTION).is_file() else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end: the delta is there."""
+        return self.path is not None and (self.path / META).is_file()
+
+    def log(self, entry: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        if self.writer and self.path:
+            with open(self.path / METRICS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def history(self) -> list[dict[str, Any]]:
+        """The validations that metrics.jsonl tells of, in order."""
+        lines = [] if self.path is None else (self.path / METRICS).read_text(encoding="utf-8").splitlines()
+        return [entry for entry in map(json.loads, lines) if "validation" in entry]
+
+    def checkpoint(self, state: State) -> None:
+        """Replace the checkpoint."""
+        if self.writer and self.path:
+            length = (self.path / METRICS).stat().st_size
+            metadata = {"state": json.dumps({**state.numbers, "metrics_bytes": length})}
+            tensors = {name: t.detach().cpu().contiguous() for name, t in state.tensors.items()}
+            write_files(self.path, {CHECKPOINT: save(tensors, metadata)})
+
+    def resume(self) -> State | None:
+        """The last checkpoint, with metrics.jsonl cut back to it; None if there is none yet.
+
+        Raises:
+            TrainError: the checkpoint is damaged.
+        """
+        if self.path is None:
+            return None
+        state, length = self._read() if (self.path / CHECKPOINT).is_file() else (None, 0)
+        if self.writer:
+            (self.path / METRICS).touch()
+            os.truncate(self.path / METRICS, length)
+            for part in self.path.glob(".part-*"):  # of a write that was killed
+                part.unlink(missing_ok=True)
+        return state
+
+    def _read(self) -> tuple[State, int]:
+        path = Path(self.path or "", CHECKPOINT)
+        try:
+            with safe_open(path, framework="pt") as file:
+                numbers = json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return State(tensors, numbers), numbers.pop("metrics_bytes")
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise TrainError(f"{path} is damaged ({error}); remove it to start over") from None
+
+    def finish(self) -> None:
+        """The delta is saved; the checkpoint is not needed any more."""
+        if self.writer and self.path:
+            for path in (self.path / CHECKPOINT, self.path / SELECTION, *self.path.glob("prefix-*.states")):
+                path.unlink(missing_ok=True)  # the delta has the indices too; hidden states are of no more use
+
+
+def check_same(path: Path, before: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raises TrainError, naming the first difference, if what is asked now is not what a folder was begun with."""
+    for key in sorted(asked):
+        if _spelled(before.get(key)) != _spelled(asked[key]):
+            name, then, now = _difference(key, before.get(key), asked[key])
+            what = f"{name} was {then}, now {now}"
+            raise TrainError(f"{path} holds another run: {what}; choose another --out, or remove the folder")
+
+
+def _difference(key: str, before: Any, asked: Any) -> tuple[str, str, str]:
+    """What differs, and both of its values as a person reads them. Of settings, the first that differs."""
+    if key == "recipe" and before is not None:
+        with suppress(RecipeError):  # of an earlier version, with other fields
+            return key, str(Recipe.from_json(before)), str(Recipe.from_json(asked))
+    if isinstance(before, list | tuple) and isinstance(asked, list | tuple):
+        if len(before) != len(asked):
+            return f"the number of {key}", str(len(before)), str(len(asked))
+        before, asked = next(pair for pair in zip(before, asked, strict=True) if _spelled(pair[0]) != _spelled(pair[1]))
+    if isinstance(before, Mapping) and isinstance(asked, Mapping):
+        inner = next(k for k in sorted({*before, *asked}) if _spelled(before.get(k)) != _spelled(asked.get(k)))
+        return f"{inner} of {key}", repr(before.get(inner)), repr(asked.get(inner))
+    return key, repr(before), repr(asked)
+
+
+def _spelled(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)  # as text, 1 (a count) is not 1.0 (a share)
