@@ -33,8 +33,8 @@ def offset_then_gain(W, b, p, x):
 
 SSF = "SSF(target='query', norms=False)"
 ORDERS = {
-    f"LoRA(rank=2) + {SSF}": (QUERY, lora_then_ssf),
-    f"{SSF} + LoRA(rank=2)": (QUERY, ssf_then_lora),
+    f"LoRA(rank=2, alpha=2) + {SSF}": (QUERY, lora_then_ssf),
+    f"{SSF} + LoRA(rank=2, alpha=2)": (QUERY, ssf_then_lora),
     "LoFiT(form='gain') + LoFiT()": (OUT, gain_then_offset),
     "LoFiT() + LoFiT(form='gain')": (OUT, offset_then_gain),
 }

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from smidgen.methods.in_place.ln import LN, WHICH
 from smidgen.methods.low_rank.lora import LoRA
 from smidgen.methods.scaling.ia3 import IA3
 from smidgen.planning.resolution import resolve
-from smidgen.recipe.recipe import Recipe, Term, as_recipe, parse, registry
+from smidgen.recipe.recipe import OPTIONAL, Recipe, Term, as_recipe, parse, registry
 from smidgen.testing.cases import tiny
 
 layers = st.one_of(st.none(), st.integers(0, 40), st.sampled_from(["top:2", "bottom:1", "2:5"]), st.just((0, 5)))
@@ -64,8 +65,9 @@ def test_every_term_of_an_older_file_means_what_it_meant():
         (term,) = Recipe.from_json([entry]).terms
         said = (entry["narrow"][0] if "narrow" in entry else entry).items()
         assert {k: as_tuple(v) for k, v in said if k != "name"}.items() <= vars(term).items()
+        optional = {f.name: f.default for f in dataclasses.fields(term) if f.metadata.get(OPTIONAL)}  # saved where set
         added = {k: v for k, v in vars(term).items() if k not in dict(said)}
-        assert added == type(term).later
+        assert added == {**optional, **type(term).later}
 
 
 def as_tuple(value):

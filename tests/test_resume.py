@@ -145,7 +145,7 @@ def test_interrupted_where_tensors_grow(call, task, tmp_path):
 def test_interrupted_in_a_validation(validation, task, tmp_path, monkeypatch):
     whole = train(task)
     loop, calls = sys.modules["smidgen.training.run.loop"], []
-    original = loop.run
+    original = loop.run_examples
 
     def run(*args):
         calls.append(1)
@@ -153,7 +153,7 @@ def test_interrupted_in_a_validation(validation, task, tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return original(*args)
 
-    monkeypatch.setattr(loop, "run", run)
+    monkeypatch.setattr(loop, "run_examples", run)
     with pytest.raises(KeyboardInterrupt):
         train(task, tmp_path / "run")
     resumed = train(task, tmp_path / "run")

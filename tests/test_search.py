@@ -308,7 +308,8 @@ def test_a_rate_that_diverges_ends_its_trial_alone(task, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "rate", "middle"), [("LN()", "lr", 3e-3), ("LoRA(rank=2)", "lr", 1e-3), ("Head()", "head_lr", 5e-3)]
+    ("recipe", "rate", "middle"),
+    [("LN()", "lr", 3e-3), ("LoRA(rank=2)", "lr", 3e-3), ("IA3()", "lr", 3e-2), ("Head()", "head_lr", 5e-3)],
 )
 def test_default_rates_lie_around_the_recipes_own(task, recipe, rate, middle):
     found = searched(task, recipe, lr=None, trials=3, epochs=1)
@@ -317,8 +318,8 @@ def test_default_rates_lie_around_the_recipes_own(task, recipe, rate, middle):
 
 
 def test_several_methods_have_one_rate_the_geometric_mean(task):
-    found = searched(task, "LN() + LoRA(rank=2)", lr=None, trials=1, epochs=1)
-    assert found.trials[0].lr == pytest.approx(math.sqrt(3e-3 * 1e-3), rel=1e-2)
+    found = searched(task, "LN() + IA3()", lr=None, trials=1, epochs=1)
+    assert found.trials[0].lr == pytest.approx(math.sqrt(3e-3 * 3e-2), rel=1e-2)
 
 
 @pytest.mark.parametrize(

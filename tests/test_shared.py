@@ -145,7 +145,7 @@ def test_every_method_is_reached_by_its_name():
     for name, cls in Term.registry.items():
         assert getattr(sm, name) is cls
         assert cls.__module__.partition(".")[0] != "smidgen" or name in dir(sm), name
-    with pytest.raises(AttributeError, match="no attribute 'LoRa'"):
+    with pytest.raises(AttributeError, match="No smidgen attribute LoRa"):
         _ = sm.LoRa
 
 

@@ -152,6 +152,7 @@ USES = {
     ),
     "ties": lambda m, d, task, folder: sm.ties([_norms()] * 2, density=0.5, model=m).tensors,
     # what stands in modules of its own
+    "doctor": lambda m, d, task, folder: sm.doctor(m, "LN()").to_json(),
     "TrainerCallback": _callback,
     "Sum": lambda m, d, task, folder: (d + d).on(m).tensors,
     "Delta": lambda m, d, task, folder: sm.Delta.between(m, compiled(h.bert(seed=1)), "LN()").tensors,

@@ -61,6 +61,7 @@ class TrainerCallback(Base):
         self.watch, self.first = Watch(model), state.global_step
         kept = model.register_forward_pre_hook(self._keep, with_kwargs=True)
         self.hooks = (kept, model.register_forward_hook(_depends))
+        attachment(model).handles.extend(self.hooks)  # go with what is attached, should no step follow
         model.__dict__["save_pretrained"] = functools.partial(save_trained, model)
 
     def on_pre_optimizer_step(
