@@ -9,6 +9,7 @@ which attribute look-up reads before `_parameters`, for the length of a call.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -87,10 +88,12 @@ def lower_inputs(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
 def show_rounded(reader: Any, args: tuple[Any, ...]) -> None:
     """Pre-hook of a module that reads masters, its own or those of others: it sees them rounded."""
     shown = []
-    for module, term in reader._reads:
-        if module._casting and term not in module.__dict__:
-            module.__dict__[term] = rounded(module, term)
-            shown.append((module, term))
+    for module, term, used in reader._reads:
+        before = module.__dict__.get(term)
+        if module._casting and (before is None or (used and not before.requires_grad)):
+            with nullcontext() if used else torch.no_grad():
+                module.__dict__[term] = rounded(module, term)
+            shown.append((module, term, before))
     reader._shown = (*reader.__dict__.get("_shown", ()), tuple(shown))
 
 
@@ -98,8 +101,9 @@ def hide(reader: Any, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook of it (always called): take away what its own call put there, and not what a caller did."""
     *outer, shown = reader.__dict__.get("_shown") or ((),)
     reader._shown = tuple(outer)
-    for module, term in shown:
+    for module, term, before in reversed(shown):
         module.__dict__.pop(term, None)
+        module.__dict__.update({} if before is None else {term: before})
 
 
 def place_casts(model: nn.Module, low: Sequence[Low]) -> list[RemovableHandle]:
@@ -133,20 +137,22 @@ def drop_casts(model: nn.Module, low: Sequence[Low]) -> None:
             reader.__dict__.pop(name, None)
 
 
-def _readers(model: nn.Module, low: Sequence[Low]) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Path of a module -> the masters that it sees rounded: its own, and those that it may read of others.
+def _readers(model: nn.Module, low: Sequence[Low]) -> dict[str, list[tuple[nn.Module, str, bool]]]:
+    """Path of a module -> the masters that it sees rounded, its own and those that it may read of others, and whether
+    their gradient counts.
 
     The nearest module above that is called may read all of a module's; the model itself the vectors, because models ask
-    deep down for a dtype (of the first norm, say). A block that is computed again runs without the model around it.
+    deep down for a dtype (of the first norm, say): without gradient, so that a block that is computed again, without
+    the model around it, does the same operations.
     """
-    found: dict[str, list[tuple[nn.Module, str]]] = {}
+    found: dict[str, list[tuple[nn.Module, str, bool]]] = {}
     for path, stored, norm in low:
         module: Any = module_at(model, path)
         for term in stored:
             readers = [*([] if norm else [path]), *_caller(model, path)]
-            readers += [""] if path and module._parameters[term].ndim < 2 else []
-            for reader in dict.fromkeys(readers):
-                found.setdefault(reader, []).append((module, term))
+            asks = [""] if path and module._parameters[term].ndim < 2 else []
+            for reader in dict.fromkeys([*readers, *asks]):
+                found.setdefault(reader, []).append((module, term, reader in readers))
     return found
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.common.errors import AttachError, ModelError, SmidgenError
+from smidgen.common.wrappers import bare
 from smidgen.delta.attaching import attach, remove
 from smidgen.delta.merging import merge
 from smidgen.inference.sample_inputs import Inputs, fitting_inputs
@@ -143,6 +144,7 @@ def doctor(
         ModelError: the model does not run on `inputs`.
     """
     refuse_attached(model)
+    model = bare(model)
     recipes = [as_recipe(recipe).whole] if recipe is not None else list(_defaults())
     twin, given, why = _runnable(model, inputs)
     return Diagnosis(
