@@ -1,4 +1,4 @@
-"""TODO"""
+"""Roles of a block's parts: its linear maps by the table of layouts, its norms by order of registration."""
 
 from __future__ import annotations
 
