@@ -1,4 +1,4 @@
-"""Inputs that a model can be run on, made from its configuration: random ids, images, sounds."""
+"""Inputs that a model can be run on, or counted with, made from its configuration: random ids, images, sounds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from transformers import PretrainedConfig
 
 from smidgen.common.errors import ModelError
 
-ROWS, LENGTH, SAMPLES = 2, 8, 2000  # examples, tokens, samples of sound
+ROWS, LENGTH = 2, 8  # examples, tokens
+SAMPLES, FRAMES = 16_000, 100  # a second of sound, and of its features
 Inputs = dict[str, Tensor]
 
 
@@ -38,21 +39,25 @@ def fitting_inputs(model: nn.Module, given: Mapping[str, Any] | None = None) -> 
     )
 
 
-def input_candidates(model: nn.Module) -> Iterator[Inputs]:
-    """Inputs to try, likely ones first: text alone, then what else the model sees or hears."""
+def input_candidates(model: nn.Module, rows: int = ROWS, length: int = LENGTH) -> Iterator[Inputs]:
+    """Inputs to try, likely ones first: text, then with a decoder's; images or sound, alone and beside text.
+
+    Args:
+        rows, length: of token ids, (rows, length) each; images and sound have the size that the model's configuration
+            names, or a usual one.
+    """
     config: Any = getattr(model, "config", None)
-    if not isinstance(config, PretrainedConfig):
-        return
     names = list(inspect.signature(model.forward).parameters)
-    text = _text(config, names) if "input_ids" in names else {}
-    beside: Inputs = {"decoder_input_ids": _ids(config)} if "decoder_input_ids" in names else {}
-    other = [*_images(config, names), *_sounds(config, names)]
-    if text:
-        yield text | beside
-    for thing in other:
-        yield thing | beside
-    for thing in other if text else ():
-        yield text | thing | beside
+    if not isinstance(config, PretrainedConfig):
+        yield from [{"input_ids": torch.zeros(rows, length, dtype=torch.long)}] if "input_ids" in names else []
+        return
+    text = _text(config, names, rows, length) if "input_ids" in names else {}
+    decoder = {"decoder_input_ids": _ids(config, rows, length)} if "decoder_input_ids" in names else {}
+    texts = [text, *([text | decoder] if decoder else [])] if text else []
+    yield from texts
+    beside = [{}, *([decoder] if decoder else []), *texts]
+    for thing in (*_images(config, names, rows), *_sounds(config, names, rows)):
+        yield from (thing | each for each in beside)
 
 
 def look(config: PretrainedConfig, *names: str, default: Any = None) -> Any:
@@ -66,44 +71,51 @@ def look(config: PretrainedConfig, *names: str, default: Any = None) -> Any:
     return next((value for value in found if value is not None), default)
 
 
-def _text(config: PretrainedConfig, names: list[str]) -> Inputs:
-    found = {"input_ids": _ids(config)}
+def _text(config: PretrainedConfig, names: list[str], rows: int, length: int) -> Inputs:
+    found = {"input_ids": _ids(config, rows, length)}
     if "attention_mask" in names:
-        found["attention_mask"] = torch.ones(ROWS, LENGTH, dtype=torch.long)
+        found["attention_mask"] = torch.ones(rows, length, dtype=torch.long)
     if "bbox" in names:
-        found["bbox"] = torch.tensor([1, 2, 5, 7]).expand(ROWS, LENGTH, 4).contiguous()
+        found["bbox"] = torch.tensor([1, 2, 5, 7]).expand(rows, length, 4).contiguous()
     return found
 
 
-def _ids(config: PretrainedConfig) -> Tensor:
-    """Ids (ROWS, LENGTH) that mean nothing special, as far as the configuration says."""
+def _ids(config: PretrainedConfig, rows: int, length: int) -> Tensor:
+    """Ids (rows, length) that mean nothing special, as far as the configuration says."""
     size = int(look(config.get_text_config(), "vocab_size", default=look(config, "vocab_size", default=32)))
     special = {v for part in (config, config.get_text_config()) for k, v in vars(part).items()
                if k.endswith(("_id", "_index")) and isinstance(v, int)}  # fmt: skip
     plain = torch.tensor([i for i in range(min(size, 2000)) if i not in special] or [0])
-    return plain[torch.randint(len(plain), (ROWS, LENGTH), generator=torch.Generator().manual_seed(6))]
+    return plain[torch.randint(len(plain), (rows, length), generator=torch.Generator().manual_seed(6))]
 
 
-def _images(config: PretrainedConfig, names: list[str]) -> Iterator[Inputs]:
+def _images(config: PretrainedConfig, names: list[str], rows: int) -> Iterator[Inputs]:
     if "pixel_values" not in names:
         return
-    size = look(config, "image_size", "img_size", "input_size", default=224)
-    high, wide = size[-2:] if isinstance(size, list | tuple) else (size, size)
+    high, wide = _sides(look(config, "image_size", "img_size", "input_size", default=224))
     channels = look(config, "num_channels", "in_channels", "in_chans", default=3)
-    yield {"pixel_values": _noise(ROWS, channels, high, wide)}
-    yield {"pixel_values": _noise(ROWS, 1, channels, high, wide)}
+    yield {"pixel_values": _noise(rows, channels, high, wide)}
+    yield {"pixel_values": _noise(rows, 1, channels, high, wide)}
     frames = look(config, "num_frames", default=2)
-    yield {"pixel_values": _noise(ROWS, frames, channels, high, wide)}
+    yield {"pixel_values": _noise(rows, frames, channels, high, wide)}
 
 
-def _sounds(config: PretrainedConfig, names: list[str]) -> Iterator[Inputs]:
-    bins = look(config, "num_mel_bins", "feature_size", default=80)
+def _sides(size: Any) -> tuple[int, int]:
+    """Height and width, as configurations write them."""
+    if isinstance(size, dict):
+        return int(size["height"]), int(size["width"])
+    return (int(size[-2]), int(size[-1])) if isinstance(size, list | tuple) else (int(size), int(size))
+
+
+def _sounds(config: PretrainedConfig, names: list[str], rows: int) -> Iterator[Inputs]:
+    settings = ("num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim")
+    bins = look(config, *settings, default=80)
     if "input_values" in names:
-        yield {"input_values": _noise(ROWS, SAMPLES)}
-        yield {"input_values": _noise(ROWS, look(config, "max_length", default=64), bins)}
+        yield {"input_values": _noise(rows, SAMPLES)}
+        yield {"input_values": _noise(rows, look(config, "max_length", default=FRAMES), bins)}
     if "input_features" in names:
-        yield {"input_features": _noise(ROWS, bins, 2 * look(config, "max_source_positions", default=32))}
-        yield {"input_features": _noise(ROWS, 64, bins)}
+        yield {"input_features": _noise(rows, bins, 2 * look(config, "max_source_positions", default=FRAMES // 2))}
+        yield {"input_features": _noise(rows, FRAMES, bins)}
 
 
 def _noise(*shape: int) -> Tensor:

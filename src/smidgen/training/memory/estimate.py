@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from smidgen.common.wrappers import bare
 from smidgen.efficiency.activation_checkpointing import recomputed, recomputing
+from smidgen.inference.sample_inputs import Inputs, input_candidates
 from smidgen.planning.frozen_modules import frozen_prefix
 from smidgen.planning.plans import Plan
 from smidgen.planning.prompt_positions import prompt_length
@@ -31,7 +32,6 @@ from smidgen.steps.gradient_checks import snapshot
 from smidgen.steps.optimizer_groups import optimizer
 from smidgen.training.memory.grouped_products import OPERATOR, Grouped, flops
 from smidgen.training.memory.live_tensors import Live
-from smidgen.training.memory.placeholder_inputs import Inputs, placeholders
 
 
 def plan(
@@ -74,7 +74,8 @@ def _tried(model: nn.Module, resolved: Plan, batch_size: int, length: int, recom
     prompt = sum(prompt_length(row.method, row.site) for row in resolved.rows if row.site.kind == "input")
     length = min(length, (longest or length + prompt) - prompt)
     main, why = getattr(model, "main_input_name", "input_ids"), ""
-    for inputs in placeholders(model, batch_size, length):
+    for candidate in input_candidates(model, batch_size, length):
+        inputs = {name: value for name, value in candidate.items() if name != "attention_mask"}  # nothing is padded
         try:
             with _quiet_torch():
                 return _costs(model, resolved, inputs, recompute)
