@@ -24,8 +24,7 @@ from smidgen.cli.options import (
     Text,
     open_task,
 )
-from smidgen.cli.views import analyses as views_analyze
-from smidgen.cli.views import results as views
+from smidgen.cli.views import analyses, results
 from smidgen.common.errors import DeltaError, ModelError
 from smidgen.common.folder_lock import folder_lock_held
 
@@ -96,7 +95,7 @@ def fisher_command(
 ) -> None:  # fmt: skip
     """Where Fisher information lies: total mass and mean per value by component, layer and term."""
     context.with_resource(folder_lock_held(out))
-    from smidgen.importance.fisher_information import fisher as measured
+    from smidgen.importance.fisher_information import fisher
     from smidgen.studies.experiments.fisher_mass import FisherMass
     from smidgen.studies.reports.fisher_mass import fisher_report
 
@@ -105,7 +104,7 @@ def fisher_command(
     network, tokenizer = sm.load(model, task=task, delta=trained, seed=seed)
     options: dict[str, Any] = {"split": split, "seed": seed, "batch_size": batch_size, "max_length": max_length}
     options |= {"tokenizer": tokenizer, "pooling": pooling}
-    found = measured(network, task, recipe, trained, examples, kind, **options)
+    found = fisher(network, task, recipe, trained, examples, kind, **options)
     info = {"examples": getattr(found, "examples", examples), "split": split, "recipe": recipe, "delta": delta}
     result = FisherMass.of(network, found, task=task.name, kind=kind, info=info)
     _show(fisher_report(result, _command(context)), FISHER, out, as_json)
@@ -125,13 +124,13 @@ def transfer_command(
 ) -> None:  # fmt: skip
     """Whether what some tasks select serves a task that they have not seen."""
     context.with_resource(folder_lock_held(out))
-    from smidgen.studies.experiments.selection_transfer import measure_transfer as carried
+    from smidgen.studies.experiments.selection_transfer import measure_transfer
     from smidgen.studies.reports.selection_transfer import transfer_report
 
     tasks = [open_task(source, limit=limit) for source in data or []]
     settings: dict[str, Any] = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "max_length": max_length}
     settings |= {"pooling": pooling, "how": how, "seeds": seeds, "split": split, "targets": target or None}
-    result = carried(model, tasks, sm.parse(recipe), out=out, say=views.note, **settings)
+    result = measure_transfer(model, tasks, sm.parse(recipe), out=out, say=results.note, **settings)
     _show(transfer_report(result, _command(context)), TRANSFER, out, as_json)
 
 
@@ -152,7 +151,7 @@ def select_command(
     chosen = choose_on(model, tasks, sm.parse(recipe), how=how, seed=seed, **settings)
     chosen.save(out)
     report = {"recipe": recipe, "kept": chosen.kept, "candidates": chosen.candidates, "out": str(out)}
-    views.show({**report, "files": views.sizes(out)}, views_analyze.selection_view(chosen, out), as_json)
+    results.show({**report, "files": results.sizes(out)}, analyses.selection_view(chosen, out), as_json)
 
 
 @app.command("trust")
@@ -167,13 +166,14 @@ def trust_command(
 ) -> None:  # fmt: skip
     """How a selection changes with the number of examples, the head and the kind of Fisher information."""
     context.with_resource(folder_lock_held(out))
-    from smidgen.studies.experiments.fisher_stability import COUNTS
-    from smidgen.studies.experiments.fisher_stability import measure_stability as trusted
+    from smidgen.studies.experiments.fisher_stability import COUNTS, measure_stability
     from smidgen.studies.reports.fisher_stability import trust_report
 
     task = open_task(data, text, label, task_kind, metric)
     options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "pooling": pooling}
-    result = trusted(model, task, sm.parse(recipe), counts=count or COUNTS, seeds=seeds, say=views.note, **options)
+    result = measure_stability(
+        model, task, sm.parse(recipe), counts=count or COUNTS, seeds=seeds, say=results.note, **options
+    )
     _show(trust_report(result, _command(context)), TRUST, out, as_json)
 
 
@@ -183,12 +183,12 @@ def _experiment(model: str, data: list[str], limit: int | None, out: Path | None
     if not data:
         raise ModelError("give at least one --data to fine-tune on")
     tasks = [open_task(source, limit=limit) for source in data]
-    return analyze_changes(model, tasks, out=out, say=views.note, **options)
+    return analyze_changes(model, tasks, out=out, say=results.note, **options)
 
 
 def _comparison(base: str | None, tuned: str | None) -> Changes:
     """Between two models, or a delta and its base."""
-    from smidgen.studies.experiments.parameter_changes import compare_changes as compare
+    from smidgen.studies.experiments.parameter_changes import compare_changes
     from smidgen.studies.experiments.tuning_changes import change_of
 
     if tuned is None:
@@ -201,7 +201,7 @@ def _comparison(base: str | None, tuned: str | None) -> Changes:
         return change_of(sm.load(name, delta=delta, dtype=delta.base.dtype)[0], delta)
     if base is None:
         raise ModelError(f"{tuned} is no delta, so --base is needed as well")
-    return compare(sm.load(base)[0], sm.load(tuned)[0])
+    return compare_changes(sm.load(base)[0], sm.load(tuned)[0])
 
 
 def _show(result: Report, shown: tuple[str, ...], out: Path | None, as_json: bool) -> None:
@@ -209,7 +209,7 @@ def _show(result: Report, shown: tuple[str, ...], out: Path | None, as_json: boo
     if out is not None:
         result.write(out)
     found = {**result.data, "summary": list(result.summary), "out": None if out is None else str(out)}
-    views.show(found, views_analyze.report_view(result, shown, out), as_json)
+    results.show(found, analyses.report_view(result, shown, out), as_json)
 
 
 def _command(context: typer.Context) -> str:

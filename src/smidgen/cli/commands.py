@@ -12,8 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import smidgen as sm
-from smidgen.cli import analyze_commands as cli_analyze
-from smidgen.cli import search_command as cli_search
+from smidgen.cli import analyze_commands, search_command
 from smidgen.cli.options import (  # fmt: skip
     AnyData,
     AnyRecipe,
@@ -48,9 +47,7 @@ from smidgen.cli.options import (  # fmt: skip
     open_selection,
     open_task,
 )
-from smidgen.cli.views import diagnoses as views_doctor
-from smidgen.cli.views import plans as views_plan
-from smidgen.cli.views import results as views
+from smidgen.cli.views import diagnoses, plans, results
 from smidgen.common.argument_spelling import FIELDS, as_options
 from smidgen.common.errors import DataError, DeltaError, SmidgenError
 from smidgen.common.folder_lock import folder_lock_held
@@ -58,7 +55,7 @@ from smidgen.common.version import __version__
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that this typer uses
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-app.add_typer(cli_analyze.app, name="analyze")
+app.add_typer(analyze_commands.app, name="analyze")
 
 
 def _version(wanted: bool) -> None:
@@ -83,9 +80,9 @@ def demo_command(out: Out = Path("smidgen-demo"), as_json: Json = False) -> None
     """Train LayerNorms alone on BBC news in two minutes, compare with a plain head, predict."""
     from smidgen.cli.demonstration import INTRO, run_demo
 
-    views.note(INTRO)
-    result = run_demo(out, views.note)
-    views.show(result.to_json(), views.demonstrated(result, out), as_json)
+    results.note(INTRO)
+    result = run_demo(out, results.note)
+    results.show(result.to_json(), results.demonstrated(result, out), as_json)
 
 
 @app.command("plan")
@@ -101,7 +98,7 @@ def plan_command(
     task = None if data is None else open_task(data, text, label, kind)
     network, _ = sm.load(model, task=task, dtype=dtype.value)
     result = sm.plan(network, wanted, pooling=pooling, batch_size=batch_size, length=max_length or 128)
-    views.show(result.to_json(), views_plan.plan_view(result, every), as_json)
+    results.show(result.to_json(), plans.plan_view(result, every), as_json)
 
 
 @app.command("doctor")
@@ -114,7 +111,7 @@ def doctor_command(
     task = None if data is None else open_task(data, text, label, kind)
     network, _ = sm.load(model, task=task)
     result = sm.doctor(network, wanted)
-    views.show(result.to_json(), views_doctor.diagnosis_view(result, recipe is not None), as_json)
+    results.show(result.to_json(), diagnoses.diagnosis_view(result, recipe is not None), as_json)
     if wanted is not None and (result.faults or result.findings[0].refused):
         raise typer.Exit(1)
 
@@ -151,14 +148,14 @@ def tune(
     except KeyboardInterrupt:
         state = RunFolder(out, writer=False).resume()
         step = state.numbers["step"] if state else 0
-        views.note(f"stopped at step {step}; the same command goes on from there")
+        results.note(f"stopped at step {step}; the same command goes on from there")
         raise typer.Exit(130) from None
-    report = {**_summary(delta), "out": str(out), "already_finished": already, "files": views.sizes(out)}
+    report = {**_summary(delta), "out": str(out), "already_finished": already, "files": results.sizes(out)}
     told = data_options(data, text, label, kind, metric)
-    views.show(report, views.tuned(delta, out, task, told, already, folds(delta.recipe, delta.pooling)), as_json)
+    results.show(report, results.tuned(delta, out, task, told, already, folds(delta.recipe, delta.pooling)), as_json)
 
 
-app.command("search")(cli_search.run_search)
+app.command("search")(search_command.run_search)
 
 
 @app.command("evaluate")
@@ -175,7 +172,7 @@ def evaluate_command(
     result = sm.evaluate(network, task, delta=trained, split=split, **options)
     report: dict[str, Any] = {"delta": delta, "data": data, "split": split, "metric": result.metric}
     report |= {"scores": result.values, "examples": len(result.references), "truncated": result.truncated}
-    views.show(report, views.evaluated(result, trained, task.name, split), as_json)
+    results.show(report, results.evaluated(result, trained, task.name, split), as_json)
 
 
 @app.command("predict")
@@ -196,7 +193,7 @@ def predict_command(
     texts, pairs = read_texts(file, trained) if file else (text or [], pair)
     options: dict[str, Any] = {"pairs": pairs, "max_new_tokens": max_new_tokens}
     rows = predict(network, texts, delta=trained, tokenizer=tokenizer, **options)
-    views.show({"predictions": [asdict(row) for row in rows]}, views.predictions(rows), as_json)
+    results.show({"predictions": [asdict(row) for row in rows]}, results.predictions(rows), as_json)
 
 
 @app.command("merge")
@@ -215,8 +212,8 @@ def merge_command(
         merged: Any = sm.merge(network, trained, dtype=getattr(torch, dtype) if dtype else None)
         merged.save_pretrained(out)
         tokenizer.save_pretrained(out)
-    report = {"class": type(merged).__name__, "out": str(out), "files": views.sizes(out)}
-    views.show(report, views.listing(out), as_json)
+    report = {"class": type(merged).__name__, "out": str(out), "files": results.sizes(out)}
+    results.show(report, results.listing(out), as_json)
 
 
 @app.command()
@@ -239,15 +236,15 @@ def convert(
             task = None if data is None else open_task(data)
             network, _ = sm.load(str(model), task=task, dtype=dtype or "float32")
             from_peft(source, network).save(target)
-    views.show({"to": to, "out": str(target), "files": views.sizes(target)}, views.listing(target), as_json)
+    results.show({"to": to, "out": str(target), "files": results.sizes(target)}, results.listing(target), as_json)
 
 
 @app.command()
 def inspect(delta: Annotated[str, typer.Argument(help="folder or hub id")], as_json: Json = False) -> None:
     """What a delta is: recipe, base, values, labels, scores, files."""
     trained = sm.Delta.load(delta)
-    report = {**trained.to_json(), **_summary(trained), "files": views.sizes(Path(delta))}
-    views.show(report, views.inspected(trained, Path(delta)), as_json)
+    report = {**trained.to_json(), **_summary(trained), "files": results.sizes(Path(delta))}
+    results.show(report, results.inspected(trained, Path(delta)), as_json)
 
 
 def _summary(delta: sm.Delta) -> dict[str, Any]:
@@ -273,12 +270,12 @@ def main(args: Sequence[str] | None = None) -> int:
     line = [word for word in given if word != "--debug"]
     with as_options(_options(line)):
         try:
-            with views.one_line_warnings():
+            with results.one_line_warnings():
                 return app(line, prog_name="smidgen", standalone_mode=False, obj=line) or 0
         except Exception as error:
             if "--debug" in given:
                 raise
             mistake = isinstance(error, SmidgenError | UsageError | OSError)
             text = error.format_message() if isinstance(error, UsageError) else error
-            views.error(text if mistake else f"{type(error).__name__}: {error} (a bug; --debug shows where)")
+            results.error(text if mistake else f"{type(error).__name__}: {error} (a bug; --debug shows where)")
             return 2 if mistake else 1

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import smidgen as sm
-from smidgen.cli.views import results as views
+from smidgen.cli.views import results
 from smidgen.common.errors import DeltaError
 
 Option = typer.Option
@@ -50,7 +50,7 @@ def open_task(
 ) -> sm.Task:  # fmt: skip
     """The task that the options name, described in one line on stderr."""
     task = sm.Task.load(data, text=text or None, label=label, kind=kind, metric=metric, limit=limit)
-    views.note(views.described(task))
+    results.note(results.described(task))
     return task
 
 
@@ -77,7 +77,7 @@ def dtype_of(choice: str, out: Path) -> str:
         if recorded is not None:
             return str(recorded)
     found = fastest("cuda" if torch.cuda.is_available() else "cpu")
-    views.note(str(found))
+    results.note(str(found))
     return str(found.dtype)[6:]
 
 

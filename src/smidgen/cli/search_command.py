@@ -30,8 +30,7 @@ from smidgen.cli.options import (  # fmt: skip
     dtype_of,
     open_task,
 )
-from smidgen.cli.views import results as views
-from smidgen.cli.views import searches as views_search
+from smidgen.cli.views import results, searches
 
 
 def run_search(
@@ -62,12 +61,12 @@ def run_search(
         "only_read": only_read,
     }
     settings |= {"max_length": max_length, "pooling": pooling, "batching": batching.value}
-    settings |= {"lr": lr or None, "seeds": seeds, "trials": trials, "jobs": jobs, "say": views.note}
+    settings |= {"lr": lr or None, "seeds": seeds, "trials": trials, "jobs": jobs, "say": results.note}
     settings["progress"] = None if sys.stderr.isatty() else False  # a line per trial is enough for a file
     try:
         found = sm.search(network, wanted, task, out=out, tokenizer=tokenizer, **settings)
     except KeyboardInterrupt:
-        views.note("stopped; the same command goes on from there")
+        results.note("stopped; the same command goes on from there")
         raise typer.Exit(130) from None
-    report = {**found.to_json(), "out": str(out), "files": views.sizes(out)}
-    views.show(report, views_search.searched(found, out), as_json)
+    report = {**found.to_json(), "out": str(out), "files": results.sizes(out)}
+    results.show(report, searches.searched(found, out), as_json)

@@ -16,8 +16,7 @@ from datasets import Dataset
 from datasets.exceptions import DatasetsError
 
 from smidgen.common.errors import DataError, nearest
-from smidgen.data import conll
-from smidgen.data import delimited_text as tables
+from smidgen.data import conll, delimited_text
 from smidgen.data.bbc_news import BBC, _bbc
 
 SPLITS = ("train", "validation", "test")
@@ -136,7 +135,7 @@ def _files(name: str, found: dict[str, list[Path]], kind: str | None) -> Raw:
     notes = {found[split][0].name: part.note for split, part in parts.items() if part.note}
     if len({part.prose for part in parts.values()}) > 1:
         raise DataError(f"{name} mixes .txt files of running text with files of rows; keep one of the two")
-    typed = tables.typed({split: part.table for split, part in parts.items() if part.table is not None})
+    typed = delimited_text.typed({split: part.table for split, part in parts.items() if part.table is not None})
     splits = {split: typed[split] if part.rows is None else part.rows for split, part in parts.items()}
     return Raw(name, splits, notes, prose=any(part.prose for part in parts.values()))
 
@@ -146,7 +145,7 @@ class _Part:
     """One split as it was read: rows, or cells that have no types yet."""
 
     rows: Dataset | None = None
-    table: tables.DelimitedTable | None = None
+    table: delimited_text.DelimitedTable | None = None
     note: str = ""
     prose: bool = False
 
@@ -177,10 +176,12 @@ def _file(paths: Sequence[Path], kind: str | None = None) -> _Part:
     return _Part(_loaded(paths, form))
 
 
-def _table(paths: Sequence[Path], texts: Sequence[str]) -> tables.DelimitedTable:
+def _table(paths: Sequence[Path], texts: Sequence[str]) -> delimited_text.DelimitedTable:
     expected = "\t" if paths[0].suffix.lower() == ".tsv" else ","
-    parsed = [tables.parse_delimited(text, str(path), expected) for text, path in zip(texts, paths, strict=True)]
-    table = tables.joined(parsed, [str(path) for path in paths])
+    parsed = [
+        delimited_text.parse_delimited(text, str(path), expected) for text, path in zip(texts, paths, strict=True)
+    ]
+    table = delimited_text.joined(parsed, [str(path) for path in paths])
     if not any(table.columns.values()):
         raise DataError(f"{paths[0]} is empty: no rows")
     return table

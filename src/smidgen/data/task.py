@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from smidgen.common.errors import DataError, nearest
-from smidgen.data import columns as cols
+from smidgen.data.columns import Columns, check_texts, infer
 from smidgen.data.labels import Labels, is_unlabelled, label_set, to_ids
 from smidgen.data.metrics import check_metric, default_metric
 from smidgen.data.readers import SPLITS, Raw, quiet, read_splits
@@ -149,9 +149,7 @@ class Task:
         return Collator.of(tokenizer, self.kind, multiple, model)
 
 
-def _task(
-    columns: cols.Columns, labels: Sequence[str], splits: Mapping[str, Dataset], notes: Mapping[str, str]
-) -> Task:
+def _task(columns: Columns, labels: Sequence[str], splits: Mapping[str, Dataset], notes: Mapping[str, str]) -> Task:
     return Task("", columns.kind, columns.text, columns.label, tuple(labels), "", splits, notes)
 
 
@@ -164,7 +162,7 @@ def _rows(
 ) -> Task:
     seed, validation, limit = options
     main = next(iter(raw.splits.values()))
-    columns = cols.infer(main, kind, text, label)
+    columns = infer(main, kind, text, label)
     labels, notes, splits = label_set(main, columns), dict(raw.notes), {}
     if columns.note:
         notes[f"column {columns.label!r}"] = columns.note
@@ -180,9 +178,9 @@ def _rows(
     return _task(columns, labels.names, splits, notes)
 
 
-def _prepared(rows: Dataset, split: str, columns: cols.Columns, labels: Labels) -> Dataset:
+def _prepared(rows: Dataset, split: str, columns: Columns, labels: Labels) -> Dataset:
     """Text columns as they are, the label column as ids."""
-    cols.check_texts(rows, split, columns)
+    check_texts(rows, split, columns)
     kept = rows.select_columns(list(columns.text))
     if columns.label is None:
         return kept
@@ -194,7 +192,7 @@ def _prepared(rows: Dataset, split: str, columns: cols.Columns, labels: Labels) 
 
 
 def _with_validation(
-    splits: Mapping[str, Dataset], columns: cols.Columns, validation: float, seed: int
+    splits: Mapping[str, Dataset], columns: Columns, validation: float, seed: int
 ) -> dict[str, Dataset]:
     train = splits["train"]
     texts = [train[name][:] for name in columns.text]
@@ -227,7 +225,7 @@ def _prose(raw: Raw, kind: str | None, text: object, label: str | None, validati
     for split, most in _limits(limit, rows).items():
         splits[split] = [splits[split][i] for i in first(len(splits[split]), most, 0, shuffle=False)]
     joined = {split: Dataset.from_dict({"text": ["".join(pieces)]}) for split, pieces in splits.items()}
-    return _task(cols.Columns("causal-lm", ("text",), None), (), joined, raw.notes)
+    return _task(Columns("causal-lm", ("text",), None), (), joined, raw.notes)
 
 
 def _contiguous(splits: Mapping[str, list[str]], validation: float) -> dict[str, list[str]]:

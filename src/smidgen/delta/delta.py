@@ -19,7 +19,7 @@ from smidgen.common.errors import DeltaError
 from smidgen.common.finite_values import not_finite
 from smidgen.common.version import __version__
 from smidgen.common.wrappers import bare
-from smidgen.delta import model_card as card
+from smidgen.delta import model_card
 from smidgen.delta.arithmetic.sums import Operand
 from smidgen.delta.fingerprint import Fingerprint
 from smidgen.methods.base import renewed
@@ -151,7 +151,7 @@ class Delta(Operand):
         data = {
             TENSORS: save({n: t.contiguous() for n, t in sorted(pack_indices(self.tensors).items())}),
             META: json.dumps(meta, indent=1, sort_keys=True, ensure_ascii=False).encode(),
-            CARD: card.card_text(self.recipe, self.trained, self.head_values, meta).encode(),
+            CARD: model_card.card_text(self.recipe, self.trained, self.head_values, meta).encode(),
         }
         return write_files(Path(folder), data)
 

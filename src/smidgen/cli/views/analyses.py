@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from smidgen.cli.views import results as views
+from smidgen.cli.views import results
 from smidgen.studies.reports.column_layout import Shown, shown_columns
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def report_view(result: Report, shown: Sequence[str], out: Path | None) -> Rende
             parts += [Text(f"\n{section.title}"), numbers(section)]  # type: ignore[arg-type]
     parts += [Text(paragraph + "\n") for paragraph in result.summary]
     if out is not None:
-        parts += [views.listing(out), Text(f"open {shlex.quote(str(out / 'report.html'))}", style="dim")]
+        parts += [results.listing(out), Text(f"open {shlex.quote(str(out / 'report.html'))}", style="dim")]
     return Group(*parts)
 
 
@@ -40,14 +40,14 @@ def selection_view(selection: Selection, out: Path) -> RenderableType:
         if len(index)
     ]
     kept = Text(f"keeps {selection.kept:,} of {selection.candidates:,} values", style="bold")
-    return Group(kept, views.table(("tensor", "#kept", "#share"), rows), views.listing(out))
+    return Group(kept, results.table(("tensor", "#kept", "#share"), rows), results.listing(out))
 
 
 def numbers(section: Numbers) -> Table:
     """A report's table; the best number of a column stands out."""
     columns = shown_columns(section)
     heads = [f"{'#' if column.number else ''}{column.name}\n{column.unit}".rstrip("\n") for column in columns]
-    table = views.table(heads, [])
+    table = results.table(heads, [])
     for row in zip(*(column.cells for column in columns), strict=True):
         table.add_row(*map(_text, row))
     return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from smidgen.steps import gradient_checks as watch
+from smidgen.steps import gradient_checks
 from smidgen.testing.cases import Case
 
 
@@ -21,4 +21,4 @@ def hooks(model: nn.Module) -> int:
 
 def untrained(case: Case) -> set[str]:
     """Names of trained tensors that may stand still."""
-    return set(watch.resting(case.model))
+    return set(gradient_checks.resting(case.model))
