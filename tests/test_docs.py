@@ -104,6 +104,18 @@ def test_the_counts_are_current():
     assert f"{len(module.NAMES)} architectures counted" in (ROOT / "README.md").read_text()
 
 
+def test_the_measured_defaults_are_current():
+    module = generator("gen_defaults")
+    assert module.PAGE.read_text() == module.text(), "run python docs/gen_defaults.py"
+
+
+def test_a_run_made_again_replaces_the_first():
+    module = generator("gen_defaults")
+    run = {"arm": "LN()", "pooling": "mean", "budget": "300x2", "seed": 0}
+    runs = [run | {"accuracy": 0.25}, run | {"accuracy": 0.75}, run | {"seed": 1, "accuracy": 0.25}]
+    assert module.cells(runs)["LN()"]["mean", "300x2"] == "0.500 ± 0.354 (2)"
+
+
 def test_a_stale_page_would_be_seen(tmp_path, monkeypatch):
     module = generator("gen_catalogue")
     (tmp_path / "methods.md").write_text(module.PAGE.read_text().replace("38,400", "38,401"))

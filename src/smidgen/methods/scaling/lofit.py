@@ -45,7 +45,7 @@ class LoFiT(Method):
     l1: float = 5e-4
     layers: Layers = None
 
-    lr: ClassVar[float] = 3e-2
+    lr: ClassVar[float] = 1e-2
     linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
