@@ -1,4 +1,4 @@
-"""Write docs/defaults.md from benchmarks/results/defaults*.json: `python docs/gen_defaults.py`; `--check` compares only."""
+"""Write docs/defaults.md from benchmarks/results/defaults*.json; `--check` compares only."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ HEADER = """<!-- Written by docs/gen_defaults.py from benchmarks/results/default
 # Defaults, measured
 
 Each method with every field and rate at its default, beside a head alone and full fine-tuning: accuracy on 445 test
-articles of BBC news (five topics), mean ± standard deviation over seeds (their number in brackets), of the best epoch on
-100 validation articles. A column's budget is training articles x epochs; texts are cut to 48 tokens; the base is bfloat16.
+articles of BBC news (five topics), mean ± standard deviation over seeds (their number in brackets), of the best epoch
+on 100 validation articles. A column's budget is training articles x epochs; texts are cut to 48 tokens; the base is
+bfloat16.
 
-*Before* is what the same method did when `LoRA`'s alpha was its rank, all tensors learned at one rate, and rates were not yet
-measured. A method is not better than another because of one line here: five topics are easy, and a default rate is one
-of many.
+*Before* is what the same method did when `LoRA`'s alpha was its rank, all tensors learned at one rate, and rates were
+not yet measured. A method is not better than another because of one line here: five topics are easy, and a default
+rate is one of many.
 """
 
 
