@@ -3,13 +3,14 @@
 python benchmarks/speed.py --data ../shared/data/glue/sst2 --out benchmarks/results/speed.json
 python benchmarks/speed.py --data ../shared/data/glue/rte --limit 320 --parts speed --out speed-rte.json
 
-Arms take turns in one process, medians over repeats; examples per second in the steady state (without loading, filling
-of the cache, and validation) and of a whole run of ten epochs. Then the final accuracy over seeds, and the share of the
-machine's own matrix rate on the products that are needed at all.
+Every run of an arm is a process of its own; arms take turns, and the load of the machine just before each is kept.
+Medians over repeats of examples per second in the steady state (without loading, filling of the cache, and validation)
+and of a whole run of ten epochs. A call adds a session to those that --out holds: ratios to PEFT depend on how busy
+the cores are, so their range over sessions is what the table prints. Then the final accuracy over seeds, and the share
+of the machine's own matrix rate on the products that are needed at all.
 """
 
 import argparse
-import gc
 import itertools
 import json
 import os
@@ -46,18 +47,44 @@ PIECES = {  # the same run without one of them: recipe, what both have, what is 
 }
 
 
-def speed(task, arms, repeats, epochs):
-    """Arm -> examples per second, steady and whole, medians over repeats that take turns, every other one backwards."""
+RATIOS = {  # what is compared: the same dtype on both sides, and each with what its library does by default
+    "LN(), defaults": ("smidgen LN()", "peft LN"),
+    "LN(), float32": ("smidgen LN() fp32", "peft LN"),
+    "LN(), float32, both by length": ("smidgen LN() fp32", "peft LN grouped"),
+    "LN(), bfloat16, both by length": ("smidgen LN()", "peft LN grouped bf16"),
+    "LN(layers='top:2'), defaults": ("smidgen LN(layers='top:2')", "peft LN"),
+    "LN(layers='top:2'), float32, both by length": ("smidgen LN(layers='top:2') fp32", "peft LN grouped"),
+    "LN(layers='top:2'), bfloat16, both by length": ("smidgen LN(layers='top:2')", "peft LN grouped bf16"),
+    "LoRA(), defaults": ("smidgen LoRA()", "peft LoRA"),
+    "LoRA(), bfloat16, both by length": ("smidgen LoRA()", "peft LoRA grouped bf16"),
+}
+
+
+def one_run(options):
+    """What a process of its own does: one run of an arm, its examples per second as JSON on the last line."""
+    task = sm.Task.load(options.data, limit={"train": options.limit, "validation": 64})
+    epochs = 10 if "top:2" in options.one_run else 1
     examples = len(task.splits["train"])
-    found = {arm: {"steady": [], "whole": []} for arm in arms}
-    for repeat in range(repeats):
-        for arm in arms[:: -1 if repeat % 2 else 1]:  # what ran before leaves a warm machine, and a heap
-            *_, seconds, epoch = one(task, arm, epochs[arm])
-            found[arm]["steady"].append(examples / epoch)
-            found[arm]["whole"].append(epochs[arm] * examples / seconds)
-            print(f"  {repeat + 1} {arm}: {examples / epoch:.0f} examples/s", flush=True)
-            gc.collect()
-    return {arm: {k: statistics.median(v) for k, v in kinds.items()} | {"runs": kinds} for arm, kinds in found.items()}
+    *_, seconds, epoch = one(task, options.one_run, epochs)
+    print(json.dumps({"steady": examples / epoch, "whole": epochs * examples / seconds}))
+
+
+def speed(options, arms):
+    """Arm -> examples per second, medians over repeats that take turns, every other one backwards, and the loads."""
+    found = {arm: {"steady": [], "whole": [], "load": []} for arm in arms}
+    for repeat in range(options.repeats):
+        for arm in arms[:: -1 if repeat % 2 else 1]:  # what ran before leaves a warm machine
+            load = os.getloadavg()[0]
+            call = [sys.executable, "-W", "ignore", __file__, "--data", options.data, "--limit", str(options.limit)]
+            said = subprocess.run([*call, "--one-run", arm], capture_output=True, text=True, check=True)
+            for kind, value in json.loads(said.stdout.splitlines()[-1]).items():
+                found[arm][kind].append(value)
+            found[arm]["load"].append(round(load, 2))
+            print(f"  {repeat + 1} {arm}: {found[arm]['steady'][-1]:.0f} examples/s, load {load:.1f}", flush=True)
+    return {
+        arm: {kind: statistics.median(kinds[kind]) for kind in ("steady", "whole")} | {"runs": kinds}
+        for arm, kinds in found.items()
+    }
 
 
 def accuracy(task, arms, seeds, epochs):
@@ -107,16 +134,19 @@ def main():
     )
     parser.add_argument("--out", default=None, help="parts that stand there already and are not run again are kept")
     parser.add_argument("--step-memory", default=None, help="only print what this arm takes, in MB")
+    parser.add_argument("--one-run", default=None, help="only run this arm, once, and print its speed")
     options = parser.parse_args()
     if options.step_memory:
         return step_memory(options.step_memory, options.data)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    if options.one_run:
+        return one_run(options)
     task = sm.Task.load(options.data, limit={"train": options.limit, "validation": 64})
     results = json.loads(Path(options.out).read_text()) if options.out and Path(options.out).exists() else {}
     for name in options.parts.split(","):
         about = {
-            "options": {k: v for k, v in vars(options).items() if k not in ("out", "parts", "step_memory")},
+            "options": {k: v for k, v in vars(options).items() if k not in ("out", "parts", "step_memory", "one_run")},
             **describe(),
         }
         results[name] = PARTS[name](task, options, results) | about
@@ -126,8 +156,11 @@ def main():
 
 
 def speed_part(task, options, results):
-    arms = [arm for arm in ARMS if options.arms in arm]
-    return {"arms": speed(task, arms, options.repeats, {arm: 10 if "top:2" in arm else 1 for arm in arms})}
+    """The sessions of before with today's after them; `arms` are today's."""
+    found = speed(options, [arm for arm in ARMS if options.arms in arm])
+    session = {"day": time.strftime("%Y-%m-%d"), "repeats": options.repeats, "limit": options.limit, **describe()}
+    sessions = results.get("speed", {}).get("sessions", [])
+    return {"arms": found, "sessions": [*sessions, session | {"arms": found}]}
 
 
 def roofline_part(task, options, results):
@@ -219,7 +252,23 @@ PARTS = {
 }  # fmt: skip
 
 
+def ranges(sessions):
+    """Name of a ratio -> its smallest and largest value over the sessions that have both arms."""
+    found = {}
+    for name, (ours, theirs) in RATIOS.items():
+        each = [
+            s["arms"][ours]["steady"] / s["arms"][theirs]["steady"]
+            for s in sessions
+            if {ours, theirs} <= set(s["arms"])
+        ]
+        if each:
+            found[name] = (min(each), max(each))
+    return found
+
+
 def table(results):
+    for name, (low, high) in ranges(results.get("speed", {}).get("sessions", [])).items():
+        print(f"{name:46} x {low:.2f} to {high:.2f}")
     arms = results.get("speed", {}).get("arms", {})
     base, best = (arms.get(arm) for arm in ("peft LN", "peft LN grouped bf16"))
     for arm, found in arms.items():
