@@ -139,3 +139,33 @@ def test_the_public_names_are_the_tables_of_the_packages(monkeypatch):
     import gen_public
 
     assert (SOURCE / "__init__.pyi").read_text() == gen_public.table(), "run python docs/gen_public.py"
+
+
+# packages whose long private functions have all been given a line of docstring
+SAID = ("cli", "common", "delta", "efficiency", "recipe", "studies", "testing")
+
+
+def undocumented(tree):
+    """Functions without a docstring that are public at the top of a module, or private and longer than ten lines."""
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is None:
+            long = node.name.startswith("_") and not node.name.startswith("__") and node.end_lineno - node.lineno >= 10
+            if long or (id(node) in top and not node.name.startswith("_")):
+                yield node.name
+
+
+def test_long_and_public_functions_say_what_they_are():
+    found = [
+        f"{path.relative_to(SOURCE)}: {name}"
+        for package in SAID
+        for path in (SOURCE / package).rglob("*.py")
+        for name in undocumented(ast.parse(path.read_text()))
+    ]
+    assert found == []
+
+
+def test_a_silent_function_is_seen():
+    long = "def _long():\n" + "    x = 1\n" * 10
+    assert list(undocumented(ast.parse(f"def public():\n    pass\n\n\n{long}"))) == ["public", "_long"]
+    assert list(undocumented(ast.parse('def public():\n    """What."""\n\n\ndef _short():\n    pass\n'))) == []

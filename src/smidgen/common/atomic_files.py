@@ -33,6 +33,7 @@ def write_files(folder: Path, data: Mapping[str, bytes]) -> Path:
 
 
 def _write_temporary(folder: Path, content: bytes) -> str:
+    """A file of this content beside its goal, on the disk when this returns; its path."""
     handle, path = tempfile.mkstemp(dir=folder, prefix=".part-")
     try:
         with os.fdopen(handle, "wb") as file:

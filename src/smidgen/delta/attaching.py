@@ -154,6 +154,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
 
 def _narrowed(model: nn.Module, plan: Plan, selection: Selection | None, seed: int, check: bool) -> Plan:
+    """The plan with what a selection keeps: the one given, or one that needs no data."""
     if selection is not None and selection.recipe.whole != plan.recipe.whole:
         raise AttachError(f"the selection is of another recipe: {selection.recipe.whole}, not {plan.recipe.whole}")
     if selection is not None and not plan.pending:

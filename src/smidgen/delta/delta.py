@@ -207,6 +207,7 @@ def _labels(config: Any) -> tuple[str, ...]:
 
 
 def _folder(source: str | os.PathLike[str], revision: str | None) -> Path:
+    """A delta's folder, on the disk or downloaded from the hub."""
     folder = Path(source)
     if folder.is_dir():
         if not (folder / META).is_file():

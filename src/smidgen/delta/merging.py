@@ -88,6 +88,7 @@ def _warn(values: Mapping[str, Tensor], lost: int, worst: float, dtype: torch.dt
 
 
 def _refuse(model: nn.Module, record: Attachment) -> None:
+    """Raise AttachError where something attached has no form in the plain weights."""
     if record.plan.pooling is not None:
         raise AttachError(
             f"pooling={record.plan.pooling!r} cannot be merged: a plain {type(model).__name__} reads "

@@ -163,6 +163,7 @@ class Deltas(MutableMapping[str, Delta]):
             raise AttachError(f"{name!r} is in use; call use(None), or leave the block that uses it, first")
 
     def _switch(self, entry: Entry | None) -> None:
+        """Put an entry on the model, or none; values alone where the same tensors are attached already."""
         if entry is not None and self.active is not None and _alike(attachment(self.model).plan, entry.plan):
             fill_values(self.model, entry.delta)
             return

@@ -234,6 +234,7 @@ def _recipe(node: ast.expr) -> Recipe:
 
 
 def _term(node: ast.expr) -> Term:
+    """A term from its place in the parsed text."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         if any(keyword.arg is None for keyword in node.keywords):
             raise RecipeError(f"'**' is not understood in {ast.unparse(node)!r}")

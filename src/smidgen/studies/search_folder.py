@@ -35,6 +35,7 @@ class Ledger:
             self._open(self.path)
 
     def _open(self, path: Path) -> None:
+        """Take up what the folder holds of the same search; refuse any other content."""
         if path.exists() and not path.is_dir():
             raise TrainError(f"{path} is a file, not a folder")
         if (path / FOLDER).exists() and (path / FILE).is_file():

@@ -84,6 +84,7 @@ def shake(parameters: Any, scale: float = 0.1, seed: int = 1) -> None:
 
 
 def _bert() -> nn.Module:
+    """A tiny BERT with random values."""
     from transformers import BertConfig, BertForSequenceClassification
 
     sizes: dict[str, Any] = {
@@ -99,6 +100,7 @@ def _bert() -> nn.Module:
 
 
 def _llama() -> nn.Module:
+    """A tiny Llama with random values."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes: dict[str, Any] = {

@@ -193,6 +193,7 @@ def dare(
 def _combined(
     terms: Sequence[tuple[float, D]], model: nn.Module, rule: Rule, how: dict[str, Any], head: str, verify: bool = True
 ) -> D:
+    """The delta whose merged weights are those of a weighted rule over the deltas; `how` goes into its record."""
     weights, deltas = [weight for weight, _ in terms], [delta for _, delta in terms]
     first: Any = deltas[0]
     model = bare(model)

@@ -134,6 +134,7 @@ def _listed(module: str, targets: Iterable[str]) -> bool:
 
 
 def _check_fields(path: Path, kind: str, config: Mapping[str, Any]) -> None:
+    """Refuse fields of a PEFT configuration that have no counterpart here, and starts that change the base."""
     for field, value in config.items():
         if value and field not in _KNOWN[kind]:
             raise DeltaError(f"{path}: {field}={value!r} has no counterpart here, so the adapter cannot be read")
@@ -157,6 +158,7 @@ def _prefix(kind: str) -> str:
 
 
 def _tensors(path: Path, prefix: str) -> dict[str, Tensor]:
+    """An adapter's tensors by name, without PEFT's prefix."""
     if not path.is_file():
         raise DeltaError(f"{path} is missing; an adapter_model.bin is a pickle, which can run code, and is not read")
     try:
@@ -173,6 +175,7 @@ def _tensors(path: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def _folder(source: str | os.PathLike[str]) -> Path:
+    """An adapter's folder, on the disk or downloaded from the hub."""
     folder, text = Path(source), os.fspath(source)
     if folder.is_dir():
         if not (folder / CONFIG).is_file():

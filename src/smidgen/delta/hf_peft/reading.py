@@ -136,6 +136,7 @@ def one_or_many(names: tuple[str, ...]) -> str | tuple[str, ...]:
 
 
 def _spellings(layers: set[int], depth: int) -> Iterator[Layers]:
+    """Values of `layers=` that mean exactly these layers of so many, the shortest way of saying it first."""
     first, last, count = min(layers), max(layers), len(layers)
     if count == 1:
         yield first

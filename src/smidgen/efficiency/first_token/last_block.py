@@ -178,6 +178,7 @@ def _reads_first(model: nn.Module, block: nn.Module, batch: Batch, wanted: Tenso
 
 
 def _found(model: nn.Module, layer: int, block: nn.Module, batch: Batch) -> FirstRow:
+    """How the last block makes keys and values of all rows, the rest of the first alone; from one recorded pass."""
     wide = [s for s in find_sites(model) if s.layer == layer and {"key", "value"} & set(s.roles) and s.kind == "linear"]
     name = type(block).__name__
     if any(site.rows is not None for site in wide) or {r for s in wide for r in s.roles} < {"key", "value"}:

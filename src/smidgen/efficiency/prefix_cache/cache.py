@@ -157,6 +157,7 @@ class PrefixCache:
         return self._seam
 
     def _padded(self, places: Sequence[int], length: int | None) -> Tensor:
+        """Kept states of these examples, (batch, length, width), padded with zeros on the side of the batch."""
         lengths = [self._layout.lengths[place] for place in places]
         length = max(lengths) if length is None else length
         if max(lengths) > length:
@@ -176,6 +177,7 @@ class PrefixCache:
     def _path(
         self, trial: EquivalenceCheck, rows: Rows, limit: int | None, folder: str | os.PathLike[str] | None
     ) -> Path | None:
+        """Where states that are over the limit in memory go; None if they are not."""
         tokens, width = self._shape(trial)
         size = tokens * width * trial.seen.states.element_size()
         if limit is None or size <= limit:

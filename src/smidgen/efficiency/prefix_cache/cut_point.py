@@ -86,6 +86,7 @@ def irregular(model: nn.Module) -> str | None:
 
 
 def _shape(model: nn.Module) -> str | None:
+    """Why the model, as it is built, cannot start in the middle; None if it can."""
     name, stacks = type(model).__name__, find_blocks(model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return f"{name} has an encoder and a decoder; only models with one stack of blocks can start in the middle"

@@ -68,6 +68,7 @@ class Kept:
         return found
 
     def _one(self, name: str, rows: Rows, fill: Callable[[Rows], PrefixCache]) -> PrefixCache:
+        """The cache of this name, filled on first use; a refusal is remembered and raised again."""
         if name in self._refused:
             raise self._refused[name]
         if name not in self._caches:

@@ -68,6 +68,7 @@ class Bench:
         return {**asked, "settings": dict(self.settings), "seed": self.seed, "split": self.split}
 
     def _train(self, arm: str, recipe: Recipe, selection: Selection | None) -> dict[str, Any]:
+        """One training run and its scores, as a record of plain values."""
         begin = time.perf_counter()
         options: dict[str, Any] = {"tokenizer": self.tokenizer, "seed": self.seed, **self.settings}
         delta = fit(self.model, recipe, self.task, selection=selection, **options)

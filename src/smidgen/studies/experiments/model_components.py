@@ -189,6 +189,7 @@ class _Places:
 
 
 def _label(site: Site, places: _Places) -> str:
+    """The component that a site belongs to."""
     if site.kind == "norm":
         return _norm(site)
     for role, label in LINEARS.items():

@@ -196,6 +196,7 @@ def carry(
 
 
 def _checked(recipe: Recipe, names: Sequence[str], targets: Sequence[str]) -> list[str]:
+    """The tasks to leave out in turn; DataError where the names or the recipe do not allow it."""
     if len(names) < 2:
         raise DataError(f"carry-over needs at least two tasks, found {', '.join(names) or 'none'}")
     if len(set(names)) < len(names):

@@ -112,6 +112,7 @@ def _new(height: float) -> tuple[Figure, Axes]:
 
 
 def _bars(section: Bars, paint: Paint) -> Figure:
+    """Horizontal bars with their spreads, coloured by group."""
     figure, axes = _new(0.75 + 0.27 * len(section.labels))
     groups = list(dict.fromkeys(section.groups.values())) or [""]
     places = range(len(section.labels))
@@ -139,6 +140,7 @@ def _bars(section: Bars, paint: Paint) -> Figure:
 
 
 def _lines(section: Lines, paint: Paint) -> Figure:
+    """One line a series over x, with a band of one spread on either side."""
     figure, axes = _new(3.4)
     scale = 0 if section.log else power([v for values, _ in section.series.values() for v in values])
     for i, (name, (given, spreads)) in enumerate(section.series.items()):
@@ -166,6 +168,7 @@ def _drawable(values: Sequence[Number], scale: int, missing: float = math.nan) -
 
 
 def _heat(section: HeatMap, paint: Paint) -> Figure:
+    """A grid of colours with its scale; what has no value stays blank."""
     from matplotlib.colors import LogNorm, Normalize
 
     figure, axes = _new(0.9 + 0.3 * len(section.rows))

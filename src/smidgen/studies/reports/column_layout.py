@@ -34,6 +34,7 @@ def shown_columns(table: Table) -> list[ShownColumn]:
 
 
 def _column(column: Column, cells: Sequence[Cell]) -> ShownColumn:
+    """A column as text: one number of digits for all of its numbers, and which is best."""
     pairs = [cell if isinstance(cell, tuple) else (cell, None) for cell in cells]
     if any(isinstance(first, str) for first, _ in pairs):
         words = tuple(Shown("–" if first is None else str(first)) for first, _ in pairs)

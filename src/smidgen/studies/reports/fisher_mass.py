@@ -45,6 +45,7 @@ def _facts(result: FisherMass) -> dict[str, str]:
 
 
 def _sections(result: FisherMass) -> Iterator[Section]:
+    """The sections of the report, in order."""
     yield Table("By component", [Column("component"), *NUMBERS], _rows(result, ("component",)))
     for of, title, unit in (("share", "Total mass", "share of mass"), ("mean", "Mean per value", "mean per value")):
         yield _bars(result, of, title, unit)

@@ -28,6 +28,7 @@ def trust_report(result: Trust, command: str = "") -> Report:
 
 
 def _summary(result: Trust) -> Iterator[str]:
+    """What was found, in sentences."""
     needed = result.examples_needed(AGREED)
     if needed is None:
         most, last = result.enough[-1], float(np.mean(result.draws[-1]))
@@ -43,6 +44,7 @@ def _summary(result: Trust) -> Iterator[str]:
 
 
 def _sections(result: Trust) -> Iterator[Section]:
+    """The sections of the report, in order."""
     rows: list[list[Cell]] = [
         [count, mean_cell(draws), mean_cell(reference)]
         for count, draws, reference in zip(result.enough, result.draws, result.reference, strict=True)

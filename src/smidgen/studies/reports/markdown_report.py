@@ -21,6 +21,7 @@ def markdown(report: Report, titles: Sequence[str] | None = None) -> str:
 
 
 def _section(section: Section) -> Iterator[str]:
+    """A section as paragraphs of Markdown."""
     if isinstance(section, Text):
         yield f"## {section.title}"
         yield from section.paragraphs

@@ -59,6 +59,7 @@ def agreement(first: Sequence[str], second: Sequence[str]) -> float:
 
 
 def _summary(result: Changes) -> Iterator[str]:
+    """What was found, in sentences."""
     absolute, relative = result.ranking("absolute"), result.ranking("relative")
     first = absolute[0]
     cells = result.table("absolute")
@@ -88,6 +89,7 @@ def _facts(result: Changes) -> dict[str, str]:
 
 
 def _sections(result: Changes) -> Iterator[Section]:
+    """The sections of the report, in order."""
     yield _by_component(result)
     yield _ranks(result)
     for measure in ("absolute", "relative"):
@@ -187,6 +189,7 @@ def _courses(result: Changes) -> Lines:
 
 
 def _tensors(result: Changes) -> Table:
+    """The tensors whose values moved most on average."""
     tables = [result.table(measure, ("name", "component")) for measure in ("absolute", "relative")]
     largest = sorted(tables[0], key=lambda key: -tables[0][key].mean)[:TOP]
     rows = [(key[0], key[1], *(table[key].mean for table in tables)) for key in largest]

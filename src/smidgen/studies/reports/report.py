@@ -128,6 +128,7 @@ def _table(section: Table) -> dict[str, Any]:
 
 
 def _heat_map(section: HeatMap) -> dict[str, Any]:
+    """What the page template needs of a heat map: text and colour of each cell, and the scale."""
     known = [v for row in section.values for v in row]
     style, rows = Format.of(known, section.percent), []
     for name, values, places in zip(

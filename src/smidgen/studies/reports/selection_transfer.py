@@ -35,6 +35,7 @@ def score_gaps(result: Transfer, arm: str, other: str) -> list[float]:
 
 
 def _summary(result: Transfer) -> Iterator[str]:
+    """What was found, in sentences."""
     overlap = [value for found in result.carried.values() for value in found]
     yield (
         f"On average {np.mean(overlap):.0%} of what a task selects for itself is also in what the other tasks select "
@@ -60,6 +61,7 @@ def _facts(result: Transfer) -> dict[str, str]:
 
 
 def _sections(result: Transfer) -> Iterator[Section]:
+    """The sections of the report, in order."""
     rows: list[list[Cell]] = []
     for target in result.carried:
         cells = [mean_cell(result.values(target, arm)) for arm in ARMS]

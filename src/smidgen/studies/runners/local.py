@@ -97,6 +97,7 @@ def trials(work: Work, todo: Todo, jobs: int, progress: bool | None) -> Iterator
 
 
 def _at_once(work: Work, todo: Todo, jobs: int) -> Generator[tuple[Trial, Delta | None]]:
+    """Trials from several processes that map one copy of the base, in the order given."""
     from loky import ProcessPoolExecutor
 
     threads = max(1, torch.get_num_threads() // jobs)

@@ -73,6 +73,7 @@ def docstring_is_true(case: Case) -> None:
 
 
 def _check_shapes(row: Row) -> None:
+    """Each saved tensor has a shape that the docstring states."""
     method: Method = row.method
     fields = {name: getattr(method, name) for name in method.__dataclass_fields__}
     names = {**fields, "width_in": row.site.width_in, "width_out": row.site.width_out}
