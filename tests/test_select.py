@@ -8,6 +8,7 @@ import random
 import re
 import sys
 from dataclasses import replace
+from statistics import mean, stdev
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ import smidgen as sm
 from smidgen.common.errors import AttachError, DataError, DeltaError, PlanError, RecipeError, TrainError
 from smidgen.delta.saved_selection import FILE, Selection
 from smidgen.planning.resolution import resolve
-from smidgen.planning.selection.budgets import budget, choose, quotas, rows_of
+from smidgen.planning.selection.budgets import budget, chance_overlap, choose, quotas, rows_of
 from smidgen.planning.selection.data_free_scores import random as random_scores
 from smidgen.planning.selection.select_term import READY, SCOPES, SCORES, TRAINED
 from smidgen.planning.selection.units import candidates, label_units
@@ -336,6 +337,22 @@ def test_random_is_uniform_over_units_of_unequal_size(recipe, granularity, scope
             freedom += n - 1
     assert freedom > 0
     assert chi2.sf(statistic, freedom) > 1e-3, f"chi-squared {statistic:.0f} with {freedom} degrees of freedom"
+
+
+@pytest.mark.parametrize(("recipe", "granularity", "scope", "draws"), UNEQUAL)
+def test_the_overlap_by_chance_is_that_of_random_draws(recipe, granularity, scope, draws):
+    """Also where units differ in size, so that a share of values would say something else."""
+    model, by = h.bert(), f"granularity='{granularity}', scope='{scope}', keep=0.25"
+    plan = resolve(model, f"{recipe} | Select('random', {by})")
+    (span,) = plan.recipe.narrowed
+    both, single = [], []
+    for seed in range(0, draws, 2):
+        drawn = (replace(span, by=replace(span.by, seed=seed + i)) for i in range(2))
+        one, other = (choose(model, plan, now, random_scores(model, plan, now, 0)) for now in drawn)
+        both.append(sum(len(set(one[name].tolist()) & set(other[name].tolist())) for name in one))
+        single.append(sum(len(index) for index in one.values()))
+    error = stdev(both) / mean(single) / len(both) ** 0.5
+    assert abs(mean(both) / mean(single) - chance_overlap(model, plan, span)) < 4 * error + 1e-3
 
 
 @pytest.mark.parametrize("scope", SCOPES)

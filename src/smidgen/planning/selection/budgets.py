@@ -68,6 +68,28 @@ def choose(model: nn.Module, plan: Plan, span: Narrowing, scores: Mapping[str, T
     return {c.name: piece.nonzero()[:, 0] for c, piece in zip(found, pieces, strict=True)}
 
 
+def chance_overlap(model: nn.Module, plan: Plan, span: Narrowing) -> float:
+    """Values that two random selections both keep, over values that one keeps: a ratio of expectations.
+
+    Each unit of group g is kept with probability p_g, its group's share of the budget over its size; with n_g values
+    in group g this is sum(p_g^2 n_g) / sum(p_g n_g), and keep / units where all units compete.
+
+    Raises:
+        PlanError: as `choose`.
+    """
+    by = span.by
+    if not isinstance(by, Select):
+        raise PlanError(f"{by} does not say how to choose")
+    found = _found(plan, span)
+    unit, count = label_units(model, found, by.granularity)
+    group = _groups(found, unit, count, by.scope)
+    sizes = torch.bincount(group)
+    kept = torch.tensor(quotas(sizes.tolist(), budget(by, count)), dtype=torch.float64)
+    share = (kept / sizes.clamp(min=1))[group]  # of each unit
+    values = torch.bincount(unit[unit >= 0], minlength=count).double()
+    return float((share.square() * values).sum() / (share * values).sum())
+
+
 def budget(by: Select, count: int) -> int:
     """Units to keep, of `count`: at least 1. Raises PlanError if that is more than there are."""
     wanted = by.keep if isinstance(by.keep, int) else max(1, int(by.keep * count + 0.5))

@@ -18,6 +18,8 @@ from smidgen.delta.saved_selection import Selection
 from smidgen.importance.fisher_information import fisher
 from smidgen.importance.selecting import select
 from smidgen.inference.loading import load
+from smidgen.planning.resolution import resolve
+from smidgen.planning.selection.budgets import chance_overlap
 from smidgen.planning.selection.select_term import Select
 from smidgen.recipe.recipe import Recipe, Term, as_recipe
 from smidgen.studies.experiments.fisher_mass import FisherMass
@@ -93,6 +95,12 @@ class _Probe:
         """The base with some head: what is chosen does not depend on which."""
         return load(self.model_name, task=self.task)[0]
 
+    @property
+    def chance(self) -> float:
+        """Overlap of two random selections of the recipe's budget."""
+        plan = resolve(self.model, self.recipe, self.options.get("pooling"))
+        return chance_overlap(self.model, plan, self.recipe.narrowed[0])
+
     def chosen(self, scores: Mapping[str, Tensor]) -> Selection:
         """What the recipe's budget keeps by these scores."""
         return select(self.model, self.recipe, scores=scores, pooling=self.options.get("pooling"))
@@ -139,7 +147,7 @@ def _heads(probe: _Probe, most: int, deltas: Sequence[Delta], best: Mapping[str,
     informed = [probe.information(head, most, draw=0, delta=deltas[head]) for head in seeds]
     warmed = [probe.chosen(information) for information in informed]
     return {
-        "chance": warmed[0].kept / warmed[0].candidates,
+        "chance": probe.chance,
         "heads": tuple(_pairs(fresh)),
         "warmed": tuple(_pairs(warmed)),
         "fresh_to_warmed": tuple(a.overlap(b) for a, b in zip(fresh, warmed, strict=True)),

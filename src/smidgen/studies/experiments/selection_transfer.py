@@ -19,6 +19,7 @@ from smidgen.delta.saved_selection import Selection
 from smidgen.importance.selecting import score, select
 from smidgen.inference.loading import load
 from smidgen.planning.resolution import resolve
+from smidgen.planning.selection.budgets import chance_overlap
 from smidgen.planning.selection.combine_scores import combine
 from smidgen.planning.selection.select_term import Select
 from smidgen.recipe.recipe import Recipe, Term, as_recipe
@@ -121,9 +122,11 @@ class _Setting:
                 runs, overlap = self.left_out(self.tasks[names.index(target)], seed, found, own[target])
                 outcomes += runs
                 carried[target].append(overlap)
-        kept = next(iter(own.values()))
+        model = load(self.model_name, task=self.tasks[0])[0]
+        plan = resolve(model, self.recipe, self.settings.get("pooling"))
+        chance = chance_overlap(model, plan, self.recipe.narrowed[0])
         about = (os.fspath(self.model_name), str(self.recipe), self.how, names, tuple(range(seeds)))
-        return Transfer(*about, overlaps, carried, kept.kept / kept.candidates, tuple(outcomes))
+        return Transfer(*about, overlaps, carried, chance, tuple(outcomes))
 
     def scored(self, seed: int) -> tuple[dict[str, Scores], dict[str, Selection]]:
         """Scores and own selection of every task, under this seed's head."""
