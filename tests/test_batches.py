@@ -11,7 +11,7 @@ import smidgen as sm
 from smidgen.common.errors import TrainError
 from smidgen.common.memory import memory_guard
 from smidgen.data.batching import POOL, ShuffledBatches
-from smidgen.data.text.encoding import Encoded
+from smidgen.data.encoded import Encoded
 from smidgen.studies.experiments.tuning_changes import lr_steps
 from smidgen.training.run.batch_feed import Feed
 from smidgen.training.run.loop import Loop

@@ -6,6 +6,7 @@ import transformers as T
 from torch import nn
 
 import smidgen as sm
+from smidgen.data.kinds.base import kind_named
 from smidgen.data.text.collate import Collator
 from smidgen.importance import gradient_recorder as record
 from smidgen.importance import per_example_squares as squares
@@ -77,7 +78,7 @@ def texts(kind="classification", count=7, labels=2, bad=None):
             example["labels"] = 0.3 * i - 0.7 if kind == "regression" else i % labels
         examples.append(example)
     pads = {"input_ids": 0, "attention_mask": 0}
-    return Sample(kind, examples, Collator(pads, kind), range(100, 100 + count), "train")
+    return Sample(kind, examples, Collator(pads, kind_named(kind).label_dtype), range(100, 100 + count), "train")
 
 
 def images(count=5, labels=2):
@@ -180,7 +181,7 @@ def test_any_batch_size_and_padding_gives_the_same(recipe):
     whole = attached_fisher(model, sample, batch_size=64)
     for size in (1, 2, 5):
         agree(attached_fisher(model, sample, batch_size=size), whole, 1e-12)
-    wide = Sample(sample.kind, sample.examples, Collator({"input_ids": 0, "attention_mask": 0}, "classification", 16),
+    wide = Sample(sample.kind, sample.examples, Collator({"input_ids": 0, "attention_mask": 0}, torch.long, 16),
                   sample.numbers)  # fmt: skip
     agree(attached_fisher(model, wide), whole, 1e-12)
 

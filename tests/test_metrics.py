@@ -7,7 +7,9 @@ import math
 import pytest
 
 from smidgen.common.errors import DataError
-from smidgen.data.metrics import METRICS, USUAL, check_metric, compute_metric, default_metric, is_bio
+from smidgen.data.kinds.base import TaskKind
+from smidgen.data.metrics import METRICS, is_bio
+from smidgen.data.scoring import check_metric, compute_metric, default_metric
 
 PREDICTED = [1, 1, 0, 0, 1, 0]
 TRUE = [1, 0, 0, 1, 1, 0]  # tp 2, fp 1, fn 1, tn 2
@@ -100,7 +102,8 @@ def test_errors(call: object, message: str) -> None:
 
 
 def test_table_is_consistent() -> None:
-    for kind, names in USUAL.items():
-        assert default_metric(kind) == names[0]
-        assert all(kind in METRICS[name].kinds for name in names)
-    assert [m.name for m in METRICS.values() if not m.higher_is_better] == ["mse", "perplexity", "loss"]
+    for name, kind in TaskKind.registry.items():
+        assert default_metric(name) == kind.usual[0]
+        assert {*kind.usual} <= {metric.name for metric in kind.metrics}
+        assert all(METRICS[metric.name] is metric for metric in kind.metrics)
+    assert {m.name for m in METRICS.values() if not m.higher_is_better} == {"mse", "perplexity", "loss"}

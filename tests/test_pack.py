@@ -22,7 +22,7 @@ from smidgen.training.run.settings import Settings
 from tests import helpers as h
 
 LENGTHS = random.Random(1).choices((2, 5, 9, 14, 30, 64), k=1000)
-COLLATE = Collator({"input_ids": 0, "attention_mask": 0}, "causal-lm")
+COLLATE = Collator({"input_ids": 0, "attention_mask": 0})
 
 
 def examples(*lengths, seed=0):

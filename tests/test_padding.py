@@ -233,7 +233,7 @@ def test_texts_end_where_a_model_reads(tmp_path):
 
 
 def test_positions_are_given_where_padding_on_the_left_would_move_them():
-    collate = Collator({"input_ids": 0, "attention_mask": 0}, "classification", left=True, positions=True)
+    collate = Collator({"input_ids": 0, "attention_mask": 0}, torch.long, left=True, positions=True)
     rows = [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1]}, {"input_ids": [8], "attention_mask": [1]}]
     batch = collate([{**row, "labels": 0} for row in rows])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [0, 0, 8]]

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from smidgen.common.argument_spelling import KINDS
+from smidgen.data.kinds.base import TaskKind
 from smidgen.methods.base import Method
 from smidgen.recipe.recipe import Term
 
@@ -120,7 +122,12 @@ def test_hooks_and_shadows_live_in_ports_and_efficiency():
 def test_modules_are_imported_by_name_in_two_places_only():
     """`importlib.import_module` hides an import from every check."""
     users = {name_of(path) for path in FILES if "import_module(" in path.read_text()}
-    assert users == {"recipe/recipe.py", "methods/__init__.py", "testing/checks/__init__.py"}
+    assert users == {
+        "recipe/recipe.py",
+        "methods/__init__.py",
+        "testing/checks/__init__.py",
+        "data/kinds/__init__.py",
+    }
 
 
 def test_the_core_names_no_method():
@@ -132,6 +139,42 @@ def test_the_core_names_no_method():
         used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} & names
         imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names} & names
         assert not used | imported, f"{name_of(path)} names {used | imported}"
+
+
+def compared_with(tree, names):
+    """Those of some names that a module compares something with, or keeps a table by."""
+    compared = [part for n in ast.walk(tree) if isinstance(n, ast.Compare) for part in (n.left, *n.comparators)]
+    cases = [n.value for n in ast.walk(tree) if isinstance(n, ast.MatchValue)]
+    constants = {c.value for part in (*compared, *cases) for c in ast.walk(part) if isinstance(c, ast.Constant)}
+    found = {value for value in constants if isinstance(value, str)} & set(names)
+    for table in (n for n in ast.walk(tree) if isinstance(n, ast.Dict)):
+        keys = {key.value for key in table.keys if isinstance(key, ast.Constant)} & set(names)
+        found |= keys if len(keys) > 1 else set()
+    return found
+
+
+def test_only_the_kinds_of_task_know_their_names():
+    for path, tree in TREES.items():
+        if path.relative_to(SOURCE).parts[:2] != ("data", "kinds"):
+            assert not compared_with(tree, TaskKind.registry), name_of(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "task.kind == 'regression'",
+        "kind in (None, 'causal-lm')",
+        "{'tokens': 1, 'regression': 2}[kind]",
+        "'tokens' != kind",
+    ],
+)
+def test_a_planted_comparison_with_a_kind_of_task_is_seen(line):
+    assert compared_with(ast.parse(line), TaskKind.registry)
+
+
+def test_the_command_line_lists_all_kinds_of_task():
+    shipped = {name for name, kind in TaskKind.registry.items() if type(kind).__module__.startswith("smidgen.")}
+    assert set(KINDS) == shipped
 
 
 def test_the_public_names_are_the_tables_of_the_packages(monkeypatch):

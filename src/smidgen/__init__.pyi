@@ -8,7 +8,9 @@ from .common import RecipeError as RecipeError
 from .common import SmidgenError as SmidgenError
 from .common import TrainError as TrainError
 from .common import parse_bytes as parse_bytes
+from .data import Processor as Processor
 from .data import Task as Task
+from .data import TaskKind as TaskKind
 from .delta import Delta as Delta
 from .delta import Deltas as Deltas
 from .delta import RoundingWarning as RoundingWarning

@@ -101,9 +101,9 @@ def fisher_command(
 
     task = open_task(data, text, label, task_kind, metric)
     trained = None if delta is None else sm.Delta.load(delta)
-    network, tokenizer = sm.load(model, task=task, delta=trained, seed=seed)
+    network, processor = sm.load(model, task=task, delta=trained, seed=seed)
     options: dict[str, Any] = {"split": split, "seed": seed, "batch_size": batch_size, "max_length": max_length}
-    options |= {"tokenizer": tokenizer, "pooling": pooling}
+    options |= {"processor": processor, "pooling": pooling}
     found = fisher(network, task, recipe, trained, examples, kind, **options)
     info = {"examples": getattr(found, "examples", examples), "split": split, "recipe": recipe, "delta": delta}
     result = FisherMass.of(network, found, task=task.name, kind=kind, info=info)

@@ -137,14 +137,14 @@ def tune(
     from smidgen.training.run.run_folder import RunFolder
 
     wanted, task = sm.parse(recipe), open_task(data, text, label, kind, metric, limit)
-    network, tokenizer = sm.load(model, task=task, dtype=dtype_of(dtype, out), seed=seed)
+    network, processor = sm.load(model, task=task, dtype=dtype_of(dtype, out), seed=seed)
     settings: dict[str, Any] = {"seed": seed, "epochs": epochs, "lr": lr, "head_lr": head_lr}
     settings |= {"batch_size": batch_size, "max_length": max_length, "pooling": pooling, "batching": batching.value}
     settings |= {"cache": cache, "batch_tokens": batch_tokens, "only_read": only_read, "max_memory": max_memory}
     settings |= {"recompute": recompute, "selection": open_selection(selection, network) if selection else None}
     already = RunFolder(out).finished
     try:
-        delta = sm.fit(network, wanted, task, out=out, tokenizer=tokenizer, **settings)
+        delta = sm.fit(network, wanted, task, out=out, processor=processor, **settings)
     except KeyboardInterrupt:
         state = RunFolder(out, writer=False).resume()
         step = state.numbers["step"] if state else 0
@@ -166,9 +166,9 @@ def evaluate_command(
     batch_size: BatchSize = 64, max_length: Length = None, dtype: OwnDtype = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Metrics of a delta on a split of a task."""
-    trained, network, tokenizer = open_delta(delta, model, dtype)
+    trained, network, processor = open_delta(delta, model, dtype)
     task = open_task(data, text, label, kind, metric, limit and {split: limit})
-    options: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size, "max_length": max_length}
+    options: dict[str, Any] = {"processor": processor, "batch_size": batch_size, "max_length": max_length}
     result = sm.evaluate(network, task, delta=trained, split=split, **options)
     report: dict[str, Any] = {"delta": delta, "data": data, "split": split, "metric": result.metric}
     report |= {"scores": result.values, "examples": len(result.references), "truncated": result.truncated}
@@ -189,10 +189,10 @@ def predict_command(
 
     if file and (text or pair):
         raise DataError("give --file, or --text and --pair, not both")
-    trained, network, tokenizer = open_delta(delta, model, dtype)
+    trained, network, processor = open_delta(delta, model, dtype)
     texts, pairs = read_texts(file, trained) if file else (text or [], pair)
     options: dict[str, Any] = {"pairs": pairs, "max_new_tokens": max_new_tokens}
-    rows = predict(network, texts, delta=trained, tokenizer=tokenizer, **options)
+    rows = predict(network, texts, delta=trained, processor=processor, **options)
     results.show({"predictions": [asdict(row) for row in rows]}, results.predictions(rows), as_json)
 
 
@@ -208,10 +208,10 @@ def merge_command(
     if out.is_file() or (out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir())):
         raise DeltaError(f"{out} is not empty; choose another --out")
     with folder_lock_held(out):
-        trained, network, tokenizer = open_delta(delta, model)
+        trained, network, processor = open_delta(delta, model)
         merged: Any = sm.merge(network, trained, dtype=getattr(torch, dtype) if dtype else None)
         merged.save_pretrained(out)
-        tokenizer.save_pretrained(out)
+        processor.save_pretrained(out)
     report = {"class": type(merged).__name__, "out": str(out), "files": results.sizes(out)}
     results.show(report, results.listing(out), as_json)
 

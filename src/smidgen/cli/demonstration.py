@@ -70,14 +70,14 @@ def run_demo(out: str | os.PathLike[str], say: Callable[[str], None] = print) ->
         say: gets a line before each arm.
     """
     task = Task.load(DATA, limit=LIMIT)
-    model, tokenizer = load(MODEL, task=task)
+    model, processor = load(MODEL, task=task)
     arms = []
     for recipe, pooling in ARMS:
         say(f"training {recipe}, pooling {pooling} ...")
         arms.append(_arm(model, task, recipe, pooling, out if recipe == "LN()" else None))
     delta = Delta.load(out)
-    base, tokenizer = load(MODEL, delta=delta)
-    return Demonstration(arms, predict(base, SENTENCES, delta=delta, tokenizer=tokenizer))
+    base, processor = load(MODEL, delta=delta)
+    return Demonstration(arms, predict(base, SENTENCES, delta=delta, processor=processor))
 
 
 def _arm(model: PreTrainedModel, task: Task, recipe: str, pooling: str, out: str | os.PathLike[str] | None) -> Arm:

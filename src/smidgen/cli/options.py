@@ -89,7 +89,7 @@ def open_selection(source: str, network: Any) -> sm.Selection:
 
 
 def open_delta(delta: str, model: str | None, dtype: str | None = None) -> tuple[sm.Delta, Any, Any]:
-    """A delta with its base, that is where the delta says unless `model` is given, and the tokenizer."""
+    """A delta with its base, that is where the delta says unless `model` is given, and its processor."""
     trained = sm.Delta.load(delta)
     name = model or trained.base.name
     if not name:

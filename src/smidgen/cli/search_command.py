@@ -52,7 +52,7 @@ def run_search(
     """Train a recipe at several learning rates; keep the best. Stopped, the same command goes on from there."""
     wanted, seeds = sm.parse(recipe), seed or [0]
     task = open_task(data, text, label, kind, metric, limit)
-    network, tokenizer = sm.load(model, task=task, dtype=dtype_of(dtype, out), seed=seeds[0])
+    network, processor = sm.load(model, task=task, dtype=dtype_of(dtype, out), seed=seeds[0])
     settings: dict[str, Any] = {
         "epochs": epochs,
         "head_lr": head_lr,
@@ -64,7 +64,7 @@ def run_search(
     settings |= {"lr": lr or None, "seeds": seeds, "trials": trials, "jobs": jobs, "say": results.note}
     settings["progress"] = None if sys.stderr.isatty() else False  # a line per trial is enough for a file
     try:
-        found = sm.search(network, wanted, task, out=out, tokenizer=tokenizer, **settings)
+        found = sm.search(network, wanted, task, out=out, processor=processor, **settings)
     except KeyboardInterrupt:
         results.note("stopped; the same command goes on from there")
         raise typer.Exit(130) from None

@@ -1,16 +1,16 @@
-"""Which columns hold the texts and the label, what kind of task that makes, and labels turned into ids."""
+"""Columns of a split: known names of texts and labels, and what the columns of a task are."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 from datasets import ClassLabel, Dataset, Value
 
-from smidgen.common.argument_spelling import KINDS
-from smidgen.common.errors import DataError, nearest
+from smidgen.common.errors import DataError
 
 PAIRS = (
     ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"),
@@ -26,10 +26,12 @@ TARGETS = ("label", "labels", "target", "score", "category", "class", "intent", 
 
 CLASSES = 20  # so many whole numbers written as 0.0, 1.0, ... are still labels
 
+COUNTED = " (rows are counted from 0)"
+
 
 @dataclass(frozen=True)
 class Columns:
-    """What the columns of a task are: kind, text columns, label column (None for causal-lm).
+    """What the columns of a task are: kind, input columns, label column (None where there is none).
 
     `note` says how the label column was read where that could be doubted.
     """
@@ -40,38 +42,21 @@ class Columns:
     note: str = ""
 
 
-def infer(rows: Dataset, kind: str | None, text: Sequence[str] | None, label: str | None) -> Columns:
-    """Columns of a task: what is given, and the rest by known names and by the type of the label.
+class LabelType(Enum):
+    """What a label column holds."""
 
-    Raises:
-        DataError: a column or kind that does not exist; none, or more than one, that could be meant.
-    """
-    if kind is not None and kind not in KINDS:
-        raise DataError(f"unknown kind {kind!r}; there are {', '.join(KINDS)}{nearest(kind, KINDS)}")
-    there = rows.column_names
-    for name in (*(text or ()), *([label] if label else [])):
-        if name not in there:
-            raise DataError(f"no column {name!r}; the columns are {', '.join(there)}{nearest(name, there)}")
-    if kind == "causal-lm" or (kind is None and label is None and not _known(there, TARGETS)):
-        language = tuple(text) if text and kind else _language(there, bool(kind)) if not text else None
-        if language:
-            return Columns("causal-lm", _checked_language(rows, language), None)
-    label = label or _only(_known(there, TARGETS), there, "label")
-    kind, note = (kind, "") if kind else _kind_of(rows, label)
-    fitting = [n for n in there if n != label and hasattr(rows.features[n], "feature") == (kind == "tokens")]
-    if kind == "tokens" and not fitting and not text:
-        raise DataError(f"kind='tokens' needs a column of lists of words, as .jsonl and .conll files have; the columns "
-                        f"are {', '.join(there)}")  # fmt: skip
-    text = tuple(text) if text else _texts(fitting, there)
-    _check_types(rows, kind, text)
-    return Columns(kind, text, label, note)
+    NAMES = auto()
+    NUMBERS = auto()
+    TAGS = auto()
 
 
-def _known(there: Sequence[str], names: Sequence[str]) -> list[str]:
+def known_columns(there: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Those of some names that are there."""
     return [name for name in names if name in there]
 
 
-def _only(found: Sequence[Any], there: Sequence[str], what: str) -> Any:
+def only_column(found: Sequence[Any], there: Sequence[str], what: str) -> Any:
+    """The one that was found. Raises DataError if there is none, or more than one."""
     if len(found) != 1:
         names = ["+".join(one) if isinstance(one, tuple) else one for one in found]
         which = f"could be any of {', '.join(names)}" if found else "is not known by name"
@@ -79,74 +64,78 @@ def _only(found: Sequence[Any], there: Sequence[str], what: str) -> Any:
     return found[0]
 
 
-def _texts(fitting: Sequence[str], there: Sequence[str]) -> tuple[str, ...]:
+def label_column(rows: Dataset, label: str | None) -> str:
+    """The label column: what is given, or the one that is known by name."""
+    there = rows.column_names
+    found: str = label or only_column(known_columns(there, TARGETS), there, "label")
+    return found
+
+
+def find_texts(rows: Dataset, label: str | None, *, lists: bool = False) -> tuple[str, ...]:
+    """Columns of one text or two, or of lists of words, by known names. Raises DataError if that is not plain."""
+    there = rows.column_names
+    fitting = [n for n in there if n != label and hasattr(rows.features[n], "feature") == lists]
+    if lists and not fitting:
+        raise DataError(f"kind='tokens' needs a column of lists of words, as .jsonl and .conll files have; the columns "
+                        f"are {', '.join(there)}")  # fmt: skip
     pairs = [pair for pair in PAIRS if set(pair) <= set(fitting)]
     used = {name for pair in pairs for name in pair}
-    singles = [(name,) for name in _known(fitting, SINGLES) if name not in used]
-    return tuple(_only([*pairs, *singles], there, "text"))
+    singles = [(name,) for name in known_columns(fitting, SINGLES) if name not in used]
+    return tuple(only_column([*pairs, *singles], there, "text"))
 
 
-def _language(there: Sequence[str], plain: bool) -> tuple[str, ...]:
-    forms = [("prompt", "completion"), ("messages",), *([("text",)] if plain else [])]
-    found = [form for form in forms if set(form) <= set(there)]
-    return found[0] if len(found) == 1 else _only(found, there, "text") if plain else ()
+def label_type(rows: Dataset, name: str) -> tuple[LabelType, str]:
+    """What a label column's type tells that it holds, and a note where its values tell it.
 
-
-def _checked_language(rows: Dataset, text: tuple[str, ...]) -> tuple[str, ...]:
-    if text != ("messages",):
-        _check_types(rows, "causal-lm", text)
-    return text
-
-
-def _kind_of(rows: Dataset, name: str) -> tuple[str, str]:
-    """The kind that the label column's type tells, and a note where its values tell it."""
+    Raises:
+        DataError: it holds nothing, mixed types, or words among fractions.
+    """
     feature = rows.features[name]
     if isinstance(feature, ClassLabel):
-        return "classification", ""
+        return LabelType.NAMES, ""
     if isinstance(feature, Value) and feature.dtype != "null":
         if feature.dtype.startswith("float"):
-            return _kind_of_numbers(rows[name][:])
+            return _type_of_numbers(rows[name][:])
         if "string" in feature.dtype:
             _refuse_stray(rows[name][:], name)
-        return "classification", ""
+        return LabelType.NAMES, ""
     if hasattr(feature, "feature"):
-        return "tokens", ""
+        return LabelType.TAGS, ""
     what = "no values" if isinstance(feature, Value) else "mixed types" if _mixed(feature) else str(feature)
     raise DataError(f"label column {name!r} holds {what}; expected names, whole numbers, numbers or lists of tags")
 
 
-def _kind_of_numbers(values: Sequence[float | None]) -> tuple[str, str]:
+def _type_of_numbers(values: Sequence[float | None]) -> tuple[LabelType, str]:
     """Few whole numbers are labels however they are written: 0 beside an empty cell is often saved as 0.0."""
     found = {value for value in values if value is not None}
     if not found or not all(value.is_integer() for value in found):
-        return "regression", ""
+        return LabelType.NUMBERS, ""
     what = f"holds {len(found)} whole numbers written as {min(found)}"
     if len(found) > CLASSES:
-        return "regression", f"{what}, read as numbers; give kind='classification' to read labels"
-    return "classification", f"{what}, read as labels; give kind='regression' to read numbers"
+        return LabelType.NUMBERS, f"{what}, read as numbers; give kind='classification' to read labels"
+    return LabelType.NAMES, f"{what}, read as labels; give kind='regression' to read numbers"
 
 
 def _refuse_stray(values: Sequence[str | None], name: str) -> None:
     """A word among fractions would make each of these a label."""
-    words = [i for i, value in enumerate(values) if value is not None and not _reads_as_number(value)]
-    fractions = sum(value is not None and "." in value and _reads_as_number(value) for value in values)
+    words = [i for i, value in enumerate(values) if value is not None and not reads_as_number(value)]
+    fractions = sum(value is not None and "." in value and reads_as_number(value) for value in values)
     if words and 2 * fractions > len(values) and 10 * len(words) <= len(values):
         stray = f"{values[words[0]]!r} in row {words[0]}"
-        raise DataError(f"label column {name!r} holds numbers, but {stray}{_more(len(words))}; mend the row, or give "
-                        f"kind='classification'{_COUNTED}")  # fmt: skip
+        raise DataError(f"label column {name!r} holds numbers, but {stray}{and_more(len(words))}; mend the row, or "
+                        f"give kind='classification'{COUNTED}")  # fmt: skip
 
 
-def _reads_as_number(value: Any) -> bool:
+def reads_as_number(value: Any) -> bool:
+    """Whether a cell holds a finite number, or the text of one."""
     try:
         return math.isfinite(float(value))
     except (TypeError, ValueError):
         return False
 
 
-_COUNTED = " (rows are counted from 0)"
-
-
-def _more(count: int) -> str:
+def and_more(count: int) -> str:
+    """` and 3 more` beside the first of four."""
     return f" and {count - 1} more" if count > 1 else ""
 
 
@@ -154,25 +143,25 @@ def _mixed(feature: Any) -> bool:
     return type(feature).__name__ == "Json"  # what datasets makes of a column whose rows differ in type
 
 
-def _check_types(rows: Dataset, kind: str, text: tuple[str, ...]) -> None:
-    most = 1 if kind == "tokens" else 2
+def check_text_types(rows: Dataset, kind: str, text: Sequence[str], *, most: int = 2, lists: bool = False) -> None:
+    """Raises DataError unless there are one to `most` columns, of text, or of lists of words."""
     if not 1 <= len(text) <= most:
         raise DataError(f"{kind} takes {' or '.join('12'[:most])} text columns, found {len(text)}: {', '.join(text)}")
     for name in text:
         feature = rows.features[name]
-        inner = getattr(feature, "feature", None) if kind == "tokens" else feature
+        inner = getattr(feature, "feature", None) if lists else feature
         if not (isinstance(inner, Value) and "string" in inner.dtype):
             what = "mixed types" if _mixed(feature) else getattr(feature, "dtype", feature)
-            wanted = "lists of words" if kind == "tokens" else "text"
+            wanted = "lists of words" if lists else "text"
             raise DataError(f"column {name!r} holds {what}; expected {wanted}")
 
 
-def check_texts(rows: Dataset, split: str, columns: Columns) -> None:
-    """Raises DataError if a split lacks a text column, or a row of it."""
+def check_inputs(rows: Dataset, split: str, columns: Columns, what: str = "text") -> None:
+    """Raises DataError if a split lacks an input column, or a row of it."""
     for name in columns.text:
         if name not in rows.column_names:
             raise DataError(f"{split} has no column {name!r}; its columns are {', '.join(rows.column_names)}")
         values = rows[name][:]
         if None in values:
-            where = f"{split} row {values.index(None)} has no text in column {name!r}"
-            raise DataError(f"{where}{_more(values.count(None))}; fill the cell, or drop the row{_COUNTED}")
+            where = f"{split} row {values.index(None)} has no {what} in column {name!r}"
+            raise DataError(f"{where}{and_more(values.count(None))}; fill the cell, or drop the row{COUNTED}")

@@ -1,4 +1,4 @@
-"""Metrics: pure functions of (predictions, references), and which of them are usual for a kind of task.
+"""Metrics: pure functions of (predictions, references).
 
 Classification compares label ids, regression numbers, tokens lists of label names per sentence. For a causal
 language model the predictions are summed negative log-likelihoods and the references the numbers of tokens
@@ -19,20 +19,17 @@ from scipy import stats
 from seqeval.metrics import f1_score as seqeval_f1
 from sklearn import metrics as sk
 
-from smidgen.common.errors import DataError, nearest
-
 Values = Sequence[Any]
 BIO = re.compile(r"O|[BI]-.+")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: what computes it, which way is better, and the kinds of task it is for."""
+    """A metric: what computes it, and which way is better."""
 
     name: str
     function: Callable[[Values, Values], float]
-    higher_is_better: bool
-    kinds: tuple[str, ...]
+    higher_is_better: bool = True
 
 
 def accuracy(predictions: Values, references: Values) -> float:
@@ -115,64 +112,16 @@ def is_bio(labels: Sequence[str]) -> bool:
     return all(BIO.fullmatch(label) for label in labels)
 
 
-_ALL = [
-    Metric("accuracy", accuracy, True, ("classification",)),
-    Metric("f1", f1, True, ("classification",)),
-    Metric("f1_macro", f1_macro, True, ("classification",)),
-    Metric("matthews", matthews, True, ("classification",)),
-    Metric("pearson", pearson, True, ("regression",)),
-    Metric("spearman", spearman, True, ("regression",)),
-    Metric("mse", mse, False, ("regression",)),
-    Metric("entity_f1", entity_f1, True, ("tokens",)),
-    Metric("token_accuracy", token_accuracy, True, ("tokens",)),
-    Metric("perplexity", perplexity, False, ("causal-lm",)),
-    Metric("loss", loss, False, ("causal-lm",)),
-]
-METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
-USUAL: dict[str, tuple[str, ...]] = {
-    "classification": ("accuracy", "f1", "matthews"),
-    "regression": ("pearson", "spearman", "mse"),
-    "tokens": ("entity_f1", "token_accuracy"),
-    "causal-lm": ("perplexity", "loss"),
-}
+ACCURACY = Metric("accuracy", accuracy)
+F1 = Metric("f1", f1)
+F1_MACRO = Metric("f1_macro", f1_macro)
+MATTHEWS = Metric("matthews", matthews)
+PEARSON = Metric("pearson", pearson)
+SPEARMAN = Metric("spearman", spearman)
+MSE = Metric("mse", mse, higher_is_better=False)
+ENTITY_F1 = Metric("entity_f1", entity_f1)
+TOKEN_ACCURACY = Metric("token_accuracy", token_accuracy)
+PERPLEXITY = Metric("perplexity", perplexity, higher_is_better=False)
+LOSS = Metric("loss", loss, higher_is_better=False)
 
-
-def default_metric(kind: str) -> str:
-    """The metric of a kind of task unless another is chosen."""
-    return USUAL[kind][0]
-
-
-def check_metric(metric: str, kind: str, labels: Sequence[str] = ()) -> None:
-    """Raises DataError if there is no such metric, if it is for another kind, or if its labels are not BIO
-    names."""
-    fitting = [m.name for m in METRICS.values() if kind in m.kinds]
-    if metric not in fitting:
-        what = f"is not for {kind}" if metric in METRICS else "is unknown"
-        hint = nearest(metric, fitting) or f"; there are {', '.join(fitting)}"
-        raise DataError(f"metric {metric!r} {what}{hint}")
-    if metric == "entity_f1" and not is_bio(labels):
-        odd = next(label for label in labels if not BIO.fullmatch(label))
-        raise DataError(f"entity_f1 needs labels O, B-type, I-type and found {odd!r}; use metric='token_accuracy'")
-
-
-def compute_metric(
-    kind: str, metric: str, predictions: Values, references: Values, labels: Sequence[str] = ()
-) -> dict[str, float]:
-    """The chosen metric first, then the usual ones of the kind. nan means undefined (constant predictions).
-
-    With more than two `labels`, f1 is the macro average, whichever of them occur.
-
-    Raises:
-        DataError: an unknown or unfitting metric, no examples, lengths that differ.
-    """
-    check_metric(metric, kind, labels)
-    if len(predictions) != len(references) or not len(references):
-        raise DataError(f"cannot score {len(predictions)} predictions against {len(references)} references")
-    names = dict.fromkeys((metric, *USUAL[kind]))
-    if not is_bio(labels):
-        names.pop("entity_f1", None)
-    return {name: _function(name, labels)(predictions, references) for name in names}
-
-
-def _function(name: str, labels: Sequence[str]) -> Callable[[Values, Values], float]:
-    return f1_macro if name == "f1" and len(labels) > 2 else METRICS[name].function
+METRICS: dict[str, Metric] = {}  # those of all registered kinds of task

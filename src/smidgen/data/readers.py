@@ -70,11 +70,11 @@ class Raw:
     prose: bool = False
 
 
-def read_splits(source: str, kind: str | None = None) -> Raw:
+def read_splits(source: str, *, tagged: bool = False) -> Raw:
     """Read a source. A built-in name comes first, then an existing path, then a hub id.
 
     Args:
-        kind: of the task, if it is given: "tokens" reads a .txt file as words with tags in any case.
+        tagged: read a .txt file as words with tags in any case.
 
     Raises:
         DataError: there is no such source, or it cannot be read, or it is empty.
@@ -83,9 +83,9 @@ def read_splits(source: str, kind: str | None = None) -> Raw:
     if source == BBC:
         return Raw(BBC, _bbc())
     if path.is_dir():
-        return _folder(path, kind)
+        return _folder(path, tagged)
     if path.exists():
-        return _files(path.stem, {"train": [path]}, kind)
+        return _files(path.stem, {"train": [path]}, tagged)
     if source.startswith((".", "/", "~")) or path.suffix.lower() in FORMATS:
         near = nearest(path.name, _neighbours(path))
         raise DataError(f"data file not found: {source}{near}")
@@ -97,7 +97,7 @@ def _neighbours(path: Path) -> list[str]:
     return [p.name for p in there if (p.is_dir() and not path.suffix) or p.suffix.lower() in FORMATS]
 
 
-def _folder(path: Path, kind: str | None) -> Raw:
+def _folder(path: Path, tagged: bool) -> Raw:
     found: dict[str, list[Path]] = defaultdict(list)
     notes = {}
     for file in sorted(p for p in path.iterdir() if p.suffix.lower() in FORMATS):
@@ -110,7 +110,7 @@ def _folder(path: Path, kind: str | None) -> Raw:
         there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         raise DataError(f"no split files in {path}; expected train, validation, test {' '.join(FORMATS)} "
                         f"and found {there}")  # fmt: skip
-    raw = _files(path.name, {s: found[s] for s in SPLITS if s in found}, kind)
+    raw = _files(path.name, {s: found[s] for s in SPLITS if s in found}, tagged)
     return replace(raw, notes=notes | raw.notes)
 
 
@@ -129,9 +129,9 @@ def read_rows(path: Path) -> tuple[Dataset, str]:
     return part.rows, part.note
 
 
-def _files(name: str, found: dict[str, list[Path]], kind: str | None) -> Raw:
+def _files(name: str, found: dict[str, list[Path]], tagged: bool) -> Raw:
     """Files of each split as rows. Cells of .csv and .tsv get their types here, from all splits at once."""
-    parts = {split: _file(paths, kind) for split, paths in found.items()}
+    parts = {split: _file(paths, tagged) for split, paths in found.items()}
     notes = {found[split][0].name: part.note for split, part in parts.items() if part.note}
     if len({part.prose for part in parts.values()}) > 1:
         raise DataError(f"{name} mixes .txt files of running text with files of rows; keep one of the two")
@@ -150,7 +150,7 @@ class _Part:
     prose: bool = False
 
 
-def _file(paths: Sequence[Path], kind: str | None = None) -> _Part:
+def _file(paths: Sequence[Path], tagged: bool = False) -> _Part:
     """One file, or the shards of one. Nothing is left in a cache: the rows are in memory."""
     first, suffix = paths[0], paths[0].suffix.lower()
     if suffix not in FORMATS:
@@ -162,7 +162,7 @@ def _file(paths: Sequence[Path], kind: str | None = None) -> _Part:
         return _Part(_loaded(paths, "parquet"))
     texts = [decode(path) for path in paths]
     form = FORMATS[suffix]
-    if form in ("csv", "text") and ((kind == "tokens" and form == "text") or all(map(conll.is_tagged, texts))):
+    if form in ("csv", "text") and ((tagged and form == "text") or all(map(conll.is_tagged, texts))):
         form = "tagged"
     if form == "tagged":
         sentences = [conll.tagged(text, str(path)) for text, path in zip(texts, paths, strict=True)]

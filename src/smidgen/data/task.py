@@ -8,21 +8,23 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, List, Value
+from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from smidgen.common.errors import DataError, nearest
-from smidgen.data.columns import Columns, check_texts, infer
-from smidgen.data.labels import Labels, is_unlabelled, label_set, to_ids
-from smidgen.data.metrics import check_metric, default_metric
+from smidgen.data.column_inference import infer_columns
+from smidgen.data.columns import Columns
+from smidgen.data.encoded import Encoded
+from smidgen.data.kinds.base import TaskKind, kind_named
+from smidgen.data.labels import Labels, is_unlabelled
+from smidgen.data.processor import Processor
 from smidgen.data.readers import SPLITS, Raw, quiet, read_splits
+from smidgen.data.scoring import check_metric, default_metric
 from smidgen.data.splits import first, hold_out, share_of
-from smidgen.data.text.collate import Collator
-from smidgen.data.text.encoding import Encoded, encode
 
 Limit = Mapping[str, int] | int | None
 
@@ -33,13 +35,13 @@ class Task:
 
     Attributes:
         name: short name.
-        kind: "classification", "regression", "tokens" or "causal-lm".
-        text: columns of one or two texts; of lists of words for tokens; for causal-lm one of plain text, two
+        kind: name of a registered `TaskKind`: "classification", "regression", "tokens", "causal-lm", ...
+        text: input columns: of one or two texts; of lists of words for tokens; for causal-lm one of plain text, two
             of prompt and completion, or ("messages",).
-        label: the label column; None for causal-lm.
-        labels: label names in id order; () for regression and causal-lm.
+        label: the label column; None where there is none.
+        labels: label names in id order; () where labels are no names.
         metric: name of the metric that counts.
-        splits: "train", "validation", "test" as far as they exist, with the text columns and the label
+        splits: "train", "validation", "test" as far as they exist, with the input columns and the label
             column, which holds ids (classification), floats (regression) or lists of ids (tokens).
         notes: what the source had and the task has not, such as a split without labels -> why.
     """
@@ -80,7 +82,7 @@ class Task:
             DataError: the source, a column, the labels or an option is of no use; the message says which and
                 why.
         """
-        raw = read_splits(os.fspath(source), kind)
+        raw = _raw(os.fspath(source), kind, seed)
         if raw.prose:
             task = _prose(raw, kind, text, label, validation, limit)
         else:
@@ -92,8 +94,13 @@ class Task:
 
     @property
     def num_labels(self) -> int:
-        """Width of the head: the number of labels, 1 for regression, 0 for causal-lm."""
-        return 1 if self.kind == "regression" else len(self.labels)
+        """Width of the head: the number of labels, 1 for regression, 0 where the task does not tell."""
+        return self.task_kind.width(self.labels) or 0
+
+    @property
+    def task_kind(self) -> TaskKind:
+        """What is known of the task's kind."""
+        return kind_named(self.kind)
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -108,7 +115,7 @@ class Task:
         for split in sorted(self.splits):
             digest.update(f"\n{split}\n".encode())
             for row in self.splits[split]:
-                digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+                digest.update(self.task_kind.digest(row))
         return digest.hexdigest()
 
     def to_json(self) -> dict[str, Any]:
@@ -130,27 +137,42 @@ class Task:
             f"{self.name} has no {name} split; there are {', '.join(self.splits)}{nearest(name, self.splits)}"
         )
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase, split: str, *, max_length: int | None = None) -> Encoded:
-        """The split as token ids and labels. Raises DataError if there is no such split, or as `encode`
-        does."""
-        return encode(self.split(split), tokenizer, self.kind, self.text, self.label, max_length)
+    def encode(self, processor: Processor, split: str, *, max_length: int | None = None) -> Encoded:
+        """The split as a model's inputs (token ids, or what the collator reads) and labels.
+
+        Raises:
+            DataError: there is no such split, the processor is of another kind, or `max_length` leaves no room.
+        """
+        return self.task_kind.encode(self.split(split), processor, self.text, self.label, max_length)
 
     def collator(
-        self, tokenizer: PreTrainedTokenizerBase, *, multiple: int = 1, model: nn.Module | None = None
+        self, processor: Processor, *, multiple: int = 1, model: nn.Module | None = None
     ) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
-        """Makes a batch of encoded examples, padded to the longest, or to a multiple of `multiple`.
+        """Makes a batch of encoded examples; texts are padded to the longest, or to a multiple of `multiple`.
 
         Padding is on the right, whatever side the tokenizer names, and on the left for a `model` that reads the last
         place of each row (XLNet).
 
         Raises:
-            DataError: the tokenizer has no token to pad with, or the model tells padding by another one.
+            DataError: the processor is of another kind, the tokenizer has no token to pad with, or the model tells
+                padding by another one.
         """
-        return Collator.of(tokenizer, self.kind, multiple, model)
+        return self.task_kind.collator(processor, multiple, model)
 
 
 def _task(columns: Columns, labels: Sequence[str], splits: Mapping[str, Dataset], notes: Mapping[str, str]) -> Task:
     return Task("", columns.kind, columns.text, columns.label, tuple(labels), "", splits, notes)
+
+
+def _raw(source: str, kind: str | None, seed: int) -> Raw:
+    """Splits as they were read: by a kind whose own form the source has, or as files of rows or text."""
+    wanted = None if kind is None else kind_named(kind)
+    path = Path(source).expanduser()
+    for each in TaskKind.registry.values() if wanted is None else (wanted,):
+        own = each.read(path, seed) if path.exists() else None
+        if own is not None:
+            return own
+    return read_splits(source, tagged=wanted is not None and wanted.reads_tagged)
 
 
 def _rows(
@@ -162,8 +184,8 @@ def _rows(
 ) -> Task:
     seed, validation, limit = options
     main = next(iter(raw.splits.values()))
-    columns = infer(main, kind, text, label)
-    labels, notes, splits = label_set(main, columns), dict(raw.notes), {}
+    columns = infer_columns(main, kind, text, label)
+    labels, notes, splits = kind_named(columns.kind).label_set(main, columns), dict(raw.notes), {}
     if columns.note:
         notes[f"column {columns.label!r}"] = columns.note
     for split, rows in raw.splits.items():
@@ -179,28 +201,22 @@ def _rows(
 
 
 def _prepared(rows: Dataset, split: str, columns: Columns, labels: Labels) -> Dataset:
-    """Text columns as they are, the label column as ids."""
-    check_texts(rows, split, columns)
-    kept = rows.select_columns(list(columns.text))
+    """Input columns as the kind keeps them, the label column as ids."""
+    kind = kind_named(columns.kind)
+    kept = kind.inputs(rows, split, columns)
     if columns.label is None:
         return kept
-    inner = Value("float64" if columns.kind == "regression" else "int64")
-    feature = List(inner) if columns.kind == "tokens" else inner
-    ids = to_ids(rows, split, columns, labels)
+    ids = kind.label_ids(rows, split, columns, labels)
     with quiet():
-        return kept.add_column(columns.label, ids, feature=feature)
+        return kept.add_column(columns.label, ids, feature=kind.label_feature())
 
 
 def _with_validation(
     splits: Mapping[str, Dataset], columns: Columns, validation: float, seed: int
 ) -> dict[str, Dataset]:
-    train = splits["train"]
-    texts = [train[name][:] for name in columns.text]
-    keys = [
-        [value if isinstance(value, str) else json.dumps(value) for value in row] for row in zip(*texts, strict=True)
-    ]
-    strata = train[columns.label][:] if columns.kind == "classification" and columns.label else None
-    kept, held = hold_out(keys, strata, validation, seed)
+    train, kind = splits["train"], kind_named(columns.kind)
+    strata = train[columns.label][:] if kind.stratified and columns.label else None
+    kept, held = hold_out(kind.keys(train, columns), strata, validation, seed)
     cutting = {"train": train.select(kept), "validation": train.select(held)}
     return {name: {**splits, **cutting}[name] for name in SPLITS if name in splits or name in cutting}
 
@@ -215,8 +231,10 @@ def _limits(limit: Limit, splits: Mapping[str, Dataset]) -> dict[str, int]:
 
 def _prose(raw: Raw, kind: str | None, text: object, label: str | None, validation: float, limit: Limit) -> Task:
     """Running text: contiguous splits, each one record."""
-    if kind not in (None, "causal-lm") or text not in (None, "text", ("text",), ["text"]) or label:
-        raise DataError(f"{raw.name} is running text: its kind is 'causal-lm', its column 'text', and it has no label; "
+    fitting = [name for name, each in TaskKind.registry.items() if each.reads_prose]
+    if kind not in (None, *fitting) or text not in (None, "text", ("text",), ["text"]) or label:
+        names = " or ".join(map(repr, fitting))
+        raise DataError(f"{raw.name} is running text: its kind is {names}, its column 'text', and it has no label; "
                         "name a file with columns .csv or .tsv")  # fmt: skip
     splits = {split: rows["text"][:] for split, rows in raw.splits.items()}
     if validation and "train" in splits and "validation" not in splits:
@@ -225,7 +243,7 @@ def _prose(raw: Raw, kind: str | None, text: object, label: str | None, validati
     for split, most in _limits(limit, rows).items():
         splits[split] = [splits[split][i] for i in first(len(splits[split]), most, 0, shuffle=False)]
     joined = {split: Dataset.from_dict({"text": ["".join(pieces)]}) for split, pieces in splits.items()}
-    return _task(Columns("causal-lm", ("text",), None), (), joined, raw.notes)
+    return _task(Columns(kind or fitting[0], ("text",), None), (), joined, raw.notes)
 
 
 def _contiguous(splits: Mapping[str, list[str]], validation: float) -> dict[str, list[str]]:

@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from smidgen.common.errors import DataError, PlanError
 from smidgen.common.wrappers import bare
+from smidgen.data.processor import Processor, given_processor
 from smidgen.data.task import Task
 from smidgen.delta.delta import Delta
 from smidgen.importance.evaluation_point import at_point, check_still, length_of
 from smidgen.importance.likelihood import Likelihood
 from smidgen.importance.per_example_squares import frozen, gradients, squared_gradients, tensors_of
 from smidgen.importance.sample import Sample
-from smidgen.inference.tokenizer import tokenizer_of
+from smidgen.inference.processors import processor_of
 from smidgen.recipe.recipe import Recipe, Term
 
 CHUNK_BYTES = 32 * 2**20
@@ -41,7 +41,8 @@ def fisher(
     model: nn.Module, task: Task, recipe: str | Term | Recipe | None = None, delta: Delta | None = None,
     examples: int = 1024, kind: str = "empirical", *, split: str = "train", seed: int = 0, samples: int = 1,
     sigma: float = 1.0, batch_size: int = 32, max_length: int | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None, pooling: str | None = None, chunk_bytes: int = CHUNK_BYTES,
+    processor: Processor | None = None, tokenizer: Processor | None = None, pooling: str | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> Measured:  # fmt: skip
     """Diagonal Fisher information: the mean over examples of the squared gradient of an example's log-probability.
 
@@ -57,6 +58,7 @@ def fisher(
         samples: draws per example of kind "true".
         sigma: standard deviation of a regression's label around the model's output.
         batch_size: examples at a time; the result does not depend on it.
+        processor: makes the model's inputs, by default the one of its name; `tokenizer` is another name of it.
         pooling: as in `attach`.
         chunk_bytes: most bytes for per-example gradients of a matrix.
 
@@ -71,9 +73,9 @@ def fisher(
     options |= {"split": split, "batch_size": batch_size, "max_length": length_of(delta, task, max_length)}
     model = bare(model)
     check_still(model)
-    tokenizer = tokenizer or tokenizer_of(model)
+    processor = given_processor(processor, tokenizer) or processor_of(model, task.task_kind)
     with at_point(model, recipe, delta, pooling, seed) as placed:
-        return attached_fisher(placed, task, examples, kind, tokenizer=tokenizer, **options)
+        return attached_fisher(placed, task, examples, kind, processor=processor, **options)
 
 
 def attached_fisher(
@@ -88,20 +90,22 @@ def attached_fisher(
     sigma: float = 1.0,
     batch_size: int = 32,
     max_length: int | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    processor: Processor | None = None,
+    tokenizer: Processor | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Measured:
     """`fisher` of what is attached to a model now, where it stands now.
 
     Args:
         data: a task, or a `Sample`, such as `Sample.of_batch(tensors, kind)`, which takes the place of `examples`,
-            `split`, `max_length` and `tokenizer`.
+            `split`, `max_length` and `processor`.
 
     Raises:
         DataError, AttachError: as `fisher` does.
     """
     model, likelihood = bare(model), Likelihood(data.kind, kind, samples, sigma, seed)
-    sample = _sample(model, data, examples, split, seed, max_length, tokenizer)
+    processor = given_processor(processor, tokenizer)
+    sample = _sample(model, data, examples, split, seed, max_length, processor)
     _check_options(model, batch_size, chunk_bytes)
     totals, looped = squared_gradients(model, sample, likelihood, batch_size, chunk_bytes)
     return Measured(totals, sample, kind, looped)
@@ -119,7 +123,8 @@ def mean_gradients(
     sigma: float = 1.0,
     batch_size: int = 32,
     max_length: int | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    processor: Processor | None = None,
+    tokenizer: Processor | None = None,
     pooling: str | None = None,
 ) -> Measured:
     """Mean gradient of the labels' log-probability, with its sign, over the examples that `fisher` takes.
@@ -132,10 +137,10 @@ def mean_gradients(
     """
     model = bare(model)
     check_still(model)
-    tokenizer = tokenizer or tokenizer_of(model)
+    processor = given_processor(processor, tokenizer) or processor_of(model, task.task_kind)
     with at_point(model, recipe, delta, pooling, seed) as placed:
         limit = length_of(delta, task, max_length)
-        sample = _sample(placed, task, examples, split, seed, limit, tokenizer)
+        sample = _sample(placed, task, examples, split, seed, limit, processor)
         return attached_mean_gradients(placed, sample, sigma=sigma, batch_size=batch_size)
 
 
@@ -161,8 +166,10 @@ def attached_mean_gradients(model: nn.Module, sample: Sample, *, sigma: float = 
 def _sample(model: nn.Module, data: Task | Sample, examples: int, split: str, *rest: Any) -> Sample:
     if isinstance(data, Sample):
         return data
-    seed, max_length, tokenizer = rest
-    return Sample.of_task(data, tokenizer or tokenizer_of(model), split, examples, seed, max_length, model)
+    seed, max_length, processor = rest
+    return Sample.of_task(
+        data, processor or processor_of(model, data.task_kind), split, examples, seed, max_length, model
+    )
 
 
 def _check_options(model: nn.Module, batch_size: int, chunk_bytes: int) -> None:

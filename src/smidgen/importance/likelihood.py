@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from smidgen.common.errors import DataError, nearest
-from smidgen.data.labels import IGNORED
+from smidgen.data.kinds.base import kind_named
+from smidgen.data.labels import IGNORED, LabelPlace
 
 KINDS = ("empirical", "true", "expected")
 
@@ -24,7 +25,7 @@ class Likelihood:
     """The log-probability of a whole example under a model, and whose labels it takes.
 
     Attributes:
-        task: "classification", "regression", "tokens" or "causal-lm".
+        task: name of the task's kind: "classification", "regression", "tokens", "causal-lm", ...
         kind: "empirical", "true" or "expected".
         samples: draws per example of kind "true".
         sigma: standard deviation of a regression's label around the model's output, in units of the label.
@@ -44,8 +45,11 @@ class Likelihood:
         if self.kind not in KINDS:
             hint = nearest(str(self.kind), KINDS)
             raise DataError(f"kind={self.kind!r} is not one of {', '.join(KINDS)}{hint}")
-        if self.kind == "expected" and self.task in ("tokens", "causal-lm"):
-            many = "label sequences" if self.task == "tokens" else "a vocabulary's continuations"
+        about = kind_named(self.task)
+        if about.improbable is not None:
+            raise DataError(f"Fisher information needs the probability of an example's labels, and {about.improbable}")
+        if self.kind == "expected" and about.uncountable is not None:
+            many = about.uncountable
             raise DataError(f"kind='expected' would sum over all {many} of a {self.task} task; use kind='true'")
         if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
             raise DataError(f"samples={self.samples!r} must be a whole number of at least 1")
@@ -56,14 +60,16 @@ class Likelihood:
         """Tensors (B,) whose squared gradients, example by example, add up to the Fisher information.
 
         Args:
-            logits: (B, C), (B, T, C) for tokens and causal-lm, (B, 1) for regression.
+            logits: (B, C), (B, T, C) where labels stand at positions, (B, 1) for numbers.
             labels: (B,) or (B, T), -100 where there is none.
             numbers: number of each example, which seeds its draws.
         """
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        if self.task == "regression":
+        about = kind_named(self.task)
+        if about.normal:
             return self._normal(logits.squeeze(-1), labels.to(logits.dtype), numbers)
-        logp, labels = _aligned(self.task, logits, labels)
+        logits, labels = about.aligned(logits, labels)
+        logp = logits.log_softmax(-1)
         kept = labels != IGNORED
         if self.kind == "expected":
             weights = logp.detach().exp().sqrt()  # squared they are the probabilities
@@ -99,15 +105,6 @@ class Likelihood:
         return np.random.RandomState([self.seed % 2**32, number])
 
 
-def _aligned(task: str, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (B, N, C) and the labels (B, N) that they are of."""
-    if task == "classification":
-        logits, labels = logits[:, None], labels[:, None]
-    elif task == "causal-lm":
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    return logits.log_softmax(-1), labels
-
-
 def _picked(logp: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
     """Sum over positions of the labels' log-probabilities. logp: (B, N, C) -> (B,)."""
     found = logp.gather(-1, (labels * kept)[..., None]).squeeze(-1)
@@ -116,16 +113,16 @@ def _picked(logp: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
 
 def check_fit(task: str, logits: Tensor, labels: Tensor, names: Sequence[str], wanted: int | None = None) -> None:
     """Raise DataError unless the labels fit the head. names: of the examples; wanted: the task's number of labels."""
-    width = logits.shape[-1]
-    if wanted is not None and task != "causal-lm" and width != wanted:
+    width, about = logits.shape[-1], kind_named(task)
+    if wanted is not None and width != wanted:
         raise DataError(
             f"the model's head gives {width} values, the task has {wanted} label{'s' * (wanted != 1)}; load the model "
             "with smidgen.load(name, task=task)"
         )
-    ndim = 3 if task in ("tokens", "causal-lm") else 2
-    if logits.ndim != ndim or (task == "regression" and width != 1):
+    ndim = 2 if about.labels_at is LabelPlace.EXAMPLE else 3
+    if logits.ndim != ndim or (about.normal and width != 1):
         raise DataError(f"a {task} task does not fit logits of shape {tuple(logits.shape)}; is it the right class?")
-    if task == "regression":
+    if about.normal:
         return
     if labels.shape != logits.shape[:-1]:
         raise DataError(f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}")

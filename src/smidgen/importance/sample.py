@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from smidgen.common.errors import DataError
+from smidgen.data.kinds.base import TaskKind, kind_named
+from smidgen.data.processor import Processor
 from smidgen.data.splits import first
 from smidgen.data.task import Task
-from smidgen.data.text.encoding import encode
 
 Batch = dict[str, Tensor]
 
@@ -23,7 +23,7 @@ class Sample:
     """Examples with labels, and how they make a batch.
 
     Attributes:
-        kind: of the task: "classification", "regression", "tokens" or "causal-lm".
+        kind: name of the task's kind: "classification", "regression", "tokens", "causal-lm", ...
         examples: one dict each.
         collate: examples -> a batch of tensors, "labels" among them.
         numbers: number of each example in its split.
@@ -42,7 +42,7 @@ class Sample:
     def of_task(
         cls,
         task: Task,
-        tokenizer: PreTrainedTokenizerBase,
+        processor: Processor,
         split: str = "train",
         examples: int = 1024,
         seed: int = 0,
@@ -57,16 +57,16 @@ class Sample:
         if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
             raise DataError(f"examples={examples!r} must be a whole number of at least 1")
         rows = task.split(split)
-        options = (tokenizer, task.kind, task.text, task.label, max_length)
-        if task.kind == "causal-lm":  # a row makes many examples, or none
-            encoded = encode(rows, *options)
+        kind = task.task_kind
+        if kind.many_per_row:
+            encoded = kind.encode(rows, processor, task.text, task.label, max_length)
             numbers = first(len(encoded), examples, seed)
             chosen: Sequence[Any] = [encoded[i] for i in numbers]
         else:
             numbers = first(len(rows), examples, seed)
-            chosen = encode(rows.select(numbers), *options)
-        width = None if task.kind == "causal-lm" else task.num_labels
-        return cls(task.kind, chosen, task.collator(tokenizer, model=model), numbers, split, width)
+            chosen = kind.encode(rows.select(numbers), processor, task.text, task.label, max_length)
+        collate = task.collator(processor, model=model)
+        return cls(task.kind, chosen, collate, numbers, split, kind.width(task.labels))
 
     @classmethod
     def of_batch(cls, batch: Mapping[str, Tensor], kind: str) -> Sample:
@@ -80,14 +80,21 @@ class Sample:
 
     def batches(self, size: int) -> Iterator[list[int]]:
         """Places of the examples of each batch; short ones first, so that little is padded."""
-        lengths = [len(example.get("input_ids", ())) for example in self.examples]
-        order = sorted(range(len(self)), key=lambda i: lengths[i])
+        order = sorted(range(len(self)), key=lambda i: self.task_kind.length(self.examples[i]))
         yield from (order[i : i + size] for i in range(0, len(order), size))
 
     def batch(self, places: Sequence[int], device: torch.device) -> tuple[Batch, Tensor]:
         """The model's inputs, and the labels, on a device."""
         batch = {k: v.to(device) for k, v in self.collate([self.examples[i] for i in places]).items()}
-        return batch, batch.pop("labels")
+        inputs, labels = self.task_kind.parted(batch)
+        if labels is None:
+            raise DataError(f"the examples of {self.split} have no labels to take a score over")
+        return inputs, labels
+
+    @property
+    def task_kind(self) -> TaskKind:
+        """What is known of the task's kind."""
+        return kind_named(self.kind)
 
     def name(self, place: int) -> str:
         """The example in words."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from smidgen.common.errors import AttachError, DataError, RecipeError
 from smidgen.common.wrappers import bare
+from smidgen.data.processor import Processor, given_processor
 from smidgen.data.task import Task
 from smidgen.delta.attaching import attached
 from smidgen.delta.compatibility import head_held
@@ -21,7 +21,7 @@ from smidgen.importance.evaluation_point import check_still
 from smidgen.importance.fisher_information import attached_fisher, attached_mean_gradients
 from smidgen.importance.sample import Sample
 from smidgen.importance.warmup import Course, take
-from smidgen.inference.tokenizer import tokenizer_of
+from smidgen.inference.processors import processor_of
 from smidgen.methods.base import renewed
 from smidgen.planning.plans import Plan
 from smidgen.planning.resolution import resolve
@@ -41,7 +41,7 @@ class Means:
     """What scoring needs beside the model: the data and how to read it, and the rates of a warm-up."""
 
     task: Task | None
-    tokenizer: PreTrainedTokenizerBase | None
+    processor: Processor | None
     seed: int
     batch_size: int
     max_length: int | None
@@ -58,7 +58,8 @@ def select(
     scores: Scores | None = None,
     seed: int = 0,
     pooling: str | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    processor: Processor | None = None,
+    tokenizer: Processor | None = None,
     batch_size: int = 32,
     max_length: int | None = None,
     lr: float | None = None,
@@ -71,6 +72,7 @@ def select(
         task: its train split is what scores are computed from; "magnitude" and "random" need none.
         scores: saved name -> score of each value, instead of computing them (see `score`).
         seed: of tensors that start at random, as in `attach`.
+        processor: makes the model's inputs, by default the one of its name; `tokenizer` is another name of it.
         batch_size, max_length, lr, head_lr, objective: as in `fit`; the last three are of a warm-up.
 
     Raises:
@@ -80,7 +82,7 @@ def select(
         PlanError: a budget larger than what there is, or units that the model does not have.
     """
     model, recipe = bare(model), as_recipe(recipe)
-    means = Means(task, tokenizer, seed, batch_size, max_length, lr, head_lr, objective)
+    means = Means(task, given_processor(processor, tokenizer), seed, batch_size, max_length, lr, head_lr, objective)
     _check(model, recipe)
     plan = resolve(model, recipe, pooling)
     indices: dict[str, Tensor] = {}
@@ -102,7 +104,8 @@ def score(
     """
     model, recipe = bare(model), as_recipe(recipe)
     _check(model, recipe)
-    own: dict[str, Any] = {"tokenizer": None, "seed": 0, "batch_size": 32, "max_length": None}
+    means["processor"] = given_processor(means.get("processor"), means.pop("tokenizer", None))
+    own: dict[str, Any] = {"seed": 0, "batch_size": 32, "max_length": None}
     own |= {"lr": None, "head_lr": None, "objective": None} | means
     plan = resolve(model, recipe, pooling)
     found: dict[str, Tensor] = {}
@@ -143,8 +146,7 @@ def _score(model: nn.Module, plan: Plan, span: Narrowing, means: Means) -> dict[
     if means.task is None:
         raise DataError(f"{by} needs data to choose by: give task=; 'magnitude' and 'random' need none")
     check_still(model)
-    tokenizer = means.tokenizer or tokenizer_of(model)
-    means = replace(means, tokenizer=tokenizer)
+    means = replace(means, processor=means.processor or processor_of(model, means.task.task_kind))
     if by.score == SCOUT:
         return _scouted(model, plan, span, by, means)
     with attached(model, plan.recipe.whole, pooling=plan.pooling, seed=means.seed):
@@ -173,23 +175,23 @@ def _scouted(model: nn.Module, plan: Plan, span: Narrowing, by: Select, means: M
 def _course(model: nn.Module, by: Select, means: Means) -> tuple[Scores, Scores]:
     """|change| and movement of what is attached over a warm-up."""
     assert means.task is not None
-    assert means.tokenizer is not None
+    assert means.processor is not None
     sizes: dict[str, Any] = {"batch_size": means.batch_size, "max_length": means.max_length}
     course = Course(by.warmup, by.seed, lr=means.lr, head_lr=means.head_lr, objective=means.objective, **sizes)
-    return take(model, means.task, course, means.tokenizer)
+    return take(model, means.task, course, means.processor)
 
 
 def _from_data(model: nn.Module, by: Select, means: Means) -> Scores:
     """Scores of what is attached; a warm-up leaves its mark on the masters, which are dropped afterwards."""
     assert means.task is not None
-    assert means.tokenizer is not None
+    assert means.processor is not None
     change: Scores = {}
     movement: Scores = {}
     if by.warmup:
         change, movement = _course(model, by, means)
     if by.score in ("change", "movement"):
         return change if by.score == "change" else movement
-    sample = Sample.of_task(means.task, means.tokenizer, "train", by.examples, by.seed, means.max_length, model)
+    sample = Sample.of_task(means.task, means.processor, "train", by.examples, by.seed, means.max_length, model)
     if by.score == "gradient":
         gradients = attached_mean_gradients(model, sample, batch_size=means.batch_size)
         return {name: gradient.abs() for name, gradient in gradients.items()}

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from smidgen.common.errors import TrainError
 from smidgen.data.batching import ShuffledBatches
+from smidgen.data.kinds.base import TaskKind
+from smidgen.data.processor import Processor
 from smidgen.data.task import Task
 from smidgen.delta.attaching import disabled
 from smidgen.planning.frozen_modules import frozen_prefix
@@ -40,7 +41,7 @@ class Course:
 
 
 def take(
-    model: nn.Module, task: Task, course: Course, tokenizer: PreTrainedTokenizerBase
+    model: nn.Module, task: Task, course: Course, processor: Processor
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Train what is attached in place; the mode is left as it came.
 
@@ -60,7 +61,7 @@ def take(
         model.train()
         for module in frozen_prefix(model, attachment(model).plan):
             module.eval()
-        _steps(model, task, course, tokenizer, moved)
+        _steps(model, task, course, processor, moved)
     for module, training in mode.items():
         module.training = training
     return {name: (p.detach() - start[name]).abs() for name, p in trained.items()}, moved
@@ -70,17 +71,17 @@ def _steps(
     model: nn.Module,
     task: Task,
     course: Course,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor,
     moved: dict[str, Tensor],
 ) -> None:
     trained, adam = trained_parameters(model), optimizer(model, course.lr, course.head_lr)
     rates = [group["lr"] for group in adam.param_groups]
-    batches, objective = _batches(model, task, course, tokenizer), (course.objective or TaskLoss()).on(task.kind)
+    batches, objective = _batches(model, task, course, processor), (course.objective or TaskLoss()).on(task.kind)
     for step in range(course.steps):
         for group, rate in zip(adam.param_groups, rates, strict=True):
             group["lr"] = rate * min(1.0, (step + 1) / max(1, course.steps // 10))
         batch = {k: v.to(next(model.parameters()).device) for k, v in next(batches).items()}
-        loss = _loss(model, batch, objective)
+        loss = _loss(model, task.task_kind, batch, objective)
         if not torch.isfinite(loss):
             raise TrainError(
                 f"the loss is {float(loss.detach())} at step {step} of the warm-up for Select; try a lower lr"
@@ -94,17 +95,17 @@ def _steps(
         adam.zero_grad(set_to_none=True)
 
 
-def _loss(model: nn.Module, batch: dict[str, Tensor], objective: Objective) -> Tensor:
+def _loss(model: nn.Module, kind: TaskKind, batch: dict[str, Tensor], objective: Objective) -> Tensor:
     reference = None
     if objective.needs_reference:
         with disabled(model), torch.no_grad():
-            reference = model(**batch)
-    return penalised(objective(model(**batch), batch, reference), model)
+            reference = kind.forward(model, batch)
+    return penalised(objective(kind.forward(model, batch), batch, reference), model)
 
 
-def _batches(model: nn.Module, task: Task, course: Course, tokenizer: PreTrainedTokenizerBase) -> Any:
-    rows = task.encode(tokenizer, "train", max_length=course.max_length)
-    collate = task.collator(tokenizer, model=model)
+def _batches(model: nn.Module, task: Task, course: Course, processor: Processor) -> Any:
+    rows = task.encode(processor, "train", max_length=course.max_length)
+    collate = task.collator(processor, model=model)
     for epoch in count():
         for places in ShuffledBatches(len(rows), course.batch_size, course.seed, epoch):
             yield collate([rows[i] for i in places])

@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from smidgen.common.errors import DataError
-from smidgen.data.metrics import METRICS, compute_metric
+from smidgen.data.metrics import METRICS
+from smidgen.data.processor import Processor, given_processor
+from smidgen.data.scoring import compute_metric
 from smidgen.data.task import Task
 from smidgen.delta.attaching import attached
 from smidgen.delta.delta import Delta
 from smidgen.inference.forward_pass import run_examples
-from smidgen.inference.tokenizer import tokenizer_of
+from smidgen.inference.processors import processor_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Scores:
     Attributes:
         metric: name of the task's own metric.
         values: metric name -> number.
-        predictions, references: per example: label id, float, label names per token, or (nll, tokens).
+        predictions, references: per example, as its kind of task has them: label id, float, label names per token,
+            nll and tokens.
         truncated: examples longer than the model takes.
     """
 
@@ -53,11 +55,15 @@ def evaluate(
     *,
     delta: Delta | None = None,
     split: str = "test",
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    processor: Processor | None = None,
+    tokenizer: Processor | None = None,
     batch_size: int = 64,
     max_length: int | None = None,
 ) -> Scores:
     """Metrics of a model, with a delta attached for the time, on a split of a task.
+
+    Args:
+        processor: makes the model's inputs, by default the one of its name; `tokenizer` is another name of it.
 
     Raises:
         DataError: the task lacks the split, or its labels, or has other labels than the delta.
@@ -69,12 +75,12 @@ def evaluate(
             f"the data has the labels {', '.join(task.labels) or 'none'}; "
             f"the delta was trained on {', '.join(delta.labels)}"
         )
-    tokenizer = tokenizer or tokenizer_of(model)
+    processor = given_processor(processor, tokenizer) or processor_of(model, task.task_kind)
     if max_length is None and delta is not None:
         max_length = delta.info.get("settings", {}).get("max_length")
-    encoded = task.encode(tokenizer, split, max_length=max_length)
+    encoded = task.encode(processor, split, max_length=max_length)
     with attached(model, delta) if delta is not None else nullcontext():
-        outputs = run_examples(model, encoded, task, tokenizer, batch_size)
+        outputs = run_examples(model, encoded, task, processor, batch_size)
     return compute_scores(task, outputs, encoded.truncated)
 
 

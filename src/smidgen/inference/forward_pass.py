@@ -7,21 +7,22 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
+from smidgen.data.encoded import Encoded
+from smidgen.data.kinds.base import Collate, TaskKind
+from smidgen.data.processor import Processor
 from smidgen.data.task import Task
-from smidgen.data.text.encoding import Encoded
 
 Around = Callable[[Sequence[int], Mapping[str, Tensor]], AbstractContextManager[None]]
+Take = Callable[[Sequence[int], Any, Tensor | None], None]
 
 
 def run_examples(
     model: nn.Module,
     encoded: Encoded | Sequence[dict[str, Any]],
     task: Task,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor,
     batch_size: int = 64,
     around: Around | None = None,
 ) -> list[tuple[Any, Any]]:
@@ -31,67 +32,42 @@ def run_examples(
     """
     results: list[Any] = [None] * len(encoded)
 
-    def take(rows: Sequence[int], logits: Tensor, labels: Tensor | None) -> None:
-        for row, pair in zip(rows, _pairs(task, logits, labels), strict=True):
+    def take(rows: Sequence[int], outputs: Any, labels: Tensor | None) -> None:
+        for row, pair in zip(rows, task.task_kind.pairs(outputs, labels, task.labels), strict=True):
             results[row] = pair
 
-    forwards(model, encoded, task.collator(tokenizer, model=model), batch_size, take, around)
+    forwards(model, encoded, task.task_kind, task.collator(processor, model=model), batch_size, take, around)
     return results
 
 
 def forwards(
     model: nn.Module,
     encoded: Encoded | Sequence[dict[str, Any]],
-    collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
+    kind: TaskKind,
+    collate: Collate,
     batch_size: int,
-    take: Callable[[Sequence[int], Tensor, Tensor | None], None],
+    take: Take,
     around: Around | None = None,
 ) -> None:
-    """Run a model over encoded texts, by length, in eval mode without gradients; modes are restored, after errors too.
+    """Run a model over examples, by length, in eval mode without gradients; modes are restored, after errors too.
 
     Args:
-        take: is given the numbers of each batch's rows, its logits in float32, and its labels.
+        take: is given the numbers of each batch's rows, its outputs with `logits` in float32, and its labels.
     """
     training = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
+    order = sorted(range(len(encoded)), key=lambda i: kind.length(encoded[i]))
     model.eval()
     try:
         with torch.inference_mode():
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 batch = {k: v.to(device) for k, v in collate([encoded[i] for i in rows]).items()}
-                labels = batch.pop("labels", None)
-                with around(rows, batch) if around else nullcontext():
-                    logits = model(**batch).logits.float()
-                take(rows, logits, labels)
+                inputs, labels = kind.parted(batch)
+                with around(rows, inputs) if around else nullcontext():
+                    outputs = kind.forward(model, inputs)
+                outputs.logits = outputs.logits.float()
+                take(rows, outputs, labels)
     finally:
         for module, mode in training.items():
             module.training = mode
-
-
-def _pairs(task: Task, logits: Tensor, labels: Tensor | None) -> list[tuple[Any, Any]]:
-    if labels is None:
-        return [(p, None) for p in _predictions(task, logits)]
-    if task.kind == "causal-lm":
-        return _language(logits, labels)
-    if task.kind == "tokens":
-        return [_tokens(task, row, label) for row, label in zip(logits.argmax(-1), labels, strict=True)]
-    return list(zip(_predictions(task, logits), labels.tolist(), strict=True))
-
-
-def _predictions(task: Task, logits: Tensor) -> list[Any]:
-    return (logits.squeeze(-1) if task.kind == "regression" else logits.argmax(-1)).tolist()
-
-
-def _tokens(task: Task, predicted: Tensor, labels: Tensor) -> tuple[list[str], list[str]]:
-    kept = labels != -100
-    names = task.labels
-    return [names[i] for i in predicted[kept].tolist()], [names[i] for i in labels[kept].tolist()]
-
-
-def _language(logits: Tensor, labels: Tensor) -> list[tuple[Any, Any]]:
-    """Per example: summed negative log-likelihood and number of predicted tokens. logits: (B, T, V)."""
-    shifted, targets = logits[:, :-1], labels[:, 1:]
-    nll = F.cross_entropy(shifted.transpose(1, 2), targets, ignore_index=-100, reduction="none").sum(1)
-    return list(zip(nll.tolist(), (targets != -100).sum(1).tolist(), strict=True))

@@ -7,23 +7,17 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel
 
 from smidgen.common.errors import ModelError
+from smidgen.data.kinds.base import TaskKind, kind_named
+from smidgen.data.processor import Processor
 from smidgen.data.task import Task
 from smidgen.delta.delta import Delta
 from smidgen.inference.builtin_models import _guarded, _locate
 from smidgen.inference.fastest_dtype import fastest
-from smidgen.inference.tokenizer import load_tokenizer
+from smidgen.inference.processors import load_processor
 from smidgen.sites.new_tensors import note_new
-
-CLASSES = {
-    "classification": "AutoModelForSequenceClassification",
-    "regression": "AutoModelForSequenceClassification",
-    "tokens": "AutoModelForTokenClassification",
-    "causal-lm": "AutoModelForCausalLM",
-}
-
 
 DTYPES = {
     "float32": torch.float32,
@@ -41,8 +35,10 @@ def load(
     dtype: str | torch.dtype = torch.float32,
     seed: int = 0,
     revision: str | None = None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer; a new head is drawn from `seed`, the global generator is left alone.
+) -> tuple[PreTrainedModel, Processor]:
+    """Load a model and its tokenizer, or other processor.
+
+    A new head is drawn from `seed`, the global generator is left alone.
 
     Args:
         name: built-in name ("minilm", "smollm2"), folder, or hub id.
@@ -63,34 +59,33 @@ def load(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _guarded(str(name), lambda: _model(folder, kind, labels, name_of_class, options))
-    tokenizer = load_tokenizer(name)
-    if model.config.get_text_config().pad_token_id is None:
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    processor = load_processor(name, kind)
+    text: Any = model.config.get_text_config()
+    if getattr(text, "pad_token_id", None) is None and hasattr(processor, "pad_token_id"):
+        text.pad_token_id = processor.pad_token_id
     model.config._name_or_path = os.fspath(name)
-    return model.eval(), tokenizer
+    return model.eval(), processor
 
 
-def _shape(task: Task | None, delta: Delta | None) -> tuple[str | None, tuple[str, ...]]:
+def _shape(task: Task | None, delta: Delta | None) -> tuple[TaskKind | None, tuple[str, ...]]:
     if task is not None:
-        return task.kind, tuple(task.labels)
+        return task.task_kind, tuple(task.labels)
     if delta is not None:
-        return delta.info.get("task", {}).get("kind"), delta.labels
+        name = delta.info.get("task", {}).get("kind")
+        return None if name is None else kind_named(name), delta.labels
     return None, ()
 
 
 def _model(
-    folder: str, kind: str | None, labels: tuple[str, ...], named: str | None, options: dict[str, Any]
+    folder: str, kind: TaskKind | None, labels: tuple[str, ...], named: str | None, options: dict[str, Any]
 ) -> PreTrainedModel:
     """By the task's kind, else by a class's name, else as the checkpoint declares."""
-    options = dict(options)
-    if labels and kind in ("classification", "tokens", None):
-        options["id2label"] = dict(enumerate(labels))
-        options["label2id"] = {label: i for i, label in enumerate(labels)}
-        if kind == "classification":
-            options["problem_type"] = "single_label_classification"
-    elif kind == "regression":
-        options |= {"num_labels": 1, "problem_type": "regression"}
-    known = getattr(transformers, CLASSES[kind] if kind else named or "", None)
+    if kind is not None:
+        options = {**options, **kind.head_options(labels)}
+    elif labels:
+        names = dict(enumerate(labels))
+        options = {**options, "id2label": names, "label2id": {label: i for i, label in names.items()}}
+    known = getattr(transformers, kind.model_class if kind else named or "", None)
     cls = known or _declared(folder, options)
     model, info = cls.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}

@@ -1,4 +1,4 @@
-"""predict: what a model with a delta says about new texts."""
+"""predict: what a model with a delta says about new inputs."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from smidgen.common.errors import DataError
 from smidgen.common.wrappers import bare
 from smidgen.data.conll import is_tagged
-from smidgen.data.labels import IGNORED
+from smidgen.data.kinds.base import Question, Run, TaskKind, kind_named
+from smidgen.data.processor import Processor, given_processor
 from smidgen.data.readers import FORMATS, decode, read_rows
-from smidgen.data.text.collate import Collator
-from smidgen.data.text.encoding import encode
 from smidgen.delta.attaching import attached
 from smidgen.delta.delta import Delta
 from smidgen.inference.forward_pass import forwards
+from smidgen.inference.processors import processor_of
 
 Text = str | list[Any]  # a list of words (tokens), or of messages
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says about one text.
+    """What a model says about one input.
 
     Attributes:
+        text: the input; of an image or a sound, its name.
         answer: label name, number, labels of the words, or the continuation.
+        pair: the second text, for tasks of two.
         probabilities: label -> probability, for classification.
     """
 
@@ -49,44 +50,55 @@ class Prediction:
 
 def predict(
     model: PreTrainedModel,
-    texts: Sequence[Text],
+    texts: Sequence[Any],
     *,
     delta: Delta,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor | None = None,
+    tokenizer: Processor | None = None,
     pairs: Sequence[Text] | None = None,
     batch_size: int = 64,
     max_new_tokens: int = 64,
 ) -> list[Prediction]:
-    """What a delta's model says about new texts: labels, numbers, or continuations of a causal LM.
+    """What a delta's model says about new inputs: labels, numbers, or continuations of a causal LM.
 
     Args:
         texts: strings; for tokens also lists of words, else parted by white space; for chats also lists of messages.
+        processor: makes the model's inputs, by default the one of its name; `tokenizer` is another name of it.
         pairs: the second text of each, for tasks of two texts.
 
     Raises:
         DataError: no texts, or the task takes two texts and got one, or the other way round.
     """
-    model = bare(model)
-    _check(texts, pairs, len(_columns(delta)))
-    answer = {"causal-lm": _continue, "tokens": _tag}.get(_kind(delta), _classify)
+    model, kind, columns = bare(model), _kind(delta), _columns(delta)
+    processor = given_processor(processor, tokenizer) or processor_of(model, kind)
+    _check(texts, pairs, len(kind.asked(columns)))
+    seconds = None if pairs is None else list(pairs)
+    run = _running(model, processor, delta, kind, batch_size)
+    question = Question(list(texts), seconds, columns, delta.labels, run, model, processor, max_new_tokens)
     with attached(model, delta):
-        return answer(model, tokenizer, delta, list(texts), pairs, (batch_size, max_new_tokens))
+        answers = kind.answers(question)
+    shown: list[Any] = [None] * len(answers) if seconds is None else seconds
+    each = zip(answers, shown, strict=True)
+    return [Prediction(answer.text, answer.answer, pair, answer.probabilities) for answer, pair in each]
 
 
-def read_texts(path: Path, delta: Delta) -> tuple[list[Text], list[Text] | None]:
-    """Texts of a file, and their pairs if the task has two.
+def read_texts(path: Path, delta: Delta) -> tuple[list[Any], list[Any] | None]:
+    """Inputs of a file, and their pairs if the task has two.
 
-    From rows (.csv .tsv .json .jsonl .parquet) come the task's text columns, from words with tags (.conll and the like,
-    also named .txt) the words; of any other file each line is a text, blank ones apart.
+    From rows (.csv .tsv .json .jsonl .parquet) come the task's input columns, from words with tags (.conll and the
+    like, also named .txt) the words; of any other file each line is a text, blank ones apart.
 
     Raises:
         DataError: the file cannot be read or has not got the columns, or a row has no text.
     """
-    kind, columns = _kind(delta), _columns(delta)
+    kind = _kind(delta)
+    columns, own = kind.asked(_columns(delta)), kind.read_inputs(path)
+    if own is not None:
+        return own, None
     suffix = path.suffix.lower()
     if FORMATS.get(suffix, "text") == "text":
         text = decode(path)
-        if not (kind == "tokens" and is_tagged(text)):
+        if not (kind.reads_tagged and is_tagged(text)):
             # Not str.splitlines, which would also part a text at a form feed or at U+2028.
             lines = [line.strip("\r") for line in text.split("\n")]
             return [line for line in lines if line.strip()], None
@@ -97,8 +109,7 @@ def read_texts(path: Path, delta: Delta) -> tuple[list[Text], list[Text] | None]
     if missing:
         there = ", ".join(rows.column_names)
         raise DataError(f"{path} has no column {missing[0]!r}, which the delta's task reads; its columns are {there}")
-    wanted = list if kind == "tokens" or columns == ["messages"] else str
-    texts = [_texts(path, name, rows[name][:], wanted) for name in columns]
+    texts = [_texts(path, name, rows[name][:], kind.cell_type(columns)) for name in columns]
     return texts[0], texts[1] if len(texts) == 2 else None
 
 
@@ -111,17 +122,15 @@ def _texts(path: Path, name: str, values: list[Any], wanted: type) -> list[Text]
     return values
 
 
-def _kind(delta: Delta) -> str:
-    return str(delta.info.get("task", {}).get("kind", "classification"))
+def _kind(delta: Delta) -> TaskKind:
+    return kind_named(str(delta.info.get("task", {}).get("kind", "classification")))
 
 
-def _columns(delta: Delta) -> list[str]:
-    """What a text to predict has: of prompt and completion, the prompt."""
-    columns = list(delta.info.get("task", {}).get("text") or ["text"])
-    return columns if _kind(delta) in ("classification", "regression") else columns[:1]
+def _columns(delta: Delta) -> tuple[str, ...]:
+    return tuple(delta.info.get("task", {}).get("text") or ["text"])
 
 
-def _check(texts: Sequence[Text], pairs: Sequence[Text] | None, wanted: int) -> None:
+def _check(texts: Sequence[Any], pairs: Sequence[Text] | None, wanted: int) -> None:
     if not texts:
         raise DataError("there are no texts to predict; give text= or file=")
     if (pairs is not None) != (wanted == 2):
@@ -131,75 +140,20 @@ def _check(texts: Sequence[Text], pairs: Sequence[Text] | None, wanted: int) -> 
         raise DataError(f"{len(texts)} texts and {len(pairs)} pairs: they go together one by one")
 
 
-Sizes = tuple[int, int]  # batch_size, max_new_tokens
-
-
-def _outputs(
-    model: Any, tokenizer: Any, delta: Delta, kind: str, columns: dict[str, Any], size: int
-) -> list[tuple[Tensor, Tensor | None]]:
-    """Logits and labels of each text, padded as in `fit` and `evaluate`; the labels are the column "labels"."""
+def _running(model: Any, processor: Processor, delta: Delta, kind: TaskKind, size: int) -> Run:
+    """Logits and labels of each input, padded as in `fit` and `evaluate`; the labels are the column "labels"."""
     limit = delta.info.get("settings", {}).get("max_length")
-    text, label = tuple(name for name in columns if name != "labels"), "labels" if "labels" in columns else None
-    encoded = encode(Dataset.from_dict(columns), tokenizer, kind, text, label, limit)
-    found: list[Any] = [None] * len(encoded)
 
-    def take(rows: Sequence[int], logits: Tensor, labels: Tensor | None) -> None:
-        for i, row in enumerate(rows):
-            found[row] = logits[i], None if labels is None else labels[i]
+    def run(columns: dict[str, list[Any]]) -> list[tuple[Tensor, Tensor | None]]:
+        text, label = tuple(name for name in columns if name != "labels"), "labels" if "labels" in columns else None
+        encoded = kind.encode(Dataset.from_dict(columns), processor, text, label, limit)
+        found: list[Any] = [None] * len(encoded)
 
-    forwards(model, encoded, Collator.of(tokenizer, kind, model=model), size, take)
-    return found
+        def take(rows: Sequence[int], outputs: Any, labels: Tensor | None) -> None:
+            for i, row in enumerate(rows):
+                found[row] = outputs.logits[i], None if labels is None else labels[i]
 
+        forwards(model, encoded, kind, kind.collator(processor, model=model), size, take)
+        return found
 
-def _classify(
-    model: Any, tokenizer: Any, delta: Delta, texts: list[Any], pairs: Sequence[Any] | None, sizes: Sizes
-) -> list[Prediction]:
-    columns = {"text": texts} if pairs is None else {"text": texts, "pair": list(pairs)}
-    seconds: list[Any] = [None] * len(texts) if pairs is None else list(pairs)
-    rows = []
-    outputs = _outputs(model, tokenizer, delta, "classification", columns, sizes[0])
-    for text, pair, (row, _) in zip(map(str, texts), seconds, outputs, strict=True):
-        if not delta.labels or len(row) == 1:
-            rows.append(Prediction(text, float(row[0]), pair))
-        else:
-            odds = dict(zip(delta.labels, row.softmax(-1).tolist(), strict=True))
-            rows.append(Prediction(text, max(odds, key=lambda label: odds[label]), pair, odds))
-    return rows
-
-
-def _tag(model: Any, tokenizer: Any, delta: Delta, texts: list[Text], pairs: object, sizes: Sizes) -> list[Prediction]:
-    """One label per word, words parted by white space; a word's label is its first token's."""
-    words = [text.split() if isinstance(text, str) else text for text in texts]
-    numbers = [list(range(len(row))) for row in words]
-    columns: dict[str, Any] = {"text": words, "labels": numbers}
-    rows = []
-    outputs = _outputs(model, tokenizer, delta, "tokens", columns, sizes[0])
-    for text, row, (logits, labels) in zip(texts, numbers, outputs, strict=True):
-        assert labels is not None
-        best = zip(labels.tolist(), logits.argmax(-1).tolist(), strict=True)
-        found = {word: delta.labels[label] for word, label in best if word != IGNORED}
-        said = text if isinstance(text, str) else " ".join(text)
-        rows.append(Prediction(said, [found.get(n, "O") for n in row]))
-    return rows
-
-
-def _continue(
-    model: Any, tokenizer: Any, delta: Delta, texts: list[Text], pairs: object, sizes: Sizes
-) -> list[Prediction]:
-    """Greedy continuations, one text at a time; of a conversation, what the assistant says next or said last."""
-    chat = tuple(delta.info.get("task", {}).get("text", ())) == ("messages",)
-    rows = []
-    for text in texts:
-        said = text if isinstance(text, list) else [{"role": "user", "content": text}]
-        turn = [{k: v for k, v in message.items() if v is not None} for message in said]  # None: of another message
-        turn = turn[:-1] if len(turn) > 1 and turn[-1].get("role") == "assistant" else turn
-        options = {"tokenize": False, "add_generation_prompt": True}
-        prompt = tokenizer.apply_chat_template(turn, **options) if chat else text
-        batch = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(model.device)
-        batch.pop("token_type_ids", None)
-        batch["pad_token_id"] = tokenizer.pad_token_id
-        with torch.inference_mode():
-            ids = model.generate(**batch, max_new_tokens=sizes[1], do_sample=False)
-        answer = tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        rows.append(Prediction(text if isinstance(text, str) else str(turn[-1].get("content", "")), answer))
-    return rows
+    return run

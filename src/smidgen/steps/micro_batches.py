@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from smidgen.data.kinds.base import kind_named
+
 
 def pieces(
     places: Sequence[int], batch: dict[str, Any], size: int, kind: str
@@ -18,25 +20,16 @@ def pieces(
     Args:
         places: numbers of the rows.
         batch: tensors (B, ...), and anything else, which is handed on.
-        kind: of the task; "causal-lm" predicts each label from the tokens before it.
+        kind: name of the task's kind, which says what a row contributes to the mean.
     """
     rows = len(next(iter(value for value in batch.values() if isinstance(value, Tensor))))
     if rows <= size:
         yield places, batch, 1.0
         return
-    counts = _counts(batch, rows, kind)
+    counts = kind_named(kind).loss_weights(batch, rows)
     for start in range(0, rows, size):
         part = slice(start, start + size)
         cut = {name: value[part] if isinstance(value, Tensor) else value for name, value in batch.items()}
         weight = sum(counts[part]) / sum(counts)
         if weight:
             yield places[part] if len(places) == rows else places, cut, weight
-
-
-def _counts(batch: dict[str, Any], rows: int, kind: str) -> list[int]:
-    """What each row contributes to the mean."""
-    labels = batch.get("labels")
-    if labels is None or labels.ndim != 2 or kind not in ("causal-lm", "tokens"):
-        return [1] * rows
-    found: list[int] = (labels[:, 1 if kind == "causal-lm" else 0 :] != -100).sum(1).tolist()
-    return found

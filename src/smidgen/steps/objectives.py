@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smidgen.common.errors import SmidgenError
+from smidgen.data.kinds.base import kind_named
+from smidgen.data.labels import LabelPlace
 
 
 class Objective:
@@ -17,7 +19,7 @@ class Objective:
     needs_reference: ClassVar[bool] = False
 
     def on(self, kind: str) -> Objective:
-        """The objective for tasks of a kind: "classification", "regression", "tokens" or "causal-lm".
+        """The objective for tasks of a kind, by its name: "classification", "regression", "tokens", "causal-lm", ...
 
         Training asks for it, since shapes do not tell whether position t predicts label t or label t + 1.
         """
@@ -62,7 +64,7 @@ class StayClose(Objective):
     def __post_init__(self) -> None:
         if not self.weight > 0:
             raise SmidgenError(f"StayClose: weight={self.weight!r} must be above 0")
-        if self.kind == "regression":
+        if self.kind is not None and kind_named(self.kind).normal:
             raise SmidgenError("StayClose compares distributions over labels; a regression has none: use TaskLoss()")
 
     def on(self, kind: str) -> StayClose:
@@ -80,12 +82,12 @@ class StayClose(Objective):
         if divergence.ndim == 1:
             return divergence.mean()
         labels = batch["labels"]  # (B, T)
-        if self.kind not in ("tokens", "causal-lm") or labels.shape != divergence.shape:
+        about = None if self.kind is None else kind_named(self.kind)
+        if about is None or about.labels_at is LabelPlace.EXAMPLE or labels.shape != divergence.shape:
             raise SmidgenError(
                 f"StayClose: labels {tuple(labels.shape)} beside predictions at {tuple(divergence.shape)} do not fit "
                 f"kind={self.kind!r}; StayClose(kind='tokens') or (kind='causal-lm') says what a label belongs to"
             )
-        if self.kind == "causal-lm":
-            labels, divergence = labels[:, 1:], divergence[:, :-1]
+        divergence, labels = about.aligned(divergence, labels)
         kept = (labels != -100).float()
         return (divergence * kept).sum() / kept.sum().clamp(min=1)

@@ -13,11 +13,11 @@ from typing import Any
 
 from accelerate import PartialState
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from smidgen.common.errors import TrainError
 from smidgen.common.folder_lock import folder_lock_held
 from smidgen.common.wrappers import bare, check_model
+from smidgen.data.processor import Processor, given_processor
 from smidgen.data.task import Task
 from smidgen.methods.base import Method
 from smidgen.planning.resolution import resolve
@@ -41,7 +41,7 @@ class SearchWarning(UserWarning):
 def search(
     model: nn.Module, recipe: str | Term | Recipe, task: Task, *, lr: Sequence[float] | None = None,
     seeds: Sequence[int] = (0,), trials: int = 10, jobs: int = 1, out: str | os.PathLike[str] | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None, objective: Objective | None = None,
+    processor: Processor | None = None, tokenizer: Processor | None = None, objective: Objective | None = None,
     progress: bool | None = None, say: Callable[[str], None] | None = None, **settings: Any,
 ) -> Search:  # fmt: skip
     """Train one recipe at several rates, and with several seeds; the best by validation comes back with its delta.
@@ -56,6 +56,7 @@ def search(
         seeds: each rate is tried with each of them; all heads start as the model's does.
         jobs: so many trials run at once, in processes that share torch's threads; the progress bar counts trials.
         out: gets the best delta, search.json, and the run of each trial in `trials`.
+        processor: as in `fit`; `tokenizer` is another name of it.
         say: gets a line per finished trial.
         settings: fields of `Settings`, but seed and lr.
 
@@ -70,7 +71,8 @@ def search(
     with folder_lock_held(out):
         ledger = Ledger(out, wanted.asked())
         todo = [(each, ledger.folder(wanted.rate, each)) for each in wanted.settings[len(ledger.trials) :]]
-        for trial, delta in run_trials(wanted.work(tokenizer, ledger.path), todo, jobs, progress):
+        work = wanted.work(given_processor(processor, tokenizer), ledger.path)
+        for trial, delta in run_trials(work, todo, jobs, progress):
             ledger.add(trial, delta)
             if say is not None:
                 say(wanted.told(ledger.trials))
@@ -112,10 +114,10 @@ class Trials:
         each = (Settings.of({**given, rate: lr, "seed": seed}) for lr in rates for seed in seeds)
         return cls(model, recipe, task, objective, rate, tuple(each))
 
-    def work(self, tokenizer: PreTrainedTokenizerBase | None, folder: Path | None) -> Work:
+    def work(self, processor: Processor | None, folder: Path | None) -> Work:
         """What all trials have in common."""
         epochs = sum(each.epochs for each in self.settings)
-        return Work(self.model, self.recipe, self.task, self.objective, tokenizer, self.rate, epochs, folder)
+        return Work(self.model, self.recipe, self.task, self.objective, processor, self.rate, epochs, folder)
 
     def asked(self) -> dict[str, Any]:
         """What has to be the same for a search to go on."""

@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
+from smidgen.data.processor import Processor, given_processor
 from smidgen.data.task import Task
 from smidgen.delta.delta import Delta
 from smidgen.delta.saved_selection import Selection
@@ -24,7 +24,8 @@ def fit(
     *,
     objective: Objective | None = None,
     out: str | os.PathLike[str] | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    processor: Processor | None = None,
+    tokenizer: Processor | None = None,
     selection: Selection | None = None,
     progress: bool | None = None,
     **settings: Any,
@@ -40,6 +41,7 @@ def fit(
         selection: what to keep, instead of what the recipe's Select would choose (see `smidgen.select`); the delta
             then records the selection's recipe.
         objective: loss of (outputs, batch, reference outputs); by default the model's own.
+        processor: makes the model's inputs, by default the one of its name; `tokenizer` is another name of it.
         settings: fields of `Settings`: seed, epochs, lr, head_lr, batch_size, max_length, pooling, ...
 
     Raises:
@@ -51,4 +53,5 @@ def fit(
     recipe = as_recipe(recipe)
     if selection is not None and recipe.whole == selection.recipe.whole:
         recipe = selection.recipe
-    return Loop(model, recipe, task, wanted, loss, out, tokenizer, progress, selection).fit()
+    processor = given_processor(processor, tokenizer)
+    return Loop(model, recipe, task, wanted, loss, out, processor, progress, selection).fit()

@@ -126,7 +126,7 @@ def tuned(delta: Delta, out: Path, task: Task, data: Sequence[str], already: boo
     head = f", head {delta.head_values:,}" if delta.head else ""
     split = [] if "test" in task.splits else ["--split", "validation"]
     merge = [("merge", "--delta", str(out), "--out", f"{out}-merged")] if can_merge else []
-    pair = len(task.text) == 2 and task.kind in ("classification", "regression")
+    pair = len(task.task_kind.asked(task.text)) == 2
     return Group(
         Text(f"{delta.recipe} {done}: {delta.trained:,} values{head}", style="bold"),
         scores_view(delta.info.get("scores", {})),

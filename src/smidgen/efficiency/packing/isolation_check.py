@@ -9,24 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.common.errors import TrainError
+from smidgen.data.kinds.base import kind_named
 from smidgen.efficiency.packing.packer import Packer
 from smidgen.efficiency.prefix_cache.equivalence_check import Collate, allowed, gap
 from smidgen.efficiency.prefix_cache.recorded_pass import Batch, in_eval_mode, result_of
 from smidgen.efficiency.prefix_cache.token_layout import Rows
 
-KINDS = {
-    "classification": "a classification head reads one token, or the mean, of a row",
-    "regression": "a regression head reads one token, or the mean, of a row",
-    "tokens": "models that tag tokens look both ways and take a row for one text",
-}
 _FEW = 4
 _BROKEN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 
 
 def check_kind(kind: str) -> None:
     """Raises TrainError for tasks whose examples cannot share a row."""
-    if kind in KINDS:
-        raise TrainError(f"batching='pack' is for causal-lm, not {kind}: {KINDS[kind]}; use batching='length'")
+    why = kind_named(kind).unpackable
+    if why is not None:
+        raise TrainError(f"batching='pack' is for causal-lm, not {kind}: {why}; use batching='length'")
 
 
 def packer_for(model: nn.Module, rows: Rows, lengths: Sequence[int], collate: Collate, capacity: int) -> Packer:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from smidgen.common.atomic_files import read_json, write_files
 from smidgen.common.errors import DataError
+from smidgen.data.processor import Processor
 from smidgen.data.task import Task
 from smidgen.delta.saved_selection import Selection
 from smidgen.inference.evaluation import evaluate
@@ -31,7 +31,7 @@ class Bench:
     """
 
     model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
+    processor: Processor
     task: Task
     seed: int
     settings: Mapping[str, Any]
@@ -70,10 +70,10 @@ class Bench:
     def _train(self, arm: str, recipe: Recipe, selection: Selection | None) -> dict[str, Any]:
         """One training run and its scores, as a record of plain values."""
         begin = time.perf_counter()
-        options: dict[str, Any] = {"tokenizer": self.tokenizer, "seed": self.seed, **self.settings}
+        options: dict[str, Any] = {"processor": self.processor, "seed": self.seed, **self.settings}
         delta = fit(self.model, recipe, self.task, selection=selection, **options)
         seconds = time.perf_counter() - begin
-        scores = evaluate(self.model, self.task, delta=delta, split=self.split, tokenizer=self.tokenizer)
+        scores = evaluate(self.model, self.task, delta=delta, split=self.split, processor=self.processor)
         return {
             "task": self.task.name,
             "arm": arm,

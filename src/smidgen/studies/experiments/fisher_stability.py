@@ -85,9 +85,9 @@ class _Probe:
         self, head: int, examples: int, draw: int, delta: Delta | None = None, kind: str = "empirical"
     ) -> Any:
         """Fisher information with the head of one seed, over one draw of examples."""
-        model, tokenizer = load(self.model_name, task=self.task, seed=head)
+        model, processor = load(self.model_name, task=self.task, seed=head)
         return fisher(
-            model, self.task, self.recipe.whole, delta, examples, kind, seed=draw, tokenizer=tokenizer, **self.options
+            model, self.task, self.recipe.whole, delta, examples, kind, seed=draw, processor=processor, **self.options
         )
 
     @cached_property
@@ -183,14 +183,14 @@ def _by_count(
 
 
 def _warm(probe: _Probe, head: int, epochs: int) -> Delta:
-    model, tokenizer = load(probe.model_name, task=probe.task, seed=head)
+    model, processor = load(probe.model_name, task=probe.task, seed=head)
     options = {k: v for k, v in probe.options.items() if k in ("batch_size", "max_length", "pooling")}
-    return fit(model, "Head()", probe.task, seed=head, epochs=epochs, tokenizer=tokenizer, **options)
+    return fit(model, "Head()", probe.task, seed=head, epochs=epochs, processor=processor, **options)
 
 
 def _kinds(probe: _Probe, count: int, delta: Delta, empirical: Selection) -> dict[str, float]:
     """Overlap of the other kinds with the empirical one, where the task has them."""
-    kinds = ("true", "expected") if probe.task.kind in ("classification", "regression") else ("true",)
+    kinds = ("true", "expected") if probe.task.task_kind.uncountable is None else ("true",)
     found = {kind: probe.chosen(probe.information(0, count, 0, delta, kind)) for kind in kinds}
     return {kind: chosen.overlap(empirical) for kind, chosen in found.items()}
 

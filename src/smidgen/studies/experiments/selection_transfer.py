@@ -134,8 +134,8 @@ class _Setting:
         kept = {key: self.settings[key] for key in names if key in self.settings}
         found, own = {}, {}
         for task in self.tasks:
-            model, tokenizer = load(self.model_name, task=task, seed=seed)
-            scores = score(model, self.recipe, task, tokenizer=tokenizer, seed=seed, **kept)
+            model, processor = load(self.model_name, task=task, seed=seed)
+            scores = score(model, self.recipe, task, processor=processor, seed=seed, **kept)
             chosen = select(model, self.recipe, task, scores=scores, pooling=self.settings.get("pooling"))
             found[task.name], own[task.name] = scores, chosen
             self.say(f"{task.name}, seed {seed}: {chosen.kept:,} of {chosen.candidates:,} values selected")
@@ -145,10 +145,10 @@ class _Setting:
         self, task: Task, seed: int, scores: dict[str, Scores], own: Selection
     ) -> tuple[list[dict[str, Any]], float]:
         """All arms of one target, and how far its own selection is that of the others."""
-        model, tokenizer = load(self.model_name, task=task, seed=seed)
+        model, processor = load(self.model_name, task=task, seed=seed)
         others = {name: found for name, found in scores.items() if name != task.name}
         carried = carry(model, self.recipe, others, self.how, self.settings)
-        bench = Bench(model, tokenizer, task, seed, self.settings, self.split, self.folder)
+        bench = Bench(model, processor, task, seed, self.settings, self.split, self.folder)
         runs = []
         drawn = _random(model, self.recipe, seed, self.settings)
         for arm, chosen in zip(ARMS, (own, carried, drawn, None), strict=True):

@@ -109,8 +109,8 @@ def _run(
         if saved.get("asked") != json.loads(json.dumps(asked)):
             raise ModelError(f"{kept} is of another model, data or settings; choose another folder, or remove it")
         return Changes.from_json(saved["changes"])
-    model, tokenizer = load(name, task=task, seed=settings["seed"])
-    delta = fit(model, recipe, task, tokenizer=tokenizer, **settings)
+    model, processor = load(name, task=task, seed=settings["seed"])
+    delta = fit(model, recipe, task, processor=processor, **settings)
     found = change_of(model, delta)
     if kept is not None:
         data = {"asked": asked, "changes": found.to_json()}

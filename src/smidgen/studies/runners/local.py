@@ -23,9 +23,9 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from smidgen.common.errors import DivergedError, TrainError
+from smidgen.data.processor import Processor
 from smidgen.data.task import Task
 from smidgen.delta.delta import Delta
 from smidgen.efficiency.prefix_cache.shared_caches import Kept
@@ -52,7 +52,7 @@ class Work:
     recipe: Recipe
     task: Task
     objective: Objective
-    tokenizer: PreTrainedTokenizerBase | None
+    processor: Processor | None
     rate: str
     epochs: int
     folder: Path | None
@@ -66,7 +66,7 @@ class Work:
     ) -> tuple[Trial, Delta | None]:
         """One trial; a loss that is not finite any more ends it, not the search."""
         start, delta, error = time.perf_counter(), None, None
-        about = (self.objective, out, self.tokenizer, progress, None, kept)
+        about = (self.objective, out, self.processor, progress, None, kept)
         loop = Loop(self.model, self.recipe, self.task, settings, *about)
         try:
             delta = loop.fit()
@@ -124,7 +124,7 @@ def _written(work: Work, jobs: int) -> Iterator[Path]:
         path = Path(folder) / "work.pt"
         try:
             torch.save(work, path, pickle_module=cloudpickle)
-        except Exception as error:  # whatever a model, a tokenizer or an objective raises when it is pickled
+        except Exception as error:  # whatever a model, a processor or an objective raises when it is pickled
             said = next(iter(str(error).splitlines()), type(error).__name__)
             raise TrainError(
                 f"jobs={jobs} sends model, task and objective to other processes: {said}; use jobs=1"

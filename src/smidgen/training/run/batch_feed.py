@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from smidgen.common.devices import carried
 from smidgen.data.batching import PackedBatches, ShuffledBatches
-from smidgen.data.text.encoding import Encoded
+from smidgen.data.encoded import Encoded
 from smidgen.efficiency.packing.isolation_check import packer_for
 from smidgen.efficiency.packing.packer import Packer
 from smidgen.training.run.settings import PACK, Settings
@@ -45,6 +45,7 @@ class Feed:
         if self.settings.batching != PACK:
             return self
         rows = self.rows
+        assert rows.max_length is not None  # what can be packed has tokens
         return replace(self, packer=packer_for(model, rows, rows.lengths, self.collate, rows.max_length))
 
     @property
@@ -77,7 +78,7 @@ class Feed:
     def _order(self, epoch: int, skip: int = 0) -> ShuffledBatches | PackedBatches:
         s, lengths = self.settings, self.rows.lengths
         share: Any = {"skip": skip, "rank": self.rank, "world": self.world}
-        if s.batching == PACK:
+        if s.batching == PACK and self.rows.max_length is not None:
             return PackedBatches(lengths, self.rows.max_length, s.batch_size, s.seed, epoch, **share)
         if s.batching == "length" or s.batch_tokens is not None:
             share |= {"lengths": lengths, "tokens": s.batch_tokens}

@@ -13,13 +13,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object, set_seed
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from smidgen.common.byte_sizes import parse_bytes
 from smidgen.common.errors import DivergedError, TrainError
 from smidgen.common.folder_lock import folder_lock_held
 from smidgen.common.memory import give_back_memory, memory_guard
 from smidgen.common.wrappers import bare, check_model
+from smidgen.data.processor import Processor
 from smidgen.data.task import Task
 from smidgen.delta.attaching import attach, detach, disabled
 from smidgen.delta.delta import Delta
@@ -31,7 +31,7 @@ from smidgen.efficiency.prefix_cache.within_block import resting_modules
 from smidgen.importance.selecting import select
 from smidgen.inference.evaluation import Scores, compute_scores
 from smidgen.inference.forward_pass import run_examples
-from smidgen.inference.tokenizer import tokenizer_of
+from smidgen.inference.processors import processor_of
 from smidgen.ports.attachment_record import attachment, trained_parameters
 from smidgen.recipe.recipe import Recipe
 from smidgen.steps.gradient_checks import FEW, MANY, Watch, check_depends, snapshot
@@ -60,7 +60,7 @@ class Loop:
 
     def __init__(
         self, model: nn.Module, recipe: Recipe, task: Task, settings: Settings, objective: Objective,
-        out: str | os.PathLike[str] | None, tokenizer: PreTrainedTokenizerBase | None, progress: bool | None,
+        out: str | os.PathLike[str] | None, processor: Processor | None, progress: bool | None,
         selection: Selection | None = None, shared: Kept | None = None,
     ) -> None:  # fmt: skip
         self.accelerator = Accelerator()
@@ -72,7 +72,7 @@ class Loop:
         check_model(model)
         self.model, self.recipe, self.task, self.settings = bare(model), recipe, task, settings
         self.selection, self.shared, self.objective = selection, shared, objective.on(task.kind)
-        self.tokenizer = tokenizer or tokenizer_of(model)
+        self.processor = processor or processor_of(model, task.task_kind)
         self.main, self.world = self.accelerator.is_main_process, self.accelerator.num_processes
         self.folder = RunFolder(out, writer=self.main)
         self.show = progress if self.main else False
@@ -94,11 +94,11 @@ class Loop:
             return Delta.load(self.folder.path)
         earlier = record["chosen"] if record else {}
         limit = earlier.get("max_length", self.settings.max_length)
-        limit = longest(self.model, self.recipe, self.tokenizer) if limit is None else limit
-        self.rows = self.task.encode(self.tokenizer, "train", max_length=limit)
-        self.held = self.task.encode(self.tokenizer, "validation", max_length=limit)
+        limit = longest(self.model, self.recipe, self.processor) if limit is None else limit
+        self.rows = self.task.encode(self.processor, "train", max_length=limit)
+        self.held = self.task.encode(self.processor, "validation", max_length=limit)
         check_lengths(self.model, self.recipe, [*self.rows.lengths, *self.held.lengths])
-        self.collate = self.task.collator(self.tokenizer, model=self.model)
+        self.collate = self.task.collator(self.processor, model=self.model)
         rank, device = self.accelerator.process_index, self.accelerator.device
         self.mine = [self.held[i] for i in range(rank, len(self.held), self.world)]
         self.feed = Feed(self.rows, self.collate, self.settings, rank, self.world, device)
@@ -140,7 +140,7 @@ class Loop:
         options: Any = {"seed": s.seed, "pooling": s.pooling, "batch_size": s.batch_size, "lr": s.lr}
         options |= {"head_lr": s.head_lr, "max_length": self.rows.max_length, "objective": self.objective}
         kept = self.folder.kept()
-        return kept or select(model, self.recipe, self.task, tokenizer=self.tokenizer, **options)
+        return kept or select(model, self.recipe, self.task, processor=self.processor, **options)
 
     def _train(self) -> Delta:
         s = self.settings
@@ -211,11 +211,11 @@ class Loop:
             self.watch.moved(self.model, numbers["step"])
 
     def _loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        reference = None
+        reference, kind = None, self.task.task_kind
         if self.objective.needs_reference:
             with disabled(self.model), torch.no_grad():
-                reference = self.model(**batch)
-        return penalised(self.objective(model(**batch), batch, reference), self.model)
+                reference = kind.forward(self.model, batch)
+        return penalised(self.objective(kind.forward(model, batch), batch, reference), self.model)
 
     def _dry_run(self) -> None:
         """One forward and backward pass in eval mode: every trained tensor must be reached."""
@@ -246,7 +246,7 @@ class Loop:
         rank, size = self.accelerator.process_index, self.settings.batch_size
         size = size if self.settings.max_memory is None else self.chosen["rows_at_once"]
         with memory_guard(self.settings.batch_size):
-            outputs = run_examples(self.model, self.mine, self.task, self.tokenizer, size, self.around_held)
+            outputs = run_examples(self.model, self.mine, self.task, self.processor, size, self.around_held)
         numbered = gather_object([(rank + k * self.world, pair) for k, pair in enumerate(outputs)])
         return compute_scores(self.task, [pair for _, pair in sorted(numbered, key=lambda item: item[0])])
 

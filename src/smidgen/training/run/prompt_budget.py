@@ -30,10 +30,10 @@ def room(model: nn.Module, recipe: Recipe) -> tuple[int | None, int]:
     return position_limit(model, rows[0].site), sum(prompt_length(row.method, row.site) for row in rows)
 
 
-def longest(model: nn.Module, recipe: Recipe, tokenizer: Any) -> int | None:
-    """Most tokens of a text when nobody says: None for the tokenizer's own limit, less where a prompt needs room."""
+def longest(model: nn.Module, recipe: Recipe, processor: Any) -> int | None:
+    """Most tokens of a text when nobody says: None for the processor's own limit, less where a prompt needs room."""
     limit, taken = room(model, recipe)
-    return None if limit is None else min(tokenizer.model_max_length, 512, limit - taken)
+    return None if limit is None else min(getattr(processor, "model_max_length", 512), 512, limit - taken)
 
 
 def check_lengths(model: nn.Module, recipe: Recipe, lengths: Sequence[int]) -> None:

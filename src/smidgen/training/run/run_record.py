@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from smidgen.data.encoded import Encoded
 from smidgen.data.task import Task
-from smidgen.data.text.encoding import Encoded
 from smidgen.delta.fingerprint import Fingerprint
 from smidgen.delta.saved_selection import Selection
 from smidgen.methods.base import renewed
@@ -55,7 +55,7 @@ def selection_record(model: nn.Module, settings: Settings, rows: Encoded, steps:
 
 
 def outcome(
-    task: Task, settings: Settings, max_length: int, numbers: Mapping[str, Any], selection: Selection | None
+    task: Task, settings: Settings, max_length: int | None, numbers: Mapping[str, Any], selection: Selection | None
 ) -> dict[str, Any]:
     """What a delta records of the run that it comes from."""
     best = next(entry for entry in numbers["history"] if entry["epoch"] == numbers["best_epoch"])
