@@ -76,10 +76,23 @@ def attach(
 
 def put(model: nn.Module, plan: Plan, delta: Delta) -> None:
     """Attach a delta whose plan is at hand; `attach` without a look at the base."""
-    model = bare(model)
+    _put(bare(model), plan, delta)
+    torch.compiler.reset()  # compiled code does not notice new hooks
+
+
+def check_places(model: nn.Module, plan: Plan, delta: Delta) -> None:
+    """Attach a delta and take it off. Nothing runs in between, so compiled code stays true.
+
+    Raises:
+        AttachError: a place cannot be edited; nothing is attached then.
+    """
+    _put(bare(model), plan, delta)
+    _remove(bare(model))
+
+
+def _put(model: nn.Module, plan: Plan, delta: Delta) -> None:
     place(model, plan, compute=False)
     fill_values(model, delta)
-    torch.compiler.reset()  # compiled code does not notice new hooks
 
 
 def detach(model: nn.Module) -> Delta:
@@ -91,7 +104,12 @@ def detach(model: nn.Module) -> Delta:
 
 def remove(model: nn.Module) -> None:
     """Take off what is attached without keeping it."""
-    record, model = attachment(model), bare(model)
+    _remove(bare(model))
+    torch.compiler.reset()
+
+
+def _remove(model: nn.Module) -> None:
+    record = attachment(model)
     record.held.release()
     record.unplug(model)
     for path in {row.site.path for row in record.plan.rows if row.added}:
@@ -112,7 +130,6 @@ def remove(model: nn.Module) -> None:
         model.__dict__.pop(name, None)
     drop_generation(model)
     model.__dict__.pop("_smidgen")
-    torch.compiler.reset()
 
 
 @contextmanager

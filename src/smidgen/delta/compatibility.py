@@ -61,13 +61,8 @@ def fitted(model: nn.Module, delta: Trained, verify: bool = True) -> Plan:
         DeltaError: another base (with `verify`), a tensor that is missing, unexpected or of another shape, or a value
             that is not finite.
     """
-    if broken := not_finite(delta.tensors):
-        raise DeltaError(
-            f"the delta is not attached: {broken}; its training diverged, train again with a lower learning rate"
-        )
+    check_values(model, delta, verify)
     model = bare(model)
-    if verify:
-        verify_base(model, delta.base, head_held(model, delta))
     # the base is the one of the training, so its head is what was head there
     head = delta.head if verify else {*delta.head, *head_names(model)}
     plan = resolve(model, delta.recipe, delta.pooling, head)
@@ -84,6 +79,16 @@ def fitted(model: nn.Module, delta: Trained, verify: bool = True) -> Plan:
         hint = "; load the model with smidgen.load(name, delta=delta)" if name in delta.head else ""
         raise DeltaError(f"{name} has shape {shapes[name]} in {plan.model} but {found[name]} in the delta{hint}")
     return plan
+
+
+def check_values(model: nn.Module, delta: Trained, verify: bool = True) -> None:
+    """Raises DeltaError if a value of a delta is not finite or (with `verify`) a model is not its base."""
+    if broken := not_finite(delta.tensors):
+        raise DeltaError(
+            f"the delta is not attached: {broken}; its training diverged, train again with a lower learning rate"
+        )
+    if verify:
+        verify_base(bare(model), delta.base, head_held(bare(model), delta))
 
 
 def head_held(model: nn.Module, delta: Trained) -> tuple[str, ...]:

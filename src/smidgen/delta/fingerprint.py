@@ -1,26 +1,44 @@
-"""A fingerprint of a base model: architecture, tensor names, shapes and content, head left out."""
+"""A fingerprint of a base model: architecture, tensor names, shapes and content, head left out.
+
+It tells one checkpoint from another; it is no protection from someone who wants two to look alike.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from smidgen.common.dtypes import base_dtype
 from smidgen.common.errors import DeltaError
 from smidgen.common.wrappers import bare
+from smidgen.delta.content_hash import tensor_bytes, tensor_digests
 from smidgen.ports.attachment_record import base_buffers, base_tensors
 from smidgen.sites.new_tensors import new_names
+
+SHA256, XXH3 = "sha256", "xxh3_128"
+KEPT = 64  # SHA-256 digests that are remembered, of old files' contents
+
+_sha256: dict[str, str] = {}  # XXH3 of names, shapes and content -> SHA-256 of the same bytes
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a delta was trained on. `content` is a digest of the parameters' bytes in `dtype`, `buffers` one of the
-    persistent buffers ("" for a model without any, and in files of before); `name` is for people."""
+    """What a delta was trained on.
+
+    Attributes:
+        architecture: `model_type` of the configuration, or the class.
+        structure: digest of names and shapes.
+        content: digest of the parameters' bytes in `dtype`.
+        buffers: digest of the persistent buffers; "" for a model without any, and in some older files.
+        name: for people.
+        algorithm: of `content` and `buffers`: "xxh3_128", or "sha256" in files from before it.
+    """
 
     architecture: str
     structure: str
@@ -28,43 +46,68 @@ class Fingerprint:
     dtype: str
     name: str = ""
     buffers: str = ""
+    algorithm: str = SHA256
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in (SHA256, XXH3):
+            raise DeltaError(f"the base's content is told by {self.algorithm!r}; known are {XXH3} and {SHA256}")
 
     def to_json(self) -> dict[str, str]:
-        """Plain data."""
-        return {key: value for key, value in asdict(self).items() if value or key != "buffers"}
+        """Plain data, as `Fingerprint(**data)` reads it."""
+        absent = {"buffers": "", "algorithm": SHA256}
+        return {key: value for key, value in asdict(self).items() if absent.get(key) != value}
 
     @classmethod
-    def of(cls, model: nn.Module, head: Collection[str], dtype: torch.dtype | None = None) -> Fingerprint:
+    def of(
+        cls, model: nn.Module, head: Collection[str], dtype: torch.dtype | None = None, algorithm: str = XXH3
+    ) -> Fingerprint:
         """Digest of all parameters but the head's, in sorted order, taken in `dtype` (default: the base's own).
 
-        head: names of what the delta holds whatever stood there before. What the checkpoint lacked is left out too.
+        Nothing is read again that was not written to since (see `content_hash`).
+
+        Args:
+            head: names of what the delta holds whatever stood there before. What the checkpoint lacked is left out too.
+            algorithm: "sha256" to compare with a file that has it.
+
+        Raises:
+            DeltaError: values that cannot be read, on the meta device or offloaded.
         """
         model = bare(model)
         left_out = _first_names(model, {*head, *(new_names(model) or ())})
         tensors = {n: t for n, t in sorted(base_tensors(model).items()) if n not in left_out}
+        buffers = dict(sorted(base_buffers(model).items()))
         dtype = dtype or base_dtype(tensors)
-        structure, content, rest = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
-        for name, tensor in tensors.items():
-            structure.update(f"{name}{tuple(tensor.shape)}".encode())
-            content.update(_bytes(tensor, dtype))
-        buffers = base_buffers(model)
-        for name, tensor in sorted(buffers.items()):
-            rest.update(f"{name}{tuple(tensor.shape)}".encode())
-            rest.update(_bytes(tensor, dtype))
+        structure = hashlib.sha256("".join(f"{n}{tuple(t.shape)}" for n, t in tensors.items()).encode())
         config: Any = getattr(model, "config", None)
-        kind = getattr(config, "model_type", type(model).__name__)
-        name = str(getattr(config, "_name_or_path", "") or "")
-        one, other, last = (found.hexdigest()[:32] for found in (structure, content, rest))
-        return cls(kind, one, other, str(dtype)[6:], name, last if buffers else "")
+        return cls(
+            getattr(config, "model_type", type(model).__name__),
+            structure.hexdigest()[:32],
+            _content(tensors, dtype, algorithm, named=False),
+            str(dtype)[6:],
+            str(getattr(config, "_name_or_path", "") or ""),
+            _content(buffers, dtype, algorithm, named=True) if buffers else "",
+            algorithm,
+        )
 
 
-def _bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:
-    """The bytes of a tensor, of real numbers in this dtype."""
-    if tensor.is_meta:
-        raise DeltaError("the base is on the meta device or offloaded, so its values cannot be read; load it")
-    data = tensor.detach().to(device="cpu", dtype=dtype if tensor.is_floating_point() else None).contiguous()
-    found: memoryview = data.reshape(-1).view(torch.uint8).numpy().data
-    return found
+def _content(tensors: Mapping[str, Tensor], dtype: torch.dtype, algorithm: str, named: bool) -> str:
+    """128 bits (hex) of what tensors hold; `named`: with names and shapes in SHA-256, as XXH3 always is."""
+    whole = xxhash.xxh3_128()
+    for name, digest in tensor_digests(tensors, dtype).items():
+        whole.update(f"{name}{tuple(tensors[name].shape)}".encode() + digest)
+    fast = whole.hexdigest()
+    if algorithm == XXH3:
+        return fast
+    key = f"{fast}{dtype}{named}"
+    if key not in _sha256:
+        slow = hashlib.sha256()
+        for name, tensor in tensors.items():
+            slow.update(f"{name}{tuple(tensor.shape)}".encode() if named else b"")
+            slow.update(tensor_bytes(tensor, dtype))
+        while len(_sha256) >= KEPT:
+            _sha256.pop(next(iter(_sha256)), None)
+        _sha256[key] = slow.hexdigest()[:32]
+    return _sha256[key]
 
 
 def _first_names(model: nn.Module, names: Collection[str]) -> set[str]:
@@ -91,7 +134,7 @@ def verify(model: nn.Module, wanted: Fingerprint, head: Collection[str]) -> None
             f"{what} in {wanted.dtype}, but the base is loaded in {str(found)[6:]}, so it cannot be verified; "
             f"load it with dtype={wanted.dtype} (or pass verify=False to go without the check)"
         )
-    have = Fingerprint.of(model, head, recorded)
+    have = Fingerprint.of(model, head, recorded, wanted.algorithm)
     if have.architecture != wanted.architecture:
         raise DeltaError(f"{what} ({wanted.architecture}), but this model is a {have.architecture}")
     if have.structure != wanted.structure:

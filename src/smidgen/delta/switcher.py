@@ -13,8 +13,8 @@ from torch import nn
 from smidgen.common.dtypes import base_dtype
 from smidgen.common.errors import AttachError, DeltaError, nearest
 from smidgen.delta.arithmetic.sums import Sum
-from smidgen.delta.attaching import fill_values, put, remove
-from smidgen.delta.compatibility import fitted
+from smidgen.delta.attaching import check_places, fill_values, put, remove
+from smidgen.delta.compatibility import check_values, fitted
 from smidgen.delta.delta import Delta
 from smidgen.planning.plans import Plan
 from smidgen.ports.attachment_record import (
@@ -107,12 +107,29 @@ class Deltas(MutableMapping[str, Delta]):
                 f"{name!r} is of type {type(what).__name__}; put in a Delta, its folder or hub id, or a sum"
             )
         found = what if isinstance(what, Delta | Sum) else Delta.load(what)
-        with torch.inference_mode(False), self.using(None):
-            delta = found.on(self.model) if isinstance(found, Sum) else found
-            plan = fitted(self.model, delta, verify=delta is found)  # a sum has done so
-            put(self.model, plan, delta)  # a place that cannot be edited is told now, not at a switch
-            remove(self.model)
-            self._entries[name] = Entry(delta, plan, base_dtype(base_tensors(self.model)))
+        self._check_free()
+        with torch.inference_mode(False):
+            entry = self._like(found) if isinstance(found, Delta) else None
+            if entry is None:
+                with self.using(None):
+                    entry = self._new(found)
+        self._entries[name] = entry
+
+    def _new(self, found: Delta | Sum[Delta]) -> Entry:
+        """The entry of a delta, with a plan of its own, which is tried on the model."""
+        delta = found.on(self.model) if isinstance(found, Sum) else found
+        plan = fitted(self.model, delta, verify=delta is found)  # a sum has done so
+        check_places(self.model, plan, delta)  # a place that cannot be edited is told now, not at a switch
+        return Entry(delta, plan, base_dtype(base_tensors(self.model)))
+
+    def _like(self, delta: Delta) -> Entry | None:
+        """The entry of a delta that differs from one that is here in values only: the model needs no other look."""
+        dtype = base_dtype(base_tensors(self.model))
+        for entry in reversed(self._entries.values()):
+            if entry.dtype == dtype and not entry.plan.chosen and _same_layout(entry.delta, delta):
+                check_values(self.model, delta)
+                return Entry(delta, entry.plan, dtype)
+        return None
 
     def __getitem__(self, name: str) -> Delta:
         return self._entries[name].delta
@@ -174,6 +191,17 @@ class Deltas(MutableMapping[str, Delta]):
             self._record = attachment(self.model)
             for parameter in trained_parameters(self.model).values():
                 parameter.requires_grad_(False)  # a step would be lost at the next switch
+
+
+def _same_layout(one: Delta, other: Delta) -> bool:
+    """Whether two deltas have tensors of the same names and shapes from the same recipe, head and pooling."""
+    if (one.pooling, one.head, one.recipe) != (other.pooling, other.head, other.recipe):
+        return False
+    return _shapes(one) == _shapes(other)
+
+
+def _shapes(delta: Delta) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in delta.tensors.items()}
 
 
 def _alike(now: Plan, then: Plan) -> bool:

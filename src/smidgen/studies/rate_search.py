@@ -19,6 +19,7 @@ from smidgen.common.folder_lock import folder_lock_held
 from smidgen.common.wrappers import bare, check_model
 from smidgen.data.processor import Processor, given_processor
 from smidgen.data.task import Task
+from smidgen.delta.fingerprint import XXH3
 from smidgen.methods.base import Method
 from smidgen.planning.resolution import resolve
 from smidgen.recipe.recipe import Recipe, Term, as_recipe
@@ -26,8 +27,9 @@ from smidgen.steps.objectives import Objective, TaskLoss
 from smidgen.steps.optimizer_groups import HEAD_LR
 from smidgen.studies.runners.local import Work
 from smidgen.studies.runners.local import trials as run_trials
-from smidgen.studies.search_folder import Ledger
+from smidgen.studies.search_folder import FILE, Ledger
 from smidgen.studies.trial import Search, Trial
+from smidgen.training.run.run_folder import hashed_by
 from smidgen.training.run.run_record import asked
 from smidgen.training.run.settings import Settings
 
@@ -69,7 +71,7 @@ def search(
     if jobs < 1:
         raise TrainError(f"jobs={jobs} must be at least 1")
     with folder_lock_held(out):
-        ledger = Ledger(out, wanted.asked())
+        ledger = Ledger(out, wanted.asked(XXH3 if out is None else hashed_by(Path(out) / FILE)))
         todo = [(each, ledger.folder(wanted.rate, each)) for each in wanted.settings[len(ledger.trials) :]]
         work = wanted.work(given_processor(processor, tokenizer), ledger.path)
         for trial, delta in run_trials(work, todo, jobs, progress):
@@ -119,9 +121,9 @@ class Trials:
         epochs = sum(each.epochs for each in self.settings)
         return Work(self.model, self.recipe, self.task, self.objective, processor, self.rate, epochs, folder)
 
-    def asked(self) -> dict[str, Any]:
-        """What has to be the same for a search to go on."""
-        same = asked(self.model, self.recipe, self.task, self.settings[0], self.objective, None)
+    def asked(self, algorithm: str) -> dict[str, Any]:
+        """What has to be the same for a search to go on; `algorithm`: by which the base's content is told."""
+        same = asked(self.model, self.recipe, self.task, self.settings[0], self.objective, None, algorithm)
         return {**same, "settings": [asdict(each) for each in self.settings]}
 
     def found(self, trials: Sequence[Trial]) -> Search:

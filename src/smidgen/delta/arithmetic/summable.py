@@ -24,7 +24,8 @@ def check_alike(deltas: Sequence[Trained]) -> None:
     for other in deltas[1:]:
         a, b = first.base, other.base
         same = (a.architecture, a.structure) == (b.architecture, b.structure)
-        if not same or (a.dtype == b.dtype and a.content != b.content):  # other dtypes: the base itself will tell
+        told = (a.dtype, a.algorithm) == (b.dtype, b.algorithm)  # else the base itself will tell
+        if not same or (told and a.content != b.content):
             names = (f"{x.name or x.architecture!r} ({x.content[:8]})" for x in (a, b))
             raise DeltaError(f"these deltas belong to different bases, {' and '.join(names)}: train both on one")
         for what, x, y in (("labels", first.labels, other.labels), ("tensors", _head(first), _head(other))):

@@ -80,8 +80,15 @@ class Loop:
 
     def fit(self) -> Delta:
         """Open or resume the run, train, and give back the best state; the model is left as it came."""
-        about = (self.recipe, self.task, self.settings, self.objective, self.selection)
-        wanted = asked(self.model, *about)
+        wanted = asked(
+            self.model,
+            self.recipe,
+            self.task,
+            self.settings,
+            self.objective,
+            self.selection,
+            self.folder.hashed_by,
+        )
         self.folder.open(wanted)
         if self.folder.finished and self.folder.path is not None:
             return Delta.load(self.folder.path)

@@ -22,6 +22,7 @@ from torch import Tensor
 from smidgen.common.atomic_files import read_json, write_files
 from smidgen.common.errors import RecipeError, TrainError
 from smidgen.delta.delta import META
+from smidgen.delta.fingerprint import SHA256, XXH3
 from smidgen.delta.saved_selection import FILE as SELECTION
 from smidgen.delta.saved_selection import Selection
 from smidgen.recipe.recipe import Recipe
@@ -100,6 +101,11 @@ class RunFolder:
         return Selection.load(self.path) if self.path and (self.path / SELECTION).is_file() else None
 
     @property
+    def hashed_by(self) -> str:
+        """The digest by which the base's content is told, as an earlier start told it."""
+        return XXH3 if self.path is None else hashed_by(self.path / RUN)
+
+    @property
     def finished(self) -> bool:
         """Whether the run came to its end: the delta is there."""
         return self.path is not None and (self.path / META).is_file()
@@ -154,6 +160,14 @@ class RunFolder:
         if self.writer and self.path:
             for path in (self.path / CHECKPOINT, self.path / SELECTION, *self.path.glob("prefix-*.states")):
                 path.unlink(missing_ok=True)  # the delta has the indices too; hidden states are of no more use
+
+
+def hashed_by(file: Path) -> str:
+    """The digest by which a record (run.json, search.json) tells the base's content; today's if there is no record."""
+    if not file.is_file():
+        return XXH3
+    asked = read_json(file).get("asked")
+    return str(asked.get("base_hash", SHA256)) if isinstance(asked, Mapping) and "base" in asked else XXH3
 
 
 def check_same(path: Path, before: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from smidgen.data.encoded import Encoded
 from smidgen.data.task import Task
-from smidgen.delta.fingerprint import Fingerprint
+from smidgen.delta.fingerprint import SHA256, XXH3, Fingerprint
 from smidgen.delta.saved_selection import Selection
 from smidgen.methods.base import renewed
 from smidgen.recipe.recipe import Recipe
@@ -22,13 +22,20 @@ from smidgen.training.run.settings import Settings
 
 
 def asked(
-    model: nn.Module, recipe: Recipe, task: Task, settings: Settings, objective: Objective, selection: Selection | None
+    model: nn.Module,
+    recipe: Recipe,
+    task: Task,
+    settings: Settings,
+    objective: Objective,
+    selection: Selection | None,
+    algorithm: str = XXH3,
 ) -> dict[str, Any]:
-    """What has to be the same when a run is resumed."""
-    base = Fingerprint.of(model, (*head_names(model), *renewed(recipe, model)))
+    """What has to be the same when a run is resumed; `algorithm`: by which its record tells the base's content."""
+    base = Fingerprint.of(model, (*head_names(model), *renewed(recipe, model)), algorithm=algorithm)
     return {
         "model": base.name,
         "base": base.content + base.buffers,
+        **({} if algorithm == SHA256 else {"base_hash": algorithm}),  # records from before name none
         "dtype": base.dtype,
         "recipe": recipe.to_json(),
         "task": task.name,
