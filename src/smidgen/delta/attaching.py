@@ -109,6 +109,7 @@ def remove(model: nn.Module) -> None:
 
 
 def _remove(model: nn.Module) -> None:
+    """Take off what is attached; compiled code is left as it is."""
     record = attachment(model)
     record.held.release()
     record.unplug(model)
