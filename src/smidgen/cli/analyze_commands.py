@@ -25,6 +25,7 @@ from smidgen.cli.options import (
     open_task,
 )
 from smidgen.cli.views import analyses, results
+from smidgen.common.argument_spelling import KINDS
 from smidgen.common.errors import DeltaError, ModelError
 from smidgen.common.folder_lock import folder_lock_held
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 AnyModel = Annotated[str | None, Option("--model", help="base to fine-tune: built-in name, folder, or hub id")]
 Tasks = Annotated[list[str] | None, Option("--data", help="a task to fine-tune on; may be given again")]
 ReportFolder = Annotated[Path | None, Option("--out", help="folder for report.html, report.json and pictures")]
-TaskKind = Annotated[str | None, Option("--task-kind", help="classification, regression, tokens or causal-lm")]
+TaskKind = Annotated[str | None, Option("--task-kind", help=", ".join(KINDS))]
 SELECT = "LN() | Select('fisher', keep=0.1)"
 TRANSFER = ("What the task left out makes of each selection", "Differences, paired by task and seed")
 TRUST = ("How many examples are enough", "What the selection depends on")

@@ -10,6 +10,7 @@ import typer
 
 import smidgen as sm
 from smidgen.cli.views import results
+from smidgen.common.argument_spelling import KINDS
 from smidgen.common.errors import DeltaError
 
 Option = typer.Option
@@ -28,7 +29,7 @@ DeltaFolder = Annotated[str, Option("--delta", help="folder of a delta, or hub i
 Out = Annotated[Path, Option("--out", help="folder to write")]
 Text = Annotated[list[str] | None, Option("--text", help="text column; twice for two texts")]
 Label = Annotated[str | None, Option("--label", help="label column")]
-Kind = Annotated[str | None, Option("--kind", help="classification, regression, tokens or causal-lm")]
+Kind = Annotated[str | None, Option("--kind", help=", ".join(KINDS))]
 Metric = Annotated[str | None, Option("--metric", help="metric that counts")]
 Limit = Annotated[int | None, Option("--limit", min=1, help="use so many training examples")]
 Most = Annotated[int | None, Option("--limit", min=1, help="use so many examples of the split")]

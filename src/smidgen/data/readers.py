@@ -92,6 +92,11 @@ def read_splits(source: str, *, tagged: bool = False) -> Raw:
     return _hub(source)
 
 
+def split_called(name: str) -> str | None:
+    """The split of that name, or one of its usual other names; None if there is none."""
+    return _ALIASES.get(name.lower().replace("-", "_"))
+
+
 def _neighbours(path: Path) -> list[str]:
     there = path.parent.iterdir() if path.parent.is_dir() else ()
     return [p.name for p in there if (p.is_dir() and not path.suffix) or p.suffix.lower() in FORMATS]
@@ -101,7 +106,7 @@ def _folder(path: Path, tagged: bool) -> Raw:
     found: dict[str, list[Path]] = defaultdict(list)
     notes = {}
     for file in sorted(p for p in path.iterdir() if p.suffix.lower() in FORMATS):
-        split = _ALIASES.get(_SHARD.sub("", file.stem).lower().replace("-", "_"))
+        split = split_called(_SHARD.sub("", file.stem))
         if split is None:
             notes[file.name] = "not the name of a split"
         else:

@@ -82,7 +82,7 @@ class Task:
             DataError: the source, a column, the labels or an option is of no use; the message says which and
                 why.
         """
-        raw = _raw(os.fspath(source), kind, seed)
+        raw, kind = _raw(os.fspath(source), kind, seed)
         if raw.prose:
             task = _prose(raw, kind, text, label, validation, limit)
         else:
@@ -164,15 +164,15 @@ def _task(columns: Columns, labels: Sequence[str], splits: Mapping[str, Dataset]
     return Task("", columns.kind, columns.text, columns.label, tuple(labels), "", splits, notes)
 
 
-def _raw(source: str, kind: str | None, seed: int) -> Raw:
-    """Splits as they were read: by a kind whose own form the source has, or as files of rows or text."""
+def _raw(source: str, kind: str | None, seed: int) -> tuple[Raw, str | None]:
+    """Splits as they were read, and the kind: of a source that has a form of a kind's own, else what is given."""
     wanted = None if kind is None else kind_named(kind)
     path = Path(source).expanduser()
     for each in TaskKind.registry.values() if wanted is None else (wanted,):
         own = each.read(path, seed) if path.exists() else None
         if own is not None:
-            return own
-    return read_splits(source, tagged=wanted is not None and wanted.reads_tagged)
+            return own, each.name
+    return read_splits(source, tagged=wanted is not None and wanted.reads_tagged), kind
 
 
 def _rows(

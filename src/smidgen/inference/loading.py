@@ -59,7 +59,7 @@ def load(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _guarded(str(name), lambda: _model(folder, kind, labels, name_of_class, options))
-    processor = load_processor(name, kind)
+    processor = load_processor(name, kind, model)
     text: Any = model.config.get_text_config()
     if getattr(text, "pad_token_id", None) is None and hasattr(processor, "pad_token_id"):
         text.pad_token_id = processor.pad_token_id

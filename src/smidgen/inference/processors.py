@@ -21,16 +21,23 @@ def processor_of(model: nn.Module, kind: TaskKind | None = None) -> Processor:
     if not name:
         raise ModelError("the model does not say where it came from; pass tokenizer=" if _reads_text(kind) else
                          "the model does not say where it came from; pass processor=")  # fmt: skip
-    return load_processor(name, kind)
+    return load_processor(name, kind, bare(model))
 
 
-def load_processor(name: str | os.PathLike[str], kind: TaskKind | None = None) -> Processor:
-    """The processor of a model's name: of a kind of task, else its tokenizer.
+BY_INPUT = {"pixel_values": "AutoImageProcessor", "input_values": "AutoFeatureExtractor",
+            "input_features": "AutoFeatureExtractor"}  # fmt: skip
+
+
+def load_processor(
+    name: str | os.PathLike[str], kind: TaskKind | None = None, model: nn.Module | None = None
+) -> Processor:
+    """The processor of a model's name: of a kind of task, else of what the model takes, else its tokenizer.
 
     A tokenizer without a padding token pads with its end token. Raises ModelError if it cannot be loaded.
     """
     folder, options = _locate(os.fspath(name))
-    cls = getattr(transformers, TaskKind.processor_class if kind is None else kind.processor_class)
+    told = BY_INPUT.get(getattr(model, "main_input_name", ""), TaskKind.processor_class)
+    cls = getattr(transformers, told if kind is None else kind.processor_class)
     processor: Any = _guarded(str(name), lambda: cls.from_pretrained(folder, **options))
     if hasattr(processor, "pad_token") and processor.pad_token is None:
         processor.pad_token = processor.eos_token

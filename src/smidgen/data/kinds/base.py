@@ -269,10 +269,18 @@ def named_columns(question: Question) -> dict[str, list[Any]]:
     return {"text": question.inputs, **seconds}
 
 
-def label_answers(question: Question, shown: Sequence[str]) -> list[Answer]:
-    """The most probable label of each input, with all probabilities; without names the number that is given."""
+def label_answers(
+    question: Question, shown: Sequence[str], columns: dict[str, list[Any]] | None = None
+) -> list[Answer]:
+    """The most probable label of each input, with all probabilities; without names the number that is given.
+
+    Args:
+        shown: the inputs in words.
+        columns: of the inputs, as `Question.run` takes them; by default as they are asked.
+    """
     found = []
-    for text, (row, _) in zip(shown, question.run(named_columns(question)), strict=True):
+    outputs = question.run(named_columns(question) if columns is None else columns)
+    for text, (row, _) in zip(shown, outputs, strict=True):
         if not question.names or len(row) == 1:
             found.append(Answer(text, float(row[0])))
         else:

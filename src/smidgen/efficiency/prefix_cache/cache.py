@@ -127,6 +127,10 @@ class PrefixCache:
         self._filled()
         return self._padded(places, length)
 
+    def longest(self, places: Sequence[int]) -> int:
+        """Tokens of the longest of these examples."""
+        return max(self._layout.lengths[place] for place in places)
+
     def first(self, places: Sequence[int]) -> Tensor:
         """States (B, 1, d) of the first tokens of these examples. Raises TrainError if the cache is empty."""
         self._filled()

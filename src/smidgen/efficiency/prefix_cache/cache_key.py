@@ -74,5 +74,7 @@ def _bytes(value: Any) -> bytes:
     if isinstance(value, Tensor):
         head, data = f"{tuple(value.shape)}{value.dtype}", value.detach().cpu().contiguous().reshape(-1)
         return head.encode() + data.view(torch.uint8).numpy().tobytes()
+    if hasattr(value, "read_bytes"):  # a file: an image, a sound
+        return bytes(value.read_bytes())
     array = np.asarray(value)
     return f"{array.shape}{array.dtype}".encode() + array.tobytes()

@@ -46,7 +46,7 @@ class Shortcut:
                 stack.enter_context(FastDropout())
             rowwise = self.cache is not None and self.row is not None and self.cache.ends_rowwise
             if self.cache is not None:
-                length = batch["input_ids"].shape[1]
+                length = batch["input_ids"].shape[1] if "input_ids" in batch else self.cache.longest(places)
                 states = self.cache.first(places) if rowwise else self.cache.batch(places, length)
                 stack.enter_context(self.cache.feeding(states, length))
             if self.row is not None and not rowwise:
