@@ -137,7 +137,8 @@ def counts(found, recipes):
             verdict = result.get("recipes", {}).get(name)
             table[name]["not built" if verdict is None else verdict["outcome"]] += 1
             table[name]["unnamed"] += bool(verdict and verdict.get("named") is False)
-    names = (*OUTCOMES, "unnamed")
+            table[name]["on a stack"] += bool(verdict and "stack" in verdict)
+    names = (*OUTCOMES, "unnamed", "on a stack")
     built = sum("recipes" in result for result in found.values())
     total = {name: sum(row[name] for row in table.values()) for name in names}
     return {

@@ -23,8 +23,28 @@ def uncovered(model, plan):
     for index, method in enumerate(plan.recipe):
         name = type(method).__name__
         rows = [row for row in plan.rows if row.index == index]
-        found += WORDS.get(name, _nothing)(model, rows, {name for name, _ in plan.head})
+        whole = model if method.stack is None else Inside(model, method.stack)
+        found += WORDS.get(name, _nothing)(whole, rows, {name for name, _ in plan.head})
     return "; ".join(found)
+
+
+class Inside:
+    """The modules and parameters of a model that lie in the stacks which a method is kept to."""
+
+    def __init__(self, model, stack):
+        self.model, self.stacks = model, (stack,) if isinstance(stack, str) else stack
+
+    def holds(self, path):
+        return any(f".{path}.".find(f".{stack}.") >= 0 for stack in self.stacks)
+
+    def named_modules(self):
+        return ((path, module) for path, module in self.model.named_modules() if self.holds(path))
+
+    def named_parameters(self):
+        return ((name, p) for name, p in self.model.named_parameters() if self.holds(name.rpartition(".")[0]))
+
+    def get_parameter(self, name):
+        return self.model.get_parameter(name)
 
 
 def _nothing(model, rows, head):

@@ -1,6 +1,7 @@
 """What one recipe does on one tiny model: ok, partly, refused, wrong or crash, with the reason in one line."""
 
 import copy
+import re
 import warnings
 
 import torch
@@ -12,7 +13,7 @@ import smidgen as sm
 from smidgen.common.errors import AttachError, SmidgenError
 from smidgen.ports.attachment_record import attachment, trained_parameters
 from smidgen.recipe.recipe import as_recipe
-from smidgen.steps.gradient_checks import Watch, resting
+from smidgen.steps.gradient_checks import Watch, check_depends, resting
 
 NEAR = 1e-4  # of 1 + the largest output: what float32 inside a float64 model leaves
 # "stopped": accepted, then refused with one line in the first step or at detach, where attach could have known
@@ -88,8 +89,25 @@ def cast(model, dtype):
     return model
 
 
+ADVISED = re.compile(r"narrow the recipe \(stack=(\(.*?\)|'.*?')\)")
+
+
 def judge(subject, recipe):
-    """Outcome and reason of a recipe on a subject, whose model is left alone."""
+    """Outcome and reason of a recipe on a subject, whose model is left alone.
+
+    A model of several parts that is given text alone stops a recipe that covers the others, and the error names the
+    stack that is left: then the recipe on that stack is judged, and the verdict says which it was.
+    """
+    found = once(subject, recipe)
+    advised = ADVISED.search(found.get("why", "")) if found["outcome"] == "stopped" else None
+    if advised is None:
+        return found
+    inside = recipe.rstrip(")") + ("" if recipe.endswith("()") else ", ") + f"stack={advised[1]})"
+    return once(subject, inside) | {"stack": advised[1]}
+
+
+def once(subject, recipe):
+    """Outcome and reason of exactly this recipe."""
     model, notes, wrong, stage = copy.deepcopy(subject.model), {}, [], "attach"
     try:
         with warnings.catch_warnings():
@@ -157,8 +175,7 @@ def _train(subject, model, recipe, notes):
     found = tensors(run(model, subject.inputs))
     generator = torch.Generator().manual_seed(3)
     loss = sum((t.double() * torch.randn(t.shape, dtype=torch.float64, generator=generator)).sum() for t in found)
-    if not loss.requires_grad:
-        raise WrongError("the output depends on nothing that is trained")
+    check_depends(model, found)  # what `fit` stops with
     watch = Watch(model)
     loss.backward()
     watch.first(model)

@@ -75,7 +75,7 @@ LAYERS = """
 `"top:2"` and `"bottom:2"` the ends. Models that use one block at every depth (ALBERT) refuse it.
 
 `stack`, given by keyword, keeps a method to one part of a model: a module by its path or the end of it, such as
-`stack="language_model"` or `stack="encoder"`.
+`stack="language_model"` or `stack="encoder"`; several stand in brackets, `stack=("encoder", "decoder")`.
 
 Roles are `query`, `key`, `value`, `attention_out`, `ff_in`, `ff_out`. They name the same part in every model;
 a fused projection (GPT-2, Phi-3, ModernBERT) is edited by slices.

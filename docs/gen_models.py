@@ -26,6 +26,8 @@ again.
 - **yes**: all of that holds, and nothing of what the method's words cover was found left out.
 - **partly**: it holds, and what the note names is left out.
 - **no**: refused before training, with the note's reason.
+- **with stack=...**: other parts of the model do not run on the inputs given here, such as text alone; training stops
+  with an error that names this stack, and the verdict is of the recipe on it.
 - **stops**: attached, and stopped with the note's reason in the first steps.
 - **wrong**, **breaks**: a fault of smidgen; none is wanted.
 
@@ -70,6 +72,8 @@ def verdict(value: Any, reasons: list[str], cls: str, notes: Notes) -> str:
     """One cell."""
     found = dict(zip(("outcome", "why"), value, strict=False)) if isinstance(value, list) else value
     word = WORDS[found["outcome"]]
+    if "stack" in found:
+        word += f", with stack={shown(found['stack'], cls)}"
     return f"{word} ({notes.number(shown(reasons[found['why']], cls))})" if "why" in found else word
 
 

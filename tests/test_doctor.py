@@ -95,7 +95,8 @@ def test_an_edit_that_never_acts_is_a_fault():
     said = {place.name: place.acts for place in finding.places}
     assert said == {"0.one": "never used", "0.two": "yes", "1.one": "never used", "1.two": "yes"}
     assert finding.faults == (
-        "LoRA(rank=2, target='linear'): 2 of 4 places: never used, first 0.one",
+        "LoRA(rank=2, target='linear'): 2 of 4 places: never used, first 0.one; "
+        "stack=('0.two', '1.two') leaves them out",
         f"LoRA(rank=2, target='linear'): merged and attached differ by {finding.merged:.2g}",
     )
 

@@ -19,6 +19,7 @@ from smidgen.delta.delta import Delta
 from smidgen.delta.fingerprint import Fingerprint
 from smidgen.ports import held_state as held
 from smidgen.ports.attachment_record import trained_parameters
+from smidgen.ports.value_caches import renew_caches
 from smidgen.testing.cases import shake
 from tests import helpers as h
 
@@ -298,3 +299,55 @@ def test_what_leaves_the_model_as_it_is_is_allowed():
     with torch.compiler.set_stance("force_eager"):
         torch.testing.assert_close(h.logits(model), before)
     sm.detach(model)
+
+
+# What a class makes of its weights in eval mode and keeps until the next train()
+
+
+def test_what_is_made_of_weights_is_made_anew_when_they_change():
+    """LeViT looks its attention biases up once: a delta's at attach and at a switch, the base's after."""
+    model = built("levit")
+    base = h.logits(model, **pixels())
+    deltas = {}
+    for name, scale in (("small", 0.1), ("large", 0.5)):
+        sm.attach(model, "Full()")
+        shake(trained_parameters(model).values(), scale)
+        deltas[name] = sm.detach(model)
+    assert torch.equal(h.logits(model, **pixels()), base)
+    wanted = {name: h.logits(sm.merge(built("levit"), delta), **pixels()) for name, delta in deltas.items()}
+    for name, delta in deltas.items():
+        with sm.attached(model, delta):
+            torch.testing.assert_close(h.logits(model, **pixels()), wanted[name])
+        assert torch.equal(h.logits(model, **pixels()), base)
+    tasks = sm.Deltas(model)
+    for name, delta in deltas.items():
+        tasks[name] = delta
+    for name in ("small", "large", "small"):
+        with tasks.using(name):
+            torch.testing.assert_close(h.logits(model, **pixels()), wanted[name])
+    assert torch.equal(h.logits(model, **pixels()), base)
+
+
+def test_a_cache_that_is_kept_would_be_seen(monkeypatch):
+    monkeypatch.setattr("smidgen.ports.attachment_record.renew_caches", lambda model: None)
+    monkeypatch.setattr("smidgen.delta.attaching.renew_caches", lambda model: None)
+    with pytest.raises(AssertionError):
+        test_what_is_made_of_weights_is_made_anew_when_they_change()
+
+
+def test_modes_of_parts_are_left_as_they_are():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.calls = nn.Linear(2, 2), []
+
+        def train(self, mode=True):
+            self.calls.append(mode)
+            return super().train(mode)
+
+    model = Own().eval()
+    model.inner.train()
+    model.calls.clear()
+    renew_caches(model)
+    assert model.calls == [True, False]
+    assert (model.training, model.inner.training) == (False, True)

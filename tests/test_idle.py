@@ -11,8 +11,9 @@ from transformers import Trainer, TrainingArguments
 import smidgen as sm
 from smidgen.common.errors import PlanError, TrainError
 from smidgen.planning.resolution import resolve
+from smidgen.planning.stack_choice import stacks_around
 from smidgen.ports.attachment_record import trained_parameters
-from smidgen.recipe.recipe import parse
+from smidgen.recipe.recipe import Recipe, parse
 from smidgen.steps.gradient_checks import IdleWarning, Watch
 from smidgen.testing.cases import shake
 from tests import helpers as h
@@ -236,13 +237,43 @@ def odd_bart():
     return {"d_model": 16, "vocab_size": 40, "max_position_embeddings": 32, **sides}
 
 
+STACKS = ("'language_model'", "'vision_tower'")
+
+
 def test_a_stack_that_is_not_there():
     model = odd.build("gemma3")
     with pytest.raises(PlanError, match=r"stack='langage_model' is no module .*did you mean 'language_model'"):
         resolve(model, "LN(stack='langage_model')")
-    for wrong in ("3", "''"):
+    for wrong in ("3", "''", "()", "('language_model', 3)"):
         with pytest.raises(PlanError, match="must be a module path or the end of one"):
             resolve(model, f"LN(stack={wrong})")
+
+
+def test_several_stacks_are_those_together():
+    model = odd.build("gemma3")
+    names = {row.site.path for row in resolve(model, "LN()").rows}
+    parts = [{row.site.path for row in resolve(model, f"LN(stack={stack})").rows} for stack in STACKS]
+    assert parts[0]
+    assert parts[1]
+    assert not parts[0] & parts[1]
+    both = resolve(model, f"LN(stack=({', '.join(STACKS)}))")
+    assert {row.site.path for row in both.rows} == parts[0] | parts[1] <= names
+    assert parse(str(both.recipe)) == both.recipe
+    assert Recipe.from_json(both.recipe.to_json()) == both.recipe
+
+
+@pytest.mark.parametrize(
+    ("reached", "others", "wanted"),
+    [
+        (["m.text.0.norm.", "m.text.norm."], ["m.vision.0.norm."], ["text"]),
+        (["m.text.0.norm.", "m.dec.norm."], ["m.vision.norm."], ["text", "dec"]),
+        (["m.text.0.norm."], ["m.vision.text.norm."], ["m.text"]),  # "text" would mean both
+        (["m.0.a.", "m.1.a."], ["m.0.b.", "m.1.b."], ["m.0.a", "m.1.a"]),
+        (["m.a.", "m."], ["m.b."], []),  # m owns a tensor itself
+    ],
+)
+def test_stacks_that_hold_what_was_reached(reached, others, wanted):
+    assert stacks_around(reached, others) == wanted
 
 
 def test_stack_is_saved_where_it_is_given():

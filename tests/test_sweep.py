@@ -136,6 +136,21 @@ ATTACH, DETACH, MERGE = sm.attach, sm.detach, sm.merge
 
 
 def _deaf(model, recipe):
+    """Gradients of zero arrive, and nothing changes."""
+    ATTACH(model, recipe)
+    for module in model.modules():
+        for edit in getattr(module, "edits", {}).values():
+            edit.enabled = False
+    values = list(verdicts.trained_parameters(model).values())
+
+    def touch(module, args, output):
+        output["logits"] = output["logits"] + 0 * sum(value.sum() for value in values)
+
+    model.register_forward_hook(touch)
+
+
+def _cut_off(model, recipe):
+    """The output depends on nothing that is trained, as `fit` says, and stops."""
     ATTACH(model, recipe)
     for module in model.modules():
         for edit in getattr(module, "edits", {}).values():
@@ -169,6 +184,21 @@ def test_each_check_can_fail(name, broken, says, pairs, monkeypatch):
     verdict = verdicts.judge(found, "LoRA(rank=2)")
     assert verdict["outcome"] in ("wrong", "crash")
     assert says in verdict["why"]
+
+
+def test_what_fit_stops_with_is_stopped(pairs, monkeypatch):
+    monkeypatch.setattr(sm, "attach", _cut_off)
+    verdict = verdicts.judge(subject(pairs["bert/BertForMaskedLM"]), "LoRA(rank=2)")
+    assert verdict["outcome"] == "stopped"
+    assert "depends on nothing that is trained" in verdict["why"]
+
+
+def test_an_advised_stack_is_judged(pairs):
+    """Text alone does not run an image tower: the verdict is of the recipe on the stack that the error names."""
+    found = subject(pairs["minicpm_ocr/MiniCPMOcrForConditionalGeneration"])
+    assert verdicts.once(found, "LN()")["outcome"] == "stopped"
+    assert verdicts.judge(found, "LN()") == {"outcome": "ok", "stack": "'language_model'"}
+    assert verdicts.judge(found, "LoRA(rank=2)")["stack"] == "'language_model'"
 
 
 def test_what_is_left_out_is_found(pairs):

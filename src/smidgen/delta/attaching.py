@@ -29,6 +29,7 @@ from smidgen.ports.module_port import drop_guard
 from smidgen.ports.placement import REFUSED, drop_at, place
 from smidgen.ports.sparse_values import drop_parts
 from smidgen.ports.sublayer_port import drop_tap
+from smidgen.ports.value_caches import renew_caches
 from smidgen.recipe.recipe import Recipe, Term
 from smidgen.sites.site import module_at
 
@@ -199,3 +200,4 @@ def fill_values(model: nn.Module, delta: Delta) -> None:
             for symbol, _ in row.routes:
                 module: Any = module_at(model, row.site.path)
                 getattr(module.edits[row.key], symbol).copy_(delta.tensors[row.name(symbol) + INDICES])
+    renew_caches(model)

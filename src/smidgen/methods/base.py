@@ -50,8 +50,8 @@ class Method(Term, abstract=True):
     linear: ClassVar[bool] = False
     exceptions: ClassVar[Mapping[str, str]] = {}
 
-    # a module path, or the end of one, that everything the method touches must lie in ("language_model")
-    stack: str | None = field(default=None, kw_only=True, metadata={OPTIONAL: True})
+    # a module path, or the end of one, that everything the method touches must lie in ("language_model"), or several
+    stack: str | tuple[str, ...] | None = field(default=None, kw_only=True, metadata={OPTIONAL: True})
 
     def trains(self, site: Site) -> tuple[str, ...]:
         """Names of the parameters owned by the site that are trained in place."""

@@ -18,6 +18,7 @@ from smidgen.planning.row import INDICES, SHARED, START, Row
 from smidgen.ports.held_state import Held, persistent_buffers
 from smidgen.ports.master_weights import Low
 from smidgen.ports.sparse_values import SparseValues
+from smidgen.ports.value_caches import renew_caches
 from smidgen.recipe.recipe import Recipe
 from smidgen.sites.site import module_at
 
@@ -75,6 +76,7 @@ class Attachment:
         for path, _, _ in self.low_modules():
             module_at(model, path)._casting = on  # type: ignore[assignment]
         self.active = on
+        renew_caches(model)
 
     def _part(self, model: nn.Module, owner: str) -> SparseValues:
         path, _, term = owner.rpartition(".")

@@ -15,15 +15,14 @@ from torch import Tensor, nn
 
 from smidgen.common.errors import DivergedError, TrainError
 from smidgen.common.finite_values import not_finite
-from smidgen.planning.stack_choice import common_stack
+from smidgen.planning.row import SHARED
+from smidgen.planning.stack_choice import stack_advice
 from smidgen.ports.attachment_record import attachment, trained_parameters
 from smidgen.sites.data_flow import only_called
 from smidgen.sites.discovery import find_blocks, is_block
 from smidgen.sites.roles import within
 
 MANY = 50  # steps after which chance is no reason any more: a layer is dropped with 0.5 in all of them once in 1e15
-
-
 FEW = 5  # steps in which each tensor moves, LoRA's A as well, which stands still in the first
 
 
@@ -157,11 +156,20 @@ def _never(names: list[str], count: int) -> str:
 
 
 def _narrow(model: nn.Module, unreached: list[str], excused: Iterable[str]) -> str:
-    head = {name for name, _ in attachment(model).plan.head}
-    reached = trained_parameters(model).keys() - set(unreached) - head - set(excused)
-    part = common_stack((n.partition(".edits.")[0] + "." for n in reached), [n for n in unreached if n not in head])
-    fields = f"stack={part!r}" if part else "which=, layers=, target=, stack="
-    return f"narrow the recipe ({fields}) to what this model runs"
+    """What would leave out the tensors that were not reached: stacks, where a few hold all others."""
+    plan = attachment(model).plan
+    aside = {name for name, _ in plan.head} | set(excused)
+    shared = {name for row in plan.rows if row.site.kind == SHARED for name, _ in row.names()}
+    reached = [name for name in trained_parameters(model) if name not in aside | set(unreached) | shared]
+    idle = [name for name in unreached if name not in aside | shared]
+    fields = stack_advice(map(_module, reached), [_module(name) for name in idle])
+    return f"narrow the recipe ({fields or 'which=, layers=, target=, stack='}) to what this model runs"
+
+
+def _module(name: str) -> str:
+    """The module that a saved tensor is at, with a dot behind it."""
+    path, added, _ = name.partition(".edits.")
+    return (path if added else name.rpartition(".")[0]) + "."
 
 
 def idle_by_word(model: nn.Module) -> Iterator[str]:

@@ -16,7 +16,7 @@ from smidgen.delta.attaching import attach, remove
 from smidgen.delta.merging import merge
 from smidgen.inference.sample_inputs import Inputs, fitting_inputs
 from smidgen.methods.base import Method
-from smidgen.planning.stack_choice import common_stack
+from smidgen.planning.stack_choice import stack_advice
 from smidgen.ports.attachment_record import attachment, refuse_attached, trained_parameters
 from smidgen.recipe.recipe import Recipe, Term, as_recipe, registry
 from smidgen.sites.inventory import Part, buffers, left_alone, norms, parts
@@ -78,10 +78,9 @@ class Finding:
 
     def _fault(self, word: str) -> str:
         names = [place.name for place in self.places if place.acts == word]
-        part = common_stack(
-            (p.name + "." for p in self.places if p.acts not in ("", *FAULTS) and p.method != "head"), names
-        )
-        hint = f"; stack={part!r} leaves them out" if part else ""
+        acting = (p.name + "." for p in self.places if p.acts not in ("", *FAULTS) and p.method != "head")
+        advice = stack_advice(acting, names)
+        hint = f"; {advice} leaves them out" if advice else ""
         return f"{self.recipe}: {len(names)} of {len(self.places)} places: {word}, first {names[0]}{hint}"
 
     @property
