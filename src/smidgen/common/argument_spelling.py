@@ -14,7 +14,16 @@ from contextvars import ContextVar
 from types import MappingProxyType
 
 # Kinds of tasks; they stand here for `--task-kind`, in a file that is quick to import.
-KINDS = ("classification", "regression", "tokens", "causal-lm", "image-classification", "audio-classification")
+KINDS = (
+    "classification",
+    "regression",
+    "tokens",
+    "causal-lm",
+    "image-classification",
+    "audio-classification",
+    "pairs",
+    "retrieval",
+)
 # Options of some command that are called as a field of a method or a selection is: messages mean the field.
 FIELDS = ("examples", "target")
 _ARGUMENT = re.compile(r"(?<![\w.-])([a-z][a-z_]*)=('[^']*'|\"[^\"]*\"|[\[(][^\])]*[\])]|[\w.+-]*[\w+-])?")

@@ -75,7 +75,8 @@ class TaskKind:
         uncountable: what a sum over all labels would run over, where that is too much ("label sequences").
         improbable: why one example's labels have no probability of their own, where that is so.
         couples_batch: the loss of an example depends on the others of its batch, which then cannot be cut into parts.
-        plain: `model(**batch)` is all that `forward` does.
+        passes: rows that the model computes for each example.
+        unsteered: why a forward pass cannot start at the lowest edit, or compute one row of the last block, for it.
         many_per_row: a row makes several examples, or none.
         stratified: a validation split is cut off label by label.
         reads_prose, reads_tagged: running text, and words with their tags line by line, are of this kind.
@@ -95,7 +96,8 @@ class TaskKind:
     uncountable: ClassVar[str | None] = None
     improbable: ClassVar[str | None] = None
     couples_batch: ClassVar[bool] = False
-    plain: ClassVar[bool] = True
+    passes: ClassVar[int] = 1
+    unsteered: ClassVar[str | None] = None
     many_per_row: ClassVar[bool] = False
     stratified: ClassVar[bool] = False
     reads_prose: ClassVar[bool] = False
@@ -216,6 +218,10 @@ class TaskKind:
     def forward(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
         """The model's outputs: `logits`, and `loss` if the batch has labels."""
         return model(**batch)
+
+    def model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What `forward` calls the model with; of several calls, with the first."""
+        return dict(batch)
 
     # Outputs
 

@@ -34,20 +34,20 @@ def largest_batch(
         TrainError: not even one example fits, or the model's memory cannot be estimated.
         PlanError: the recipe does not fit the model.
     """
-    shape = {"length": length, "pooling": pooling, "recompute": recompute}
+    shape: dict[str, Any] = {"length": length, "pooling": pooling, "recompute": recompute}
     return batch_and_bytes(model, recipe, max_memory_bytes, batch_size, **shape)[0]
 
 
 def batch_and_bytes(
-    model: nn.Module, recipe: str | Term | Recipe, max_memory_bytes: int, batch_size: int, **shape: Any
+    model: nn.Module, recipe: str | Term | Recipe, max_memory_bytes: int, batch_size: int, passes: int = 1, **shape: Any
 ) -> tuple[int, int]:
-    """`largest_batch`, and the bytes that its step needs by estimate."""
+    """`largest_batch`, and the bytes that its step needs by estimate. passes: rows of the model for each example."""
     if batch_size < 1:
         raise TrainError(f"batch_size={batch_size} must be at least 1")
     size, need = 2 * batch_size, 0
     while size > 1:
         size //= 2
-        need = _need(model, recipe, size, **shape)
+        need = _need(model, recipe, passes * size, **shape)
         if need <= max_memory_bytes:
             return size, need
     ways = ["a shorter max_length", "fewer layers (layers='top:2')", "a base in bfloat16"]

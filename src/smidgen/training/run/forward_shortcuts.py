@@ -62,6 +62,7 @@ def shortcuts(
     before: Mapping[str, str],
     folder: str | os.PathLike[str] | None,
     shared: Kept | None = None,
+    unsteered: str | None = None,
 ) -> tuple[list[Shortcut], dict[str, str]]:
     """A shortcut for each split, and for "cache" and "rows" whether they are on, or why not.
 
@@ -69,15 +70,21 @@ def shortcuts(
         before: what came of it at the first start of a run that is resumed: it is done, or not done, again.
         folder: for hidden states that are too large for memory, if a cache is insisted on.
         shared: caches that earlier runs filled.
+        unsteered: why the kind of task has neither; None if it may.
 
     Raises:
         TrainError: something is insisted on and cannot be had; says why.
     """
+    fast = settings.fast_dropout and not settings.recompute  # what is computed again runs outside of any mode
+    if unsteered is not None:
+        insisted = [f"{name}=True" for name in ("cache", "only_read") if getattr(settings, name)]
+        if insisted:
+            raise TrainError(f"{insisted[0]}, but {unsteered}; leave it out")
+        return [Shortcut(fast_dropout=fast) for _ in splits], {"cache": unsteered, "rows": unsteered}
     caches, cached = kept_prefix(model, splits, collate, settings, before.get("cache"), folder, shared)
     find = partial(_first_row, model, splits[0], collate, settings, before.get("rows"), caches[0])
     same = (str(attachment(model).plan.recipe), settings.pooling, settings.only_read, before.get("rows"))
     row, read = find() if shared is None else shared.once(same, find)
-    fast = settings.fast_dropout and not settings.recompute  # what is computed again runs outside of any mode
     made = [Shortcut(cache, row, fast) for cache in caches]
     return made, {"cache": cached, "rows": read}
 

@@ -41,6 +41,7 @@ from smidgen.steps.objectives import Objective
 from smidgen.steps.optimizer_groups import optimizer
 from smidgen.steps.penalties import penalised
 from smidgen.training.memory.batch_size import batch_and_bytes
+from smidgen.training.run.batch_coupling import check_coupling
 from smidgen.training.run.batch_feed import Feed
 from smidgen.training.run.checkpoint import pack, unpack
 from smidgen.training.run.forward_shortcuts import shortcuts
@@ -69,6 +70,7 @@ class Loop:
             raise TrainError(f"{kind} is not supported yet; use one process or DDP (accelerate launch --multi_gpu)")
         if settings.batching == PACK:
             check_kind(task.kind)
+        check_coupling(task.task_kind, settings, self.accelerator.num_processes)
         check_model(model)
         self.model, self.recipe, self.task, self.settings = bare(model), recipe, task, settings
         self.selection, self.shared, self.objective = selection, shared, objective.on(task.kind)
@@ -118,7 +120,7 @@ class Loop:
             self.feed = self.feed.ready(self.model.to(device))
             with recomputing(self.model) if self.settings.recompute else nullcontext():
                 splits = (self.model, (self.rows, self.mine), self.collate)
-                shared = (earlier, self.folder.path, self.shared)
+                shared: Any = (earlier, self.folder.path, self.shared, self.task.task_kind.unsteered)
                 (self.around, self.around_held), why = shortcuts(*splits, room, *shared)
                 decided = selection_record(self.model, self.settings, self.rows, self.total, self.world)
                 self.chosen = self.folder.agreed(wanted, {**decided, **why, "rows_at_once": size}, record)
@@ -136,7 +138,8 @@ class Loop:
         most = int(earlier.get("rows_at_once", s.batch_size))
         shape = {"length": length, "pooling": s.pooling, "recompute": s.recompute}
         limit = parse_bytes(s.max_memory)
-        size, need = batch_and_bytes(self.model, self.recipe, limit, most, **shape)
+        passes = self.task.task_kind.passes
+        size, need = batch_and_bytes(self.model, self.recipe, limit, most, passes=passes, **shape)
         return replace(s, cache_bytes=min(s.cache_bytes, (limit - need) // 2)), size
 
     def _selected(self) -> Selection | None:
@@ -229,7 +232,7 @@ class Loop:
         self.model.eval()
         rows = [self.rows[i] for i in range(min(2, len(self.rows)))]
         batch = {k: v.to(self.accelerator.device) for k, v in self.collate(rows).items()}
-        self.resting = resting_modules(self.model, attachment(self.model).plan, batch)
+        self.resting = resting_modules(self.model, attachment(self.model).plan, self.task.task_kind.model_inputs(batch))
         loss = self._loss(self.model, batch)
         check_depends(self.model, loss)
         loss.backward()
