@@ -24,7 +24,6 @@ from smidgen.common.errors import SmidgenError
 from smidgen.methods.base import Method
 from smidgen.planning.plans import Plan
 from smidgen.planning.resolution import resolve
-from smidgen.planning.row import SHARED
 from smidgen.planning.saved_layout import safetensors_size
 from smidgen.recipe.named_recipes import NAMED
 from smidgen.recipe.recipe import Term
@@ -151,7 +150,7 @@ def port(cls: type[Method]) -> str:
 def parts(method: Method) -> str:
     """The kinds of place that a method acts at on BERT-base, by role where there is one."""
     plan = planned(method, "BERT-base")
-    sites = [] if isinstance(plan, str) else [row.site for row in plan.rows if row.site.kind != SHARED]
+    sites = [] if isinstance(plan, str) else [row.site for row in plan.rows if not row.owns_shared]
     found = (sorted(site.roles & set(LINEAR_ROLES)) or [_kind(site)] for site in sites)
     return ", ".join(dict.fromkeys(name for names in found for name in names)) or "-"
 

@@ -78,8 +78,20 @@ def test_the_functions_with_a_port_are_functions():
 
 def test_the_page_lists_every_attribute_of_a_site():
     named = set(re.findall(r"`site\.(\w+)`", PAGE.read_text()))
-    assert {field.name for field in fields(sm.Site)} <= named
-    assert named - {field.name for field in fields(sm.Site)} == {"name"}
+    known = {field.name for cls in site_types() for field in fields(cls)}
+    assert known <= named
+    assert named - known == {"name", "kind", "part", "biases"}
+
+
+def site_types(cls=sm.Site):
+    """A type of sites and all below it, of the library's own."""
+    found = [part for part in cls.__subclasses__() if part.__module__.startswith("smidgen.")]
+    return [cls, *(below for part in found for below in site_types(part))]
+
+
+def test_the_page_lists_every_type_of_site():
+    listed = set(re.findall(r"`(\w+)`", PAGE.read_text().split("| type, of")[1].split("\n\n")[0]))
+    assert {cls.__name__ for cls in site_types() if cls.kind} - {"SharedSite"} <= listed
 
 
 # The example

@@ -14,6 +14,7 @@ from smidgen.common.argument_spelling import KINDS
 from smidgen.data.kinds.base import TaskKind
 from smidgen.methods.base import Method
 from smidgen.recipe.recipe import Term
+from smidgen.sites.site import Site
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "smidgen"
@@ -175,6 +176,33 @@ def test_a_planted_comparison_with_a_kind_of_task_is_seen(line):
 def test_the_command_line_lists_all_kinds_of_task():
     shipped = {name for name, kind in TaskKind.registry.items() if type(kind).__module__.startswith("smidgen.")}
     assert set(KINDS) == shipped
+
+
+def site_kinds(cls):
+    return {cls.kind} | {kind for part in cls.__subclasses__() for kind in site_kinds(part)}
+
+
+def kinds_compared(tree, kinds):
+    """Lines that compare something's `kind` with the name of a kind of sites."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            words = {n.value for side in sides for n in ast.walk(side) if isinstance(n, ast.Constant)}
+            if any(isinstance(side, ast.Attribute) and side.attr == "kind" for side in sides) and words & kinds:
+                yield node.lineno
+
+
+def test_nobody_compares_kinds_of_sites():
+    """A site is asked for its type. (A section of a report may be a "table".)"""
+    kinds = site_kinds(Site) - {""}
+    found = {name_of(path): list(kinds_compared(tree, kinds)) for path, tree in TREES.items()}
+    known = ("sites/", "cli/views/", "studies/reports/")
+    assert not {name: lines for name, lines in found.items() if lines and not name.startswith(known)}
+
+
+@pytest.mark.parametrize("line", ['site.kind == "norm"', 'row.site.kind in ("linear", "conv")', '"input" != s.kind'])
+def test_a_kind_that_is_compared_would_be_seen(line):
+    assert list(kinds_compared(ast.parse(line), site_kinds(Site))) == [1]
 
 
 def test_the_public_names_are_the_tables_of_the_packages(monkeypatch):

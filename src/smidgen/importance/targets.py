@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from smidgen.importance.per_example_rules import RULES, Call, Rule, Tensors, general
-from smidgen.planning.row import SHARED
 from smidgen.ports.attachment_record import attachment
 from smidgen.ports.module_port import Edit
 from smidgen.sites.module_kinds import kind_of
+from smidgen.sites.site import SharedSite
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ def find_targets(model: nn.Module) -> tuple[list[Target], list[str]]:
     rest: list[str] = []
     for name, tensor in tensors_of(model).items():
         found = owners.get(id(tensor), [])
-        shared = any(isinstance(module, Edit) and module.site.kind == SHARED for module, _ in found)
+        shared = any(isinstance(module, Edit) and isinstance(module.site, SharedSite) for module, _ in found)
         rules = {_rule(module) for module, _ in found}
         terms = {term for _, term in found}
         if shared or len(rules) != 1 or len(terms) != 1:

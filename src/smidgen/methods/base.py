@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 
@@ -34,9 +34,14 @@ from smidgen.sites.site import Site
 Tensors = Mapping[str, Tensor]
 
 
+S = TypeVar("S", bound=Site)  # the type of the sites at which a method acts
+
+
 @dataclass(frozen=True)
-class Method(Term, abstract=True):
+class Method(Term, Generic[S], abstract=True):
     """Base of all methods. A subclass is one file; its docstring gives paper, formula, shapes and departures.
+
+    `Method[LinearSite]` is one that acts at linear maps: `acts` is asked of every site, what computes gets those alone.
 
     Class attributes:
         lr: learning rate that `fit` uses when none is given.
@@ -91,26 +96,26 @@ class Method(Term, abstract=True):
         """Share of the input that the module port drops, in training, before `after` sees it."""
         return 0.0
 
-    def init(self, site: Site) -> dict[str, Tensor]:
+    def init(self, site: S) -> dict[str, Tensor]:
         """Fresh tensors for a site, symbol -> tensor, drawn from torch's global generator."""
         return {}
 
-    def group(self, site: Site) -> str:
+    def group(self, site: S) -> str:
         """Which sites share the tensors of `shared`: those that give the same name (no dots in it)."""
         return "all"
 
-    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+    def shared(self, sites: Sequence[S]) -> dict[str, Tensor]:
         """Fresh tensors that the sites of a group share, symbol -> tensor; `p` has them beside a site's own."""
         return {}
 
-    def routes(self, site: Site, sites: Sequence[Site]) -> dict[str, Tensor]:
+    def routes(self, site: S, sites: Sequence[S]) -> dict[str, Tensor]:
         """Whole numbers (n,), symbol -> tensor, which parts of what `sites` share this one uses: `p` has them too.
 
         Drawn once from torch's global generator, saved, never trained.
         """
         return {}
 
-    def from_base(self, p: Tensors, base: Tensors, site: Site) -> dict[str, Tensor]:
+    def from_base(self, p: Tensors, base: Tensors, site: S) -> dict[str, Tensor]:
         """The tensors of `init` as they start at a site whose own tensors are `base`, for a method that looks at them.
 
         base: "weight" (width_out, width_in) and, where there is one, "bias" (width_out,), in master precision. A
@@ -118,7 +123,7 @@ class Method(Term, abstract=True):
         """
         return dict(p)
 
-    def before(self, p: Tensors, x: Tensor, site: Site) -> Tensor:
+    def before(self, p: Tensors, x: Tensor, site: S) -> Tensor:
         """The module's new input. x: (..., width_in)."""
         return x
 
@@ -126,7 +131,7 @@ class Method(Term, abstract=True):
         """Whether it edits the site's input, so that a vector that it adds there has the input's width."""
         return self.overrides("before")
 
-    def after(self, p: Tensors, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    def after(self, p: Tensors, x: Tensor, y: Tensor, site: S) -> Tensor:
         """The module's new output. x: (..., width_in), y: (..., width_out)."""
         return y
 
@@ -134,18 +139,18 @@ class Method(Term, abstract=True):
         """Whether `after` at a sublayer reads what entered it; else its x is y."""
         return True
 
-    def after_with(self, p: Tensors, x: Tensor, y: Tensor, base: Tensors, site: Site) -> Tensor:
+    def after_with(self, p: Tensors, x: Tensor, y: Tensor, base: Tensors, site: S) -> Tensor:
         """As `after`, from the module's own tensors too: `base` as in `from_base`, with earlier edits folded in.
 
         The weight carries no gradient, the bias does.
         """
         return y
 
-    def keys_values(self, p: Tensors, site: Site) -> tuple[Tensor, Tensor]:
+    def keys_values(self, p: Tensors, site: S) -> tuple[Tensor, Tensor]:
         """Keys (heads, length, head_dim) and values (heads, length, value_dim) that stand before those of the text."""
         raise NotImplementedError
 
-    def tokens(self, p: Tensors, site: Site) -> Tensor:
+    def tokens(self, p: Tensors, site: S) -> Tensor:
         """Vectors (length, width_out) that stand among the embedded tokens of the input."""
         raise NotImplementedError
 
@@ -154,7 +159,7 @@ class Method(Term, abstract=True):
         return False
 
     def event(
-        self, step: int, total: int, sites: Sequence[Site], parts: Sequence[Tensors], memory: Tensors
+        self, step: int, total: int, sites: Sequence[S], parts: Sequence[Tensors], memory: Tensors
     ) -> tuple[Sequence[Tensors], Tensors]:
         """What the tensors of its sites go on as, which may be larger, and what to remember until the next event.
 
@@ -163,11 +168,11 @@ class Method(Term, abstract=True):
         """
         raise NotImplementedError
 
-    def grown(self, shapes: Mapping[str, tuple[int, ...]], site: Site) -> bool:
+    def grown(self, shapes: Mapping[str, tuple[int, ...]], site: S) -> bool:
         """Whether events can have led from the shapes of `init` to these."""
         return False
 
-    def penalty(self, parts: Sequence[Tensors], sites: Sequence[Site]) -> Tensor | None:
+    def penalty(self, parts: Sequence[Tensors], sites: Sequence[S]) -> Tensor | None:
         """A scalar that training adds to the loss, from the tensors of all sites; None for nothing."""
         return None
 
@@ -179,7 +184,7 @@ class Method(Term, abstract=True):
         """The method that what is saved belongs to: another one if some tensors are dropped on saving."""
         return self
 
-    def settle(self, p: Tensors, site: Site) -> dict[str, Tensor]:
+    def settle(self, p: Tensors, site: S) -> dict[str, Tensor]:
         """The tensors of `settled()` that do the same as the trained ones."""
         return dict(p)
 
@@ -188,19 +193,19 @@ class Method(Term, abstract=True):
         return None
 
     def join(
-        self, weights: Sequence[float], methods: Sequence[Method], parts: Sequence[Tensors], site: Site
+        self, weights: Sequence[float], methods: Sequence[Method], parts: Sequence[Tensors], site: S
     ) -> dict[str, Tensor]:
         """The tensors of `joined(methods)`: what `methods` add with the tensors `parts`, times `weights`, added up."""
         raise NotImplementedError
 
-    def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
+    def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: S) -> tuple[Tensor, Tensor | None]:
         """The formula once more, folded. weight: (width_out, width_in), a norm's gain (width,); bias: or None.
 
         A convolution's weight is (width_out, width_in / groups * kernel size).
         """
         return weight, bias
 
-    def unmergeable(self, site: Site) -> str | None:
+    def unmergeable(self, site: S) -> str | None:
         """Why what is added here cannot be folded into the weight, in a few words; None if `merge` does it."""
         return None if self.overrides("merge") else "it states no merged weight"
 

@@ -21,13 +21,12 @@ from smidgen.sites.input_embedding import position_limit
 from smidgen.sites.module_calls import without_gradient
 from smidgen.sites.module_kinds import is_norm
 from smidgen.sites.new_tensors import resized
-from smidgen.sites.site import ROLES, Site
-from smidgen.sites.sublayers import SUBLAYERS, UNKNOWN
+from smidgen.sites.site import ROLES, InputSite, NormSite, Site, Sublayer
+from smidgen.sites.sublayers import UNKNOWN
 from smidgen.sites.targeting import LINEAR_ROLES
 
 # A norm in every place at once: what a method does with norms.
-_NORM = Site(
-    "norm",
+_NORM = NormSite(
     "norm",
     frozenset(ROLES),
     (("weight", (1,)), ("bias", (1,))),
@@ -45,7 +44,7 @@ def no_match(method: Method, model: nn.Module, sites: Sequence[Site]) -> str:
     if any(method.trains(site) for site in sites):
         return f"{method} is left with nothing: the head or another term trains it, or the pooling gives it no effect"
     text = f"{method} matches no site of {name}; roles found: {roles}"
-    if kinds := dict.fromkeys(site.kind for site in sites if site.kind in SUBLAYERS):
+    if kinds := dict.fromkeys(site.kind for site in sites if isinstance(site, Sublayer)):
         text += f"; sublayers found: {', '.join(kinds)}"
     if method.overrides("tokens"):
         text += "; it does not embed the tokens of one text, so none can be added"
@@ -67,7 +66,7 @@ def _of_norms(method: Method, model: nn.Module, sites: Sequence[Site]) -> str:
     """What a method that trains or scales norms, or biases, would need and this model has not."""
     all_layers: dict[str, Any] = {"layers": None} if hasattr(method, "layers") else {}
     anywhere = replace(method, **all_layers)
-    trained, norms = set(anywhere.trains(_NORM)), [site for site in sites if site.kind == "norm"]
+    trained, norms = set(anywhere.trains(_NORM)), [site for site in sites if isinstance(site, NormSite)]
     text = ""
     if (trained or anywhere.acts(_NORM)) and not norms:
         if any(is_norm(m) and not type(m).__module__.startswith("torch.nn.utils") for m in model.modules()):
@@ -139,13 +138,13 @@ def refuse_passed_by(method: Method, model: nn.Module, sites: Sequence[Site], ro
 
 def refuse_no_room(model: nn.Module, rows: Sequence[Row]) -> None:
     """Raises PlanError if a prompt, or several, take all positions that a model has."""
-    prompts = [row for row in rows if row.site.kind == "input"]
-    limit = position_limit(model, prompts[0].site) if prompts else None
-    taken = sum(prompt_length(row.method, row.site) for row in prompts)
+    prompts = [(row, row.site) for row in rows if isinstance(row.site, InputSite)]
+    limit = position_limit(model, prompts[0][1]) if prompts else None
+    taken = sum(prompt_length(row.method, site) for row, site in prompts)
     if limit is not None and taken >= limit:
         raise PlanError(
-            f"{' and '.join(str(row.method) for row in prompts)}: the model has {limit} positions, so {taken} vectors "
-            "leave none for a text; a shorter prompt fits"
+            f"{' and '.join(str(row.method) for row, _ in prompts)}: the model has {limit} positions, so {taken} "
+            "vectors leave none for a text; a shorter prompt fits"
         )
 
 

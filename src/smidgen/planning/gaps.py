@@ -24,8 +24,21 @@ from smidgen.sites.discovery import find_blocks
 from smidgen.sites.module_calls import never_called
 from smidgen.sites.module_kinds import is_linear
 from smidgen.sites.roles import within
-from smidgen.sites.site import Site
-from smidgen.sites.sublayers import SUBLAYERS
+from smidgen.sites.site import (
+    AttentionSublayer,
+    ConvSite,
+    CrossAttentionSublayer,
+    EmbeddingSite,
+    FeedForwardSublayer,
+    KeyValueSite,
+    LinearSite,
+    NormSite,
+    OtherSite,
+    OwnerSite,
+    Site,
+    Sublayer,
+    UncalledSite,
+)
 from smidgen.sites.unread_parts import unread
 
 LAYOUT = "its layout is not known, so nothing says which map is which"
@@ -103,7 +116,7 @@ class _Covered:
     def __init__(self, rows: Iterable[Row]) -> None:
         rows = list(rows)
         self.around = {path for row in rows for path in _around(row.site.path)}
-        self.whole = {row.site.path for row in rows if row.site.entry}
+        self.whole = {row.site.path for row in rows if isinstance(row.site, Sublayer)}
 
     def __contains__(self, path: str) -> bool:
         return path in self.around or any(outer in self.whole for outer in _around(path))
@@ -126,19 +139,28 @@ class _Candidate:
     reason: str
 
 
-def _example(kind: str, *roles: str) -> Site:
+def _map(*roles: str) -> LinearSite:
     terms = (("weight", (2, 2)), ("bias", (2,)))
-    return Site("", kind, frozenset({*roles, "block"}), terms, width_in=2, width_out=2, bias="bias")
+    return LinearSite("", frozenset({*roles, "block"}), terms, width_in=2, width_out=2, bias="bias")
+
+
+def _span(cls: type[Sublayer]) -> Sublayer:
+    return cls("", frozenset({cls.kind, "block"}), width_in=2, width_out=2)
+
+
+def _keys(place: Site) -> KeyValueSite:
+    """An attention that takes keys, in the place of a site."""
+    return KeyValueSite.beside(place, heads=1, head_dim=2, value_dim=2)
 
 
 WORDS: dict[str, tuple[Site, ...]] = {
     "attention": (
-        *(_example("linear", role, "attention") for role in ("query", "key", "value", "attention_out")),
-        *(_example(kind, kind) for kind in SUBLAYERS[:2]),
-        _example("keys_values", "attention"),
+        *(_map(role, "attention") for role in ("query", "key", "value", "attention_out")),
+        *(_span(cls) for cls in (AttentionSublayer, CrossAttentionSublayer)),
+        _keys(_map("attention")),
     ),
-    "feed_forward": (*(_example("linear", role, "ff") for role in ("ff_in", "ff_out")), _example(*SUBLAYERS[2:])),
-    "linear": (_example("linear"),),
+    "feed_forward": (*(_map(role, "ff") for role in ("ff_in", "ff_out")), _span(FeedForwardSublayer)),
+    "linear": (_map(),),
 }
 
 
@@ -161,7 +183,7 @@ def _wants(method: Method, candidate: _Candidate) -> bool:
 
 def _named(method: Method, site: Site) -> bool:
     """Whether the method would stand at a map of this path by the path alone, at which there is none."""
-    if site.kind not in ("embedding", "conv", "other"):
+    if not isinstance(site, EmbeddingSite | ConvSite | OtherSite | UncalledSite):
         return False
     like = replace(WORDS["linear"][0], path=site.path, roles=frozenset[str](), layer=site.layer, depth=site.depth)
     return method.acts(like)
@@ -172,7 +194,7 @@ def _candidates(model: nn.Module, sites: Sequence[Site]) -> Iterator[_Candidate]
     paths = {id(module): path for path, module in model.named_modules()}
     blocks: dict[tuple[str, int | None], list[Site]] = {}
     for site in sites:
-        if site.layer is not None and not site.entry and site.kind != "keys_values":
+        if site.layer is not None and not isinstance(site, Sublayer | KeyValueSite):
             blocks.setdefault((site.stack, site.layer), []).append(site)
     idle = never_called(model)
     stacks = find_blocks(model)
@@ -193,30 +215,30 @@ def _outside(model: nn.Module, sites: Iterable[Site], stacks: Collection[str]) -
 
 
 def _of_block(model: nn.Module, root: str, sites: Sequence[Site], idle: Collection[int]) -> Iterator[_Candidate]:
-    parts = [s for s in sites if s.kind in ("linear", "other")]
+    parts = [s for s in sites if isinstance(s, LinearSite | OtherSite | UncalledSite)]
     known = {outer for s in parts if s.roles & {"attention", "ff"} for outer in _around(s.path)}
     roles = {role for s in parts for role in s.roles}
     unknown, others = dict[str, Site](), list[Site]()
-    for site in (s for s in parts if not s.roles & {"attention", "ff"} and s.rows is None):
+    for site in (s for s in parts if not s.roles & {"attention", "ff"} and not s.part):
         module, top = model.get_submodule(site.path), _attention(model, root, site.path)
         if is_stacked(model, site):
             yield _Candidate(site.path, site, ("linear", "attention" if top else "feed_forward"), STACKED)
             continue
-        if _is_map(module) and site.kind == "other":
+        if _is_map(module) and not isinstance(site, LinearSite):
             yield _Candidate(site.path, site, ("linear",), _why(module, idle))
         if top and top not in known and any(len(shape) > 1 for _, shape in site.terms):
             unknown[top] = site if top not in unknown or _why(module, idle) == UNCALLED else unknown[top]
-        elif not top and site.kind == "linear" and min(site.width_in, site.width_out) > 1:
+        elif not top and isinstance(site, LinearSite) and min(site.width_in, site.width_out) > 1:
             others.append(site)
-    for top, site in unknown.items():
-        module = model.get_submodule(site.path)
-        yield _Candidate(top, site, ("attention",), _why(module, idle) if _is_map(module) else LAYOUT)
+    for top, place in unknown.items():
+        module = model.get_submodule(place.path)
+        yield _Candidate(top, place, ("attention",), _why(module, idle) if _is_map(module) else LAYOUT)
     lacking = not unknown and "attention" not in roles
     mixtures = {s.path.rpartition(".")[0] for s in parts if is_stacked(model, s)}
-    for owner, site in _other_parts(others, known):
+    for owner, place in _other_parts(others, known):
         is_expert = any(outer in mixtures for outer in _around(owner) if outer != owner)
         sides = ("feed_forward", "attention") if lacking and not is_expert else ("feed_forward",)
-        yield _Candidate(owner, site, sides, LAYOUT)
+        yield _Candidate(owner, place, sides, LAYOUT)
     if "attention" in roles and "query" not in roles:
         fused = (s for s in parts if s.roles == {"attention", "block"})
         yield from (_Candidate(s.path, s, ("attention",), FUSED) for s in fused)
@@ -251,7 +273,7 @@ def _attention(model: nn.Module, root: str, path: str, held: Collection[str] = (
 def _without_keys(method: Method, model: nn.Module, sites: Sequence[Site]) -> Iterator[_Candidate]:
     """Known attentions at which a method that adds keys would stand."""
     for site in sites if method.overrides("keys_values") else ():
-        if site.kind not in SUBLAYERS[:2] or not method.acts(replace(site, kind="keys_values", entry="")):
+        if not isinstance(site, AttentionSublayer | CrossAttentionSublayer) or not method.acts(_keys(site)):
             continue
         asks = interface_path(model, site.entry)
         yield _Candidate(asks or site.entry.rpartition(".")[0], site, (), HEADS if asks else INTERFACE)
@@ -269,13 +291,18 @@ def _as_norms(model: nn.Module, site: Site) -> tuple[str, list[Site]]:
     """What keeps a norm from being known as one, or as one of its sublayer, and the sites that it would be."""
     module: Any = model.get_submodule(site.path)
     roles = site.roles | {"norm"}
-    if site.kind == "other" and "norm" in type(module).__name__.lower():
+    if isinstance(site, OtherSite | UncalledSite) and "norm" in type(module).__name__.lower():
         gain = next((term for term, _ in site.terms if term != site.bias), None)
         reason = RUNNING if hasattr(module, "running_mean") else SHAPE
-        return reason, [replace(site, kind="norm", roles=roles, gain=gain)]
-    if site.kind == "norm" and roles == {"block", "norm"}:
+        return reason, [_as_norm(site, roles, gain)]
+    if isinstance(site, NormSite) and roles == {"block", "norm"}:
         return PLACE, [replace(site, roles=roles | {role}) for role in ("attention", "output")]
     return "", []
+
+
+def _as_norm(site: OwnerSite, roles: frozenset[str], gain: str | None) -> NormSite:
+    known = {"width_in": site.width_in, "width_out": site.width_out, "bias": site.bias, "axis": site.axis}
+    return NormSite.beside(site, roles=roles, terms=site.terms, gain=gain, **known)
 
 
 def _reaches(method: Method, site: Site) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.common.seeding import seeded
-from smidgen.planning.row import SHARED, Row
+from smidgen.planning.row import Row
 from smidgen.sites.weight_view import parameters_of, seen_from
 
 
@@ -17,8 +17,8 @@ def initial(row: Row, seed: int, model: nn.Module | None = None) -> dict[str, Te
         model: with nothing attached, for methods that start from the base; None where only shapes matter.
     """
     with seeded(seed, row.site.path, row.key):
-        fresh = row.method.shared(row.sites) if row.site.kind == SHARED else row.method.init(row.site)
-        if model is None or row.site.kind == SHARED or not row.method.overrides("from_base"):
+        fresh = row.method.shared(row.sites) if row.owns_shared else row.method.init(row.site)
+        if model is None or row.owns_shared or not row.method.overrides("from_base"):
             return fresh
         base = seen_from(row.site, *parameters_of(model.get_submodule(row.site.path)))
         fresh = {k: v.to(base["weight"]) for k, v in fresh.items()}

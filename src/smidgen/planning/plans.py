@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from smidgen.planning.gaps import Gap
-from smidgen.planning.row import SHARED, Row, Shape
+from smidgen.planning.row import Row, Shape
 from smidgen.planning.saved_layout import safetensors_size
 from smidgen.recipe.recipe import Recipe
 from smidgen.sites.site import Site
@@ -40,7 +40,7 @@ class Plan:
     @property
     def places(self) -> list[Site]:
         """Where something is trained that what lies above depends on, the class's own head apart."""
-        return [row.site for row in self.rows if row.site.kind != SHARED] + list(self.low)
+        return [row.site for row in self.rows if not row.owns_shared] + list(self.low)
 
     @property
     def pending(self) -> bool:

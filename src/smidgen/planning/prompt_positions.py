@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from smidgen.methods.base import Method
-from smidgen.sites.site import Site
+from smidgen.sites.site import InputSite
 
 
-def prompt_length(method: Method, site: Site) -> int:
+def prompt_length(method: Method, site: InputSite) -> int:
     """How many vectors a method adds."""
     with torch.device("meta"):
         return len(method.tokens(method.settle(method.init(site), site), site))

@@ -24,7 +24,7 @@ from smidgen.planning.compatibility import (
 )
 from smidgen.planning.gaps import Gap, left_out
 from smidgen.planning.plans import Plan
-from smidgen.planning.row import SHARED, Row, Shape
+from smidgen.planning.row import Row, Shape
 from smidgen.planning.shared_tensors import with_pools
 from smidgen.planning.stack_choice import in_stack
 from smidgen.recipe.recipe import Recipe, Term, as_recipe
@@ -64,7 +64,7 @@ def resolve(
     trained = [name for name in names if name not in idle]
     closed = {id(parameters[name]) for name in (*trained, *idle)}
     owners = find_sites(model)
-    sites = [*owners, *find_sublayers(model)]
+    sites: list[Site] = [*owners, *find_sublayers(model)]
     sites += [*find_heads(model, sites), *find_tables(model, sites), *find_input(model)]
     barred = [site for site in sites if any(within(site.path, path) for path in without_gradient(model))]
     sites = [site for site in sites if site not in barred]
@@ -115,7 +115,7 @@ def _gaps(
         assert isinstance(method, Method)
         inner = ((s, model.get_submodule(s.path).parameters()) for s in in_stack(method, [*sites, *barred]))
         near = [site for site, parameters in inner if not all(id(p) in closed for p in parameters)]
-        here = [row for row in rows if row.index == index and row.site.kind != SHARED]
+        here = [row for row in rows if row.index == index and not row.owns_shared]
         reach = [site for site in near if site not in barred]
         found += left_out(method, model, reach, [site for site in near if site in barred], here)
     return tuple(found)
@@ -142,11 +142,11 @@ def _all_rows(
     return [row for index in sorted(found) for row in found[index]]
 
 
-def _low(sites: list[Site], names: Collection[str]) -> tuple[Site, ...]:
+def _low(sites: Sequence[Site], names: Collection[str]) -> tuple[Site, ...]:
     """The sites of these parameters that are registered before the last block ends."""
     last = max((i for i, site in enumerate(sites) if site.layer is not None), default=-1)
     owners = {name.rpartition(".")[0] for name in names}
-    return tuple(site for site in sites[: last + 1] if site.path in owners and site.rows is None)
+    return tuple(site for site in sites[: last + 1] if site.path in owners and not site.part)
 
 
 def _wants_sites(method: Method) -> bool:

@@ -9,12 +9,9 @@ from math import prod
 from torch import Tensor
 
 from smidgen.methods.base import Method
-from smidgen.sites.site import Site
+from smidgen.sites.site import NormSite, SharedSite, Site
 
 Shape = tuple[int, ...]
-
-
-SHARED = "shared"  # kind of the site, above all others, that owns what they share
 
 
 INDICES, START, PACKED = ".indices", ".start", "indices"
@@ -53,11 +50,13 @@ class Row:
     @property
     def key(self) -> str:
         """Name of the edit on its module: the index in the recipe, with the role for a slice."""
-        if self.site.kind == SHARED:
-            return f"{self.index}-{self.method.group(self.sites[0])}"
-        if self.site.rows is None:
-            return str(self.index)
-        return f"{self.index}-{self.site.name[len(self.site.path) + 1 : -1]}"
+        part = self.method.group(self.sites[0]) if self.owns_shared else self.site.part
+        return f"{self.index}-{part}" if part else str(self.index)
+
+    @property
+    def owns_shared(self) -> bool:
+        """Whether it is the owner of what `sites` share, above all of them."""
+        return isinstance(self.site, SharedSite)
 
     def name(self, term: str) -> str:
         """Saved name of a tensor: `path.term`, or `path.edits.key.symbol`."""
@@ -95,7 +94,7 @@ class Row:
     @property
     def kept(self) -> tuple[str, ...]:
         """The added tensors whose start the formula needs."""
-        return self.method.keeps if self.added and self.site.kind != SHARED else ()
+        return self.method.keeps if self.added and not self.owns_shared else ()
 
     @property
     def values(self) -> int:
@@ -105,5 +104,6 @@ class Row:
     @property
     def term_kinds(self) -> dict[str, str]:
         """Term -> "gain" or "bias" for a norm, else the term's own name (weight, bias, A, ...)."""
-        known = {self.site.gain: "gain", self.site.bias: "bias"} if self.site.kind == "norm" and not self.added else {}
+        norm = self.site if isinstance(self.site, NormSite) and not self.added else None
+        known = {norm.gain: "gain", norm.bias: "bias"} if norm else {}
         return {term: known.get(term, term) for term, _ in self.terms}

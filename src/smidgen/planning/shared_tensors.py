@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from smidgen.planning.row import SHARED, Row
-from smidgen.sites.site import Site
+from smidgen.planning.row import Row
+from smidgen.sites.site import SharedSite
 
 
 def with_pools(rows: Sequence[Row]) -> Iterator[Row]:
@@ -26,12 +26,12 @@ def with_pools(rows: Sequence[Row]) -> Iterator[Row]:
             yield replace(row, sites=sites, routes=routes)
 
 
-def _owner(name: str) -> Site:
-    return Site("", SHARED, frozenset({name}), ())
+def _owner(name: str) -> SharedSite:
+    return SharedSite("", frozenset({name}))
 
 
 def pool_key(row: Row) -> str | None:
     """Name of the edit, at the model itself, that owns what a row's site shares with others."""
-    if not row.sites or row.site.kind == SHARED:
+    if not row.sites or row.owns_shared:
         return None
     return replace(row, site=_owner(row.method.group(row.site))).key

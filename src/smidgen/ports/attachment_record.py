@@ -14,13 +14,13 @@ from smidgen.common.errors import AttachError
 from smidgen.common.wrappers import bare, check_model
 from smidgen.methods.base import Method
 from smidgen.planning.plans import Plan
-from smidgen.planning.row import INDICES, SHARED, START, Row
+from smidgen.planning.row import INDICES, START, Row
 from smidgen.ports.held_state import Held, persistent_buffers
 from smidgen.ports.master_weights import Low
 from smidgen.ports.sparse_values import SparseValues
 from smidgen.ports.value_caches import renew_caches
 from smidgen.recipe.recipe import Recipe
-from smidgen.sites.site import module_at
+from smidgen.sites.site import NormSite, module_at
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Attachment:
 
     def low_modules(self) -> list[Low]:
         """Modules of a low-precision base that hold masters."""
-        norms = {row.site.path for row in self.plan.rows if row.site.kind == "norm"}
+        norms = {row.site.path for row in self.plan.rows if isinstance(row.site, NormSite)}
         terms: dict[str, dict[str, torch.dtype]] = {}
         for swap in self.swaps:
             if swap.original.dtype in LOW:
@@ -131,7 +131,7 @@ class Attachment:
 
     def added_by(self, index: int) -> list[Row]:
         """Where a term of the recipe adds tensors of a site's own."""
-        return [row for row in self.plan.rows if row.index == index and row.added and row.site.kind != SHARED]
+        return [row for row in self.plan.rows if row.index == index and row.added and not row.owns_shared]
 
     def tensors_of(self, row: Row) -> dict[str, nn.Parameter]:
         """Symbol -> what is trained, of a row that adds tensors."""

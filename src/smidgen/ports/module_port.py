@@ -21,7 +21,7 @@ from smidgen.methods.base import Method, Tensors
 from smidgen.ports.attached_weights import live
 from smidgen.ports.sparse_values import SparseValues
 from smidgen.ports.sublayer_port import _entered
-from smidgen.sites.site import Site
+from smidgen.sites.site import Site, Sublayer
 from smidgen.sites.weight_view import Pair, channels_back, channels_last, overlap, put_back, seen_from
 
 
@@ -38,7 +38,8 @@ class Edit(nn.Module):
         super().__init__()
         self.method, self.site, self.enabled = method, site, True
         self.reads_base = method.overrides("after_with")
-        self.reads_entry = bool(site.entry) and method.reads_entry(site)
+        self.spans = isinstance(site, Sublayer)
+        self.reads_entry = self.spans and method.reads_entry(site)
         self.symbols, self.subsets = (*tensors, *(f"{s}0" for s in method.keeps)), nn.ModuleDict()
         self.pool: tuple[Edit, ...] = ()  # in a tuple, so that the pool is not registered here as well
         for symbol in method.keeps:
@@ -147,7 +148,7 @@ def run_after(module: Any, args: tuple[Any, ...], output: Any) -> Any:
     for level, edit in enumerate(edits.values()):
         if edit.enabled:
             x = inputs[level] if inputs else args[0]
-            if edit.site.entry:
+            if edit.spans:
                 x = output if entered is None else entered
             output = edit.after(x, output, base_below(module, level) if edit.reads_base else None)
     return (output, *rest) if rest else output
@@ -186,7 +187,7 @@ def check_pool(model: Any, sites: Sequence[Site], method: Method) -> None:
 
 def check_editable(module: Any, site: Site, method: Method) -> None:
     """Raises AttachError, before anything is touched, if a module cannot carry edits of a method."""
-    if site.entry and method.overrides("before"):
+    if isinstance(site, Sublayer) and method.overrides("before"):
         raise AttachError(f"{method} edits the input of the {site.kind} at {site.name}, which several maps share")
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         raise AttachError(f"{site.name} belongs to nn.MultiheadAttention, which never calls it: hooks cannot reach it")

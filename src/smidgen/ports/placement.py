@@ -13,7 +13,7 @@ from smidgen.common.dtypes import base_dtype, master_dtype
 from smidgen.common.errors import AttachError
 from smidgen.planning.initial_values import blank, initial, routes
 from smidgen.planning.plans import Plan
-from smidgen.planning.row import SHARED, Row
+from smidgen.planning.row import Row
 from smidgen.planning.shared_tensors import pool_key
 from smidgen.ports.attachment_record import Attachment, Swap, attachment, check_masters, is_attached
 from smidgen.ports.attention_port import KeyValueEdits, add_keys, check_attention, drop_keys
@@ -27,8 +27,7 @@ from smidgen.ports.sparse_values import SparseValues, add_part, check_free
 from smidgen.ports.sublayer_port import add_tap
 from smidgen.sites.module_calls import never_called, read_at
 from smidgen.sites.new_tensors import new_names
-from smidgen.sites.site import module_at
-from smidgen.sites.sublayers import SUBLAYERS
+from smidgen.sites.site import InputSite, KeyValueSite, NormSite, Sublayer, module_at
 
 SAVE_ERROR = (
     "save_pretrained on an attached model would lose the trained values on reload. Save the delta with "
@@ -91,11 +90,11 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
 def check_at(model: nn.Module, row: Row) -> None:
     """Raises AttachError, before anything is touched, if a row's module cannot carry its edit."""
     module = module_at(model, row.site.path)
-    if row.site.kind == SHARED:
+    if row.owns_shared:
         check_pool(module, row.sites, row.method)
-    elif row.site.heads:
+    elif isinstance(row.site, KeyValueSite):
         check_attention(module, row.site)
-    elif row.site.kind == "input":
+    elif isinstance(row.site, InputSite):
         check_tokens(model, row.site, row.method)
     else:
         check_editable(module, row.site, row.method)
@@ -117,23 +116,23 @@ def _place_edit(model: nn.Module, row: Row, fresh: Mapping[str, Tensor], record:
     if pool := pool_key(row):
         owner: Any = model
         edit.share(owner.edits[pool], {k: v.to(device) for k, v in routes(row, seed).items()})
-    if row.site.kind == SHARED:
+    if row.owns_shared:
         add_pool(model, row.key, edit)
-    elif row.site.heads:
+    elif isinstance(row.site, KeyValueSite):
         add_keys(module, row.key, edit)
-    elif row.site.kind == "input":
-        record.handles += add_tokens(model, row.key, edit)
+    elif isinstance(row.site, InputSite):
+        record.handles += add_tokens(model, row.site, row.key, edit)
         place_generation(model, row.site.path)
     else:
         add_edit(module, row.key, edit)
     if (
-        row.site.kind in SUBLAYERS
+        isinstance(row.site, Sublayer)
         and edit.reads_entry
         and (handle := add_tap(module_at(model, row.site.entry), module))
     ):
         record.handles.append(handle)
         record.tapped += [row.site.entry, row.site.path]
-    if row.site.kind != SHARED:
+    if not row.owns_shared:
         record.edits.append((row.site.path, row.key))
     record.added.update((name, edit.leaf(term)) for term, name, _ in row.trained())
 
@@ -153,7 +152,7 @@ def _swaps(plan: Plan, parameters: Mapping[str, nn.Parameter], owners: Mapping[i
     norms = {
         f"{row.site.path}.{term}": None
         for row in plan.rows
-        if row.site.kind == "norm" and not row.added
+        if isinstance(row.site, NormSite) and not row.added
         for term, _ in row.site.terms
     }
     frozen = [name for name in norms if name not in trained and parameters[name].element_size() < 4]

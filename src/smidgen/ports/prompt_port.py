@@ -27,7 +27,7 @@ from smidgen.planning.prompt_positions import prompt_length
 from smidgen.ports.module_port import Edit, Edits
 from smidgen.ports.token_insertion import Room
 from smidgen.sites.input_embedding import _limit, position_limit
-from smidgen.sites.site import Site
+from smidgen.sites.site import InputSite
 from smidgen.sites.task_head import own_pooling
 
 # What a model may get for each token beside ids, mask and positions; a prompt gets what the token beside it has.
@@ -70,10 +70,10 @@ class InputEdits(Edits):
         return torch.cat(found) if found else None
 
 
-def add_tokens(model: Any, key: str, edit: Edit) -> list[RemovableHandle]:
+def add_tokens(model: Any, site: InputSite, key: str, edit: Edit) -> list[RemovableHandle]:
     """Put an edit on the embedding, behind those that are there; gives the hooks that were placed elsewhere."""
-    entry: Any = model.get_submodule(edit.site.entry)
-    module: Any = model.get_submodule(edit.site.path)
+    entry: Any = model.get_submodule(site.entry)
+    module: Any = model.get_submodule(site.path)
     handles: list[RemovableHandle] = []
     if not isinstance(getattr(module, "edits", None), InputEdits):
         names = tuple(signature(entry.forward).parameters)
@@ -213,7 +213,7 @@ def check_room(limit: int | None, n: int, tokens: int) -> None:
         )
 
 
-def check_tokens(model: nn.Module, site: Site, method: Method) -> None:
+def check_tokens(model: nn.Module, site: InputSite, method: Method) -> None:
     """Raises AttachError, before anything is touched, if an embedding cannot take a method's vectors."""
     module: Any = model.get_submodule(site.path)
     check_room(position_limit(model, site), prompt_length(method, site), 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from inspect import unwrap
 from typing import Any
 
@@ -12,39 +11,45 @@ from transformers import PreTrainedModel
 
 from smidgen.sites.architectures import VALUE_DIMS
 from smidgen.sites.roles import head_dim, within
-from smidgen.sites.site import Site
-from smidgen.sites.sublayers import SUBLAYERS
+from smidgen.sites.site import AttentionSublayer, CrossAttentionSublayer, KeyValueSite, OwnerSite, Site
+
+Attentions = AttentionSublayer | CrossAttentionSublayer
 
 
-def find_heads(model: nn.Module, sites: Iterable[Site]) -> list[Site]:
+def find_heads(model: nn.Module, sites: Iterable[Site]) -> list[KeyValueSite]:
     """Each module that hands keys and values to transformers' AttentionInterface, among all sites of a model.
 
-    `kind` is "keys_values", `heads` and `head_dim` are those of a key, `roles` tell cross-attention from attention.
+    `roles` tell cross-attention from attention.
     """
     sites, found = list(sites), []
-    for site in sites:
-        path = interface_path(model, site.entry) if site.kind in SUBLAYERS[:2] else None
+    for site in _attentions(sites):
+        path = interface_path(model, site.entry)
         if path is None:
             continue
         module: Any = model.get_submodule(path)
-        width = next((s.width_out for s in sites if "value" in s.roles and within(s.path, path)), 0)
+        width = next((s.width_out for s in _owners(sites) if "value" in s.roles and within(s.path, path)), 0)
         size, value = head_dim(module), head_dim(module, VALUE_DIMS)
         heads = width // value if width and value else getattr(module.config, "num_attention_heads", 0)
         if heads and size:
-            place = replace(site, path=path, kind="keys_values", entry="")
-            found.append(replace(place, heads=heads, head_dim=size, value_dim=value))
+            found.append(KeyValueSite.beside(site, path=path, heads=heads, head_dim=size, value_dim=value))
     return found
 
 
-def without_keys(model: nn.Module, sites: Iterable[Site]) -> list[Site]:
+def _attentions(sites: Iterable[Site]) -> list[Attentions]:
+    return [site for site in sites if isinstance(site, Attentions)]
+
+
+def _owners(sites: Iterable[Site]) -> list[OwnerSite]:
+    return [site for site in sites if isinstance(site, OwnerSite)]
+
+
+def without_keys(model: nn.Module, sites: Iterable[Site]) -> list[KeyValueSite]:
     """Attentions of a text's own stacks that compute without AttentionInterface, as `find_heads` has the others.
 
     A tower for images or sound may lack it (Donut's): the text goes by there.
     """
-    lacking = [s for s in sites if s.kind in SUBLAYERS[:2] and interface_path(model, s.entry) is None]
-    return [
-        replace(site, kind="keys_values", entry="", path=site.entry) for site in lacking if _reads_text(model, site)
-    ]
+    lacking = [site for site in _attentions(sites) if interface_path(model, site.entry) is None]
+    return [KeyValueSite.beside(site, path=site.entry) for site in lacking if _reads_text(model, site)]
 
 
 def _reads_text(model: nn.Module, site: Site) -> bool:
@@ -60,7 +65,7 @@ def _reads_text(model: nn.Module, site: Site) -> bool:
 
 def no_interface(model: nn.Module, sites: Iterable[Site]) -> list[str]:
     """Class names of attention modules that compute without transformers' AttentionInterface."""
-    lacking = (s for s in sites if s.kind in SUBLAYERS[:2] and interface_path(model, s.entry) is None)
+    lacking = (site for site in _attentions(sites) if interface_path(model, site.entry) is None)
     classes = (type(model.get_submodule(site.entry.rpartition(".")[0])).__name__ for site in lacking)
     return list(dict.fromkeys(classes))
 

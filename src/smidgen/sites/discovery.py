@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -17,7 +18,19 @@ from smidgen.sites.fused_rows import Rows
 from smidgen.sites.module_calls import never_called
 from smidgen.sites.module_kinds import channel_axis, is_norm, is_table, kind_of, norm_form, widths
 from smidgen.sites.roles import linear_parts, matching, norm_roles, within
-from smidgen.sites.site import ROLES, Site
+from smidgen.sites.site import (
+    ROLES,
+    ConvSite,
+    EmbeddingSite,
+    LinearSite,
+    MapSite,
+    NormSite,
+    OtherSite,
+    OwnerSite,
+    Site,
+    TableSite,
+    UncalledSite,
+)
 
 
 @dataclass(frozen=True)
@@ -31,30 +44,35 @@ class _Part:
     slices: tuple[tuple[str, Rows], ...] = ()
 
 
-def find_sites(model: nn.Module) -> list[Site]:
+def find_sites(model: nn.Module) -> list[OwnerSite]:
     """Every module that owns parameters, once each, in order of registration; slices follow the whole."""
     model = bare(model)
     stacks = find_blocks(model)
     parts = _parts_outside(model, stacks) | _parts_of_blocks(stacks) | _parts_of_lists(model, stacks)
     idle = never_called(model)
-    sites: list[Site] = []
+    sites: list[OwnerSite] = []
     for path, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is None:
             continue
         part = parts.get(id(module), _Part())
-        whole = _site(path, module, part, _corrected(part.roles, model, path))
-        if id(module) in idle and whole.kind in ("linear", "conv"):
-            whole = replace(whole, kind="other", width_in=0, width_out=0, axis=-1)
+        whole = _owner(path, module, part, _corrected(part.roles, model, path))
+        if id(module) in idle and isinstance(whole, LinearSite | ConvSite):
+            whole = UncalledSite.beside(whole, terms=whole.terms, bias=whole.bias, transposed=whole.transposed)
         sites.append(whole)
         for role, rows in part.slices:
+            assert isinstance(whole, MapSite)
             sites.append(replace(whole, roles=frozenset({role}), rows=rows, width_out=rows.length))
     return sites
 
 
-def find_tables(model: nn.Module, sites: Iterable[Site]) -> list[Site]:
+def find_tables(model: nn.Module, sites: Iterable[Site]) -> list[TableSite]:
     """Each embedding as a linear map of one-hot vectors: `width_in` rows, whose numbers come in, `width_out` wide."""
-    tables = (site for site in sites if site.kind == "embedding" and is_table(model.get_submodule(site.path)))
-    return [replace(site, kind="table", roles=frozenset[str](), terms=(), transposed=True) for site in tables]
+    owners = (site for site in sites if isinstance(site, EmbeddingSite))
+    tables = (site for site in owners if is_table(model.get_submodule(site.path)))
+    return [
+        TableSite.beside(site, roles=frozenset[str](), width_in=site.width_in, width_out=site.width_out)
+        for site in tables
+    ]
 
 
 def find_blocks(model: nn.Module) -> dict[str, list[nn.Module]]:
@@ -88,29 +106,31 @@ def _corrected(roles: frozenset[str], model: nn.Module, path: str) -> frozenset[
     return (roles & {"block"}) | {known[0]} if known else roles
 
 
-def _site(path: str, module: nn.Module, part: _Part, roles: frozenset[str]) -> Site:
+def _owner(path: str, module: nn.Module, part: _Part, roles: frozenset[str]) -> OwnerSite:
     terms = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
     kind = kind_of(module)
     bias = next((name for name in ("bias", "in_proj_bias", "beta") if name in terms), None)
     width_in, width_out = widths(module)
-    form = norm_form(module) if kind == "norm" else None
-    return Site(
-        path=path,
-        kind=kind,
-        roles=roles | ({kind} & {"norm", "embedding"}),
-        terms=tuple(terms.items()),
-        layer=part.layer,
-        depth=part.depth,
-        stack=part.stack,
-        width_in=width_in,
-        width_out=width_out,
-        transposed=isinstance(module, Conv1D),
-        gain=next((name for name in terms if name != bias), None) if kind == "norm" else None,
-        bias=bias,
-        axis=channel_axis(module),
-        affine=form is not None and len(next(iter(terms.values()))) == 1,
-        offset=form.offset if form else 0.0,
-    )
+    known: dict[str, Any] = {
+        "path": path,
+        "roles": roles | ({kind} & {"norm", "embedding"}),
+        "terms": tuple(terms.items()),
+        "layer": part.layer,
+        "depth": part.depth,
+        "stack": part.stack,
+        "width_in": width_in,
+        "width_out": width_out,
+        "bias": bias,
+        "axis": channel_axis(module),
+    }
+    if kind == "linear":
+        return LinearSite(**known, transposed=isinstance(module, Conv1D))
+    if kind == "norm":
+        form, gain = norm_form(module), next((name for name in terms if name != bias), None)
+        affine = form is not None and len(next(iter(terms.values()))) == 1
+        return NormSite(**known, gain=gain, affine=affine, offset=form.offset if form else 0.0)
+    others = {"conv": ConvSite, "embedding": EmbeddingSite}
+    return others.get(kind, OtherSite)(**known)
 
 
 def _count(module: nn.Module, kind: str) -> int:

@@ -9,10 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from smidgen.sites.discovery import find_blocks
-from smidgen.sites.site import Site
+from smidgen.sites.site import InputSite
 
 
-def find_input(model: nn.Module) -> list[Site]:
+def find_input(model: nn.Module) -> list[InputSite]:
     """The embedding of a text's tokens, and as `entry` the model around it that takes their ids; none for others."""
     entry: Any = _entry(model)
     try:
@@ -22,9 +22,9 @@ def find_input(model: nn.Module) -> list[Site]:
     if not isinstance(embedding, nn.Embedding):
         return []
     paths = {id(module): path for path, module in model.named_modules()}
-    place = (paths[id(embedding)], "input", frozenset({"embedding"}), ())
     rows, width = embedding.num_embeddings, embedding.embedding_dim
-    return [Site(*place, width_in=rows, width_out=width, entry=paths[id(entry)])]
+    roles = frozenset({"embedding"})
+    return [InputSite(paths[id(embedding)], roles, width_in=rows, width_out=width, entry=paths[id(entry)])]
 
 
 def _entry(model: nn.Module) -> nn.Module | None:
@@ -65,7 +65,7 @@ def _limit(entry: Any, embedding: nn.Embedding) -> int | None:
     return None
 
 
-def position_limit(model: nn.Module, site: Site) -> int | None:
+def position_limit(model: nn.Module, site: InputSite) -> int | None:
     """How many positions the model around an embedding has, if it looks them up in a table."""
     module: Any = model.get_submodule(site.path)
     return _limit(model.get_submodule(site.entry), module)

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from smidgen.sites.discovery import find_sites
 from smidgen.sites.module_calls import never_called, without_gradient
 from smidgen.sites.module_kinds import CONVOLUTIONS, kind_of
-from smidgen.sites.site import Site
+from smidgen.sites.site import NormSite, Site
 from smidgen.sites.unread_parts import unread
 
 MOVING = ("running_mean", "running_var", "num_batches_tracked")
@@ -53,14 +53,14 @@ def norms(model: nn.Module) -> tuple[Part, ...]:
     """Norms by class, form, shape and roles."""
     entries = []
     for site in find_sites(model):
-        if site.kind == "norm":
+        if isinstance(site, NormSite):
             roles = " ".join(sorted(site.roles - {"block", "norm"})) or "-"
             name = type(model.get_submodule(site.path)).__name__
             entries.append((name, f"{roles}: {_form(site)}", _values(site), site.path))
     return _together(entries)
 
 
-def _form(site: Site) -> str:
+def _form(site: NormSite) -> str:
     shape = "x".join(map(str, dict(site.terms)[site.gain or site.terms[0][0]]))
     gain = f"1 + {site.gain}" if site.offset else str(site.gain)
     bias = f", {site.bias}" if site.bias else ""

@@ -1,9 +1,23 @@
-"""A site: one place in a model that can be tuned, with its role, widths and layer."""
+"""A site: one place in a model that can be tuned. Each kind of place is a type with the fields that it has.
+
+    Site               path, roles, terms, layer, depth, stack
+    |- OwnerSite       a module that owns parameters: widths, bias, axis of its channels
+    |  |- MapSite      a weight of two axes, or some output rows of one
+    |  |  |- LinearSite, UncalledSite
+    |  |- NormSite, ConvSite, EmbeddingSite, OtherSite
+    |- TableSite       an embedding as a linear map of one-hot vectors
+    |- Sublayer        AttentionSublayer, CrossAttentionSublayer, FeedForwardSublayer
+    |- KeyValueSite    an attention that takes more keys and values
+    |- InputSite       where tokens of a text become vectors
+    |- SharedSite      the model itself, which owns what several sites share
+
+Code asks with `isinstance`; `kind` is the type's name for people, files and command lines.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from torch import nn
 
@@ -18,50 +32,235 @@ ROLES = ("embedding", *_ATTENTION, "ff_in", "ff_out", "ff", "block", "norm", "fi
 
 @dataclass(frozen=True)
 class Site:
-    """A module that owns parameters, some output rows of one (`rows`), a sublayer (`entry`), or heads (`heads`).
-
-    A slice has its one own role (query, key, value, ff_in) and nothing else; what covers the whole fused map
-    (attention, ff, block) is on the whole site, so that no role selects the same weights twice. `axis` is where the
-    module's input and output have their widths; methods see them last.
+    """One place in a model that can be tuned; the subclasses say what is there.
 
     Attributes:
-        affine: of a norm, whether its output is (gain + `offset`) * something + bias by channel, so that what scales
-            and shifts the output folds into the two.
+        path: of the module at which an edit stands.
+        roles: what it is in its block.
+        terms: names and shapes of the parameters that the module itself owns, if the site is that module.
+        layer: number of its block within the stack, None outside of all.
+        depth: how many blocks that stack has.
+        stack: path of the stack.
     """
 
     path: str
-    kind: str
-    roles: frozenset[str]
-    terms: tuple[tuple[str, tuple[int, ...]], ...]
+    roles: frozenset[str] = frozenset()
+    terms: tuple[tuple[str, tuple[int, ...]], ...] = ()
     layer: int | None = None
     depth: int = 0
     stack: str = ""
-    width_in: int = 0
-    width_out: int = 0
-    rows: Rows | None = None
-    transposed: bool = False
-    gain: str | None = None
-    bias: str | None = None
-    entry: str = ""
-    heads: int = 0
-    head_dim: int = 0
-    value_dim: int = 0
-    axis: int = -1
-    affine: bool = False
-    offset: float = 0.0
+
+    kind: ClassVar[str] = ""
+    rows: ClassVar[Rows | None] = None  # of slices alone
+    transposed: ClassVar[bool] = False
+
+    @classmethod
+    def beside(cls, site: Site, **fields: Any) -> Self:
+        """A site of this type in the block of another; `fields` are those of its own and what differs."""
+        place = {"roles": site.roles, "layer": site.layer, "depth": site.depth, "stack": site.stack}
+        return cls(**{"path": site.path, **place, **fields})
+
+    @property
+    def part(self) -> str:
+        """Which part of its module a site is; "" for all of it."""
+        return ""
 
     @property
     def name(self) -> str:
         """The path, with the part in brackets for a slice: `h.0.attn.c_attn[query]`, `mlp.Wi[ff_in1]`."""
-        if self.rows is None:
-            return self.path
-        (role,) = self.roles
-        return f"{self.path}[{role}{self.rows.start // self.width_out if role == 'ff_in' else ''}]"
+        return f"{self.path}[{self.part}]" if self.part else self.path
 
     @property
     def biases(self) -> tuple[str, ...]:
         """The terms that are biases: that of the map or norm, and those that a module has beside its maps."""
+        return ()
+
+
+@dataclass(frozen=True)
+class OwnerSite(Site):
+    """A module that owns parameters.
+
+    Attributes:
+        width_in: of what enters; rows of an embedding.
+        width_out: of what leaves.
+        bias: name of the bias, None without one.
+        axis: where input and output have their widths; methods see them last.
+    """
+
+    width_in: int = 0
+    width_out: int = 0
+    bias: str | None = None
+    axis: int = -1
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """The terms that are biases."""
         return tuple(term for term, _ in self.terms if term == self.bias or is_bias(term))
+
+
+@dataclass(frozen=True)
+class MapSite(OwnerSite):
+    """A module with one weight of two axes, or some output rows of one.
+
+    A slice has its one own role (query, key, value, ff_in) and nothing else; what covers the whole fused map
+    (attention, ff, block) is on the whole site, so that no role selects the same weights twice.
+
+    Attributes:
+        rows: of a slice of a fused projection, None for the whole.
+        transposed: whether the weight is stored (width_in, width_out).
+    """
+
+    rows: Rows | None = None  # type: ignore[misc]  # what is one answer for all others
+    transposed: bool = False  # type: ignore[misc]
+
+    @property
+    def part(self) -> str:
+        """The role of a slice, with a number where several have it: `query`, `ff_in1`."""
+        if self.rows is None:
+            return ""
+        (role,) = self.roles
+        return f"{role}{self.rows.start // self.width_out if role == 'ff_in' else ''}"
+
+
+@dataclass(frozen=True)
+class LinearSite(MapSite):
+    """A linear map of a weight of its own that is called."""
+
+    kind: ClassVar[str] = "linear"
+
+
+@dataclass(frozen=True)
+class UncalledSite(MapSite):
+    """A linear map or convolution whose tensors its owner's code reads and which is never called."""
+
+    kind: ClassVar[str] = "other"
+
+
+@dataclass(frozen=True)
+class NormSite(OwnerSite):
+    """A normalisation without running statistics, one or two tensors of one size.
+
+    Attributes:
+        gain: name of the gain.
+        affine: whether its output is (gain + `offset`) * something + bias by channel, so that what scales and shifts
+            the output folds into the two.
+        offset: 1 where the gain is kept as its distance from 1, else 0.
+    """
+
+    gain: str | None = None
+    affine: bool = False
+    offset: float = 0.0
+
+    kind: ClassVar[str] = "norm"
+
+
+@dataclass(frozen=True)
+class ConvSite(OwnerSite):
+    """A convolution of a weight of its own; widths are channels."""
+
+    kind: ClassVar[str] = "conv"
+
+
+@dataclass(frozen=True)
+class EmbeddingSite(OwnerSite):
+    """A table that is looked up by number."""
+
+    kind: ClassVar[str] = "embedding"
+
+
+@dataclass(frozen=True)
+class OtherSite(OwnerSite):
+    """A module whose parameters can be trained in place, and of whose formula nothing is known."""
+
+    kind: ClassVar[str] = "other"
+
+
+@dataclass(frozen=True)
+class TableSite(Site):
+    """An embedding as a linear map of one-hot vectors: the numbers of its `width_in` rows come in."""
+
+    width_in: int = 0
+    width_out: int = 0
+
+    kind: ClassVar[str] = "table"
+    transposed: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Sublayer(Site):
+    """A span of a block, from the linear map that it is entered by to the one at `path`, that it is left by.
+
+    Attributes:
+        width_in: of what enters.
+        width_out: of what leaves.
+        entry: path of the map that it is entered by.
+    """
+
+    width_in: int = 0
+    width_out: int = 0
+    entry: str = ""
+
+
+@dataclass(frozen=True)
+class AttentionSublayer(Sublayer):
+    """Self-attention, before the residual connection."""
+
+    kind: ClassVar[str] = "attention"
+
+
+@dataclass(frozen=True)
+class CrossAttentionSublayer(Sublayer):
+    """Attention to an encoder's states."""
+
+    kind: ClassVar[str] = "cross_attention"
+
+
+@dataclass(frozen=True)
+class FeedForwardSublayer(Sublayer):
+    """The feed-forward part of a block, or its mixture of experts."""
+
+    kind: ClassVar[str] = "feed_forward"
+
+
+@dataclass(frozen=True)
+class KeyValueSite(Site):
+    """An attention module that hands keys and values to transformers' AttentionInterface.
+
+    Attributes:
+        heads: number of key heads.
+        head_dim: width of a key.
+        value_dim: width of a value.
+    """
+
+    heads: int = 0
+    head_dim: int = 0
+    value_dim: int = 0
+
+    kind: ClassVar[str] = "keys_values"
+
+
+@dataclass(frozen=True)
+class InputSite(Site):
+    """The embedding of a text's tokens.
+
+    Attributes:
+        width_in: tokens of the vocabulary.
+        width_out: of their vectors.
+        entry: path of the model around it that takes their ids.
+    """
+
+    width_in: int = 0
+    width_out: int = 0
+    entry: str = ""
+
+    kind: ClassVar[str] = "input"
+
+
+@dataclass(frozen=True)
+class SharedSite(Site):
+    """The model itself, as the owner of what the sites of one group share; its one role is the group's name."""
+
+    kind: ClassVar[str] = "shared"
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:

@@ -17,9 +17,14 @@ from smidgen.sites.architectures import Layout
 from smidgen.sites.discovery import find_blocks, loose_parts
 from smidgen.sites.module_kinds import widths
 from smidgen.sites.roles import matching, within
-from smidgen.sites.site import Site
+from smidgen.sites.site import AttentionSublayer, CrossAttentionSublayer, FeedForwardSublayer, Site, Sublayer
 
-SUBLAYERS = ("attention", "cross_attention", "feed_forward")
+TYPES: dict[str, type[Sublayer]] = {
+    cls.kind: cls for cls in (AttentionSublayer, CrossAttentionSublayer, FeedForwardSublayer)
+}
+
+
+SUBLAYERS = tuple(TYPES)
 
 
 UNKNOWN = "the layout of its blocks is not known; methods for norms work, and target= with endings of module paths"
@@ -27,22 +32,22 @@ UNKNOWN = "the layout of its blocks is not known; methods for norms work, and ta
 
 def check_sublayers(method: str, names: Sequence[str], sites: Sequence[Site]) -> None:
     """Raise PlanError unless the model has each of these sublayers."""
-    known = list(dict.fromkeys(site.kind for site in sites if site.kind in SUBLAYERS))
+    known = list(dict.fromkeys(site.kind for site in sites if isinstance(site, Sublayer)))
     missing = next((name for name in names if name not in known), None)
     if missing:
         has = ", ".join(known) or f"none: {UNKNOWN}"
         raise PlanError(f"{method}: site names {missing!r}, which is not found in this model; it has {has}")
 
 
-def find_sublayers(model: nn.Module) -> list[Site]:
+def find_sublayers(model: nn.Module) -> list[Sublayer]:
     """Each attention, cross-attention and feed-forward sublayer of the blocks, in order.
 
-    `kind` is one of `SUBLAYERS`, `path` the map that the sublayer is left by, `entry` the one that it is entered by. A
-    mixture of experts is one module with its router: both paths are that.
+    `path` is the map that the sublayer is left by, `entry` the one that it is entered by. A mixture of experts is one
+    module with its router: both paths are that.
     """
     paths = {id(module): path for path, module in model.named_modules()}
     stacks = find_blocks(model)
-    found: list[Site] = []
+    found: list[Sublayer] = []
     for stack, blocks in stacks.items():
         for layer, block in enumerate(blocks):
             spans = list(_spans(block))
@@ -65,11 +70,11 @@ class _Span:
     widths: tuple[int, int]
 
 
-def _placed(span: _Span, root: str, **place: Any) -> Site:
+def _placed(span: _Span, root: str, **place: Any) -> Sublayer:
     width_in, width_out = span.widths
     roles = frozenset({"block", span.kind})
     path, entry = root + span.path, root + span.entry
-    return Site(path, span.kind, roles, (), width_in=width_in, width_out=width_out, entry=entry, **place)
+    return TYPES[span.kind](path, roles, width_in=width_in, width_out=width_out, entry=entry, **place)
 
 
 def _experts(block: nn.Module) -> Iterator[_Span]:

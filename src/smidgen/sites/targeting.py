@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 from smidgen.common.errors import PlanError, nearest
 from smidgen.sites.layer_spec import layer_indices
-from smidgen.sites.site import Site
+from smidgen.sites.site import InputSite, LinearSite, OtherSite, Site, UncalledSite
 
 Layers = str | int | tuple[int, ...] | None
 
@@ -32,13 +33,15 @@ def check_targets(method: str, field: str, names: Sequence[str], sites: Sequence
     for name in names:
         if any(targeted(site, (name,)) for site in sites):
             continue
-        if found := next((site for site in sites if _at(site, name) and site.kind not in ("linear", "input")), None):
+        others = (site for site in sites if not isinstance(site, LinearSite | InputSite))
+        if found := next((site for site in others if _at(site, name)), None):
             raise PlanError(
                 f"{method}: {field} names {name!r}, which is no linear map but {_what(found)} ({found.path})"
                 + (f"; Full(target={name!r}) trains it whole" if field == "target" else "")
             )
-        endings = {site.path.rpartition(".")[2] for site in sites if site.kind == "linear"}
-        inside = {site.path.rpartition(".")[2] for site in sites if site.kind == "linear" and _in(site, name)}
+        maps = [site for site in sites if isinstance(site, LinearSite)]
+        endings = {site.path.rpartition(".")[2] for site in maps}
+        inside = {site.path.rpartition(".")[2] for site in maps if _in(site, name)}
         if inside:
             raise PlanError(
                 f"{method}: {field} names {name!r}, which is no linear map but a module that holds some; "
@@ -54,7 +57,7 @@ def check_targets(method: str, field: str, names: Sequence[str], sites: Sequence
 
 def _at(site: Site, name: str) -> bool:
     """Whether the path of a site that owns tensors, or of one of them, is or ends in a name."""
-    paths = [site.path, *(f"{site.path}.{term}" for term, _ in site.terms)] if site.terms and site.rows is None else []
+    paths = [site.path, *(f"{site.path}.{term}" for term, _ in site.terms)] if site.terms and not site.part else []
     return any(f".{path}".endswith("." + name) for path in paths)
 
 
@@ -64,7 +67,7 @@ def _in(site: Site, name: str) -> bool:
 
 def _what(site: Site) -> str:
     """What a site is that is no linear map, in a few words."""
-    if site.kind != "other":
+    if not isinstance(site, OtherSite | UncalledSite):
         return {"embedding": "an embedding", "conv": "a convolution", "norm": "a norm"}.get(site.kind, site.kind)
     terms = dict(site.terms)
     if "in_proj_weight" in terms:
@@ -79,14 +82,12 @@ def as_names(value: str | tuple[str, ...]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else value
 
 
-def targeted(site: Site, target: Sequence[str]) -> bool:
+def targeted(site: Site, target: Sequence[str]) -> TypeGuard[LinearSite]:
     """Whether a linear site has one of the roles, or lies at a module path ending in one of the names."""
-    if site.kind != "linear":
-        return False
-    return any(_matches(site, name) for name in target)
+    return isinstance(site, LinearSite) and any(_matches(site, name) for name in target)
 
 
-def _matches(site: Site, name: str) -> bool:
+def _matches(site: LinearSite, name: str) -> bool:
     if name == "linear":
         return site.rows is None and "block" in site.roles
     if name in site.roles and name in LINEAR_ROLES:

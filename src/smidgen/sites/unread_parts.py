@@ -11,7 +11,7 @@ import ast
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -50,7 +50,10 @@ def _is_owner(module: nn.Module, path: str, owners: Mapping[int, Sequence[str]])
     return bool(names) and all(within(name, path) for name in names)
 
 
-def read_sites(model: nn.Module, sites: list[Site]) -> list[Site]:
+AnySite = TypeVar("AnySite", bound=Site)
+
+
+def read_sites(model: nn.Module, sites: list[AnySite]) -> list[AnySite]:
     """Without those in parts that are never read; "top:2" counts the blocks that are."""
     closed = unread(model)
     if not closed:

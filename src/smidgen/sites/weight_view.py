@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from smidgen.common.dtypes import master_dtype
-from smidgen.sites.site import Site
+from smidgen.sites.site import ConvSite, NormSite, OwnerSite, Site
 
 Pair = tuple[Tensor, Tensor | None]
 
@@ -26,10 +26,11 @@ def seen_from(site: Site, weight: Tensor, bias: Tensor | None) -> dict[str, Tens
     distance from 1, the gain itself.
     """
     oriented = _oriented(site, weight)
-    part = oriented if site.rows is None else site.rows.take(oriented)
-    seen = {"weight": part + site.offset if site.offset else part}
+    rows, offset = site.rows, _offset(site)
+    part = oriented if rows is None else rows.take(oriented)
+    seen = {"weight": part + offset if offset else part}
     if bias is not None:
-        seen["bias"] = bias if site.rows is None else site.rows.take(bias)
+        seen["bias"] = bias if rows is None else rows.take(bias)
     return seen
 
 
@@ -37,32 +38,43 @@ def put_back(site: Site, whole: Pair, part: Pair) -> Pair:
     """The stored tensors with a site's part of them replaced."""
     weight, bias = whole
     oriented = _oriented(site, weight)
-    stored_part = part[0] - site.offset if site.offset else part[0]
-    new = stored_part if site.rows is None else site.rows.put(oriented, stored_part)
+    rows, offset = site.rows, _offset(site)
+    stored_part = part[0] - offset if offset else part[0]
+    new = stored_part if rows is None else rows.put(oriented, stored_part)
     if bias is not None and part[1] is not None:
-        bias = part[1] if site.rows is None else site.rows.put(bias, part[1])
+        bias = part[1] if rows is None else rows.put(bias, part[1])
     return new.T.contiguous() if site.transposed else new.view(weight.shape), bias
 
 
 def _oriented(site: Site, weight: Tensor) -> Tensor:
     """Output rows first, and for a convolution everything else in one axis."""
-    if site.kind == "conv":
+    if isinstance(site, ConvSite):
         return weight.flatten(1)
     return weight.T if site.transposed else weight
 
 
+def _offset(site: Site) -> float:
+    return site.offset if isinstance(site, NormSite) else 0.0
+
+
+def axis_of(site: Site) -> int:
+    """Where what enters and leaves a site's module has its widths."""
+    return site.axis if isinstance(site, OwnerSite) else -1
+
+
 def channels_last(site: Site, t: Tensor) -> Tensor:
     """What enters or leaves a site's module, with its channels at the end, where methods expect them."""
-    return t if site.axis == -1 else t.movedim(site.axis, -1)
+    axis = axis_of(site)
+    return t if axis == -1 else t.movedim(axis, -1)
 
 
 def channels_back(site: Site, t: Tensor) -> Tensor:
     """The inverse of `channels_last`."""
-    return t if site.axis == -1 else t.movedim(-1, site.axis)
+    axis = axis_of(site)
+    return t if axis == -1 else t.movedim(-1, axis)
 
 
 def overlap(one: Site, other: Site) -> bool:
     """Whether two sites of one module share rows."""
-    if one.rows is None or other.rows is None:
-        return True
-    return one.rows.overlaps(other.rows)
+    rows, others = one.rows, other.rows
+    return rows is None or others is None or rows.overlaps(others)

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from smidgen.common.errors import DivergedError, TrainError
 from smidgen.common.finite_values import not_finite
-from smidgen.planning.row import SHARED
 from smidgen.planning.stack_choice import stack_advice
 from smidgen.ports.attachment_record import attachment, trained_parameters
 from smidgen.sites.data_flow import only_called
 from smidgen.sites.discovery import find_blocks, is_block
 from smidgen.sites.roles import within
+from smidgen.sites.site import EmbeddingSite
 
 MANY = 50  # steps after which chance is no reason any more: a layer is dropped with 0.5 in all of them once in 1e15
 FEW = 5  # steps in which each tensor moves, LoRA's A as well, which stands still in the first
@@ -159,7 +159,7 @@ def _narrow(model: nn.Module, unreached: list[str], excused: Iterable[str]) -> s
     """What would leave out the tensors that were not reached: stacks, where a few hold all others."""
     plan = attachment(model).plan
     aside = {name for name, _ in plan.head} | set(excused)
-    shared = {name for row in plan.rows if row.site.kind == SHARED for name, _ in row.names()}
+    shared = {name for row in plan.rows if row.owns_shared for name, _ in row.names()}
     reached = [name for name in trained_parameters(model) if name not in aside | set(unreached) | shared]
     idle = [name for name in unreached if name not in aside | shared]
     fields = stack_advice(map(_module, reached), [_module(name) for name in idle])
@@ -305,6 +305,6 @@ def resting(model: nn.Module) -> Iterator[str]:
     for row in attachment(model).plan.rows:
         for term, name, _ in row.trained():
             # the batch may hold none of the chosen rows of a table; a chosen value of LoRA's A may meet none of B's
-            rare = term in row.subsets and (row.added or row.site.kind == "embedding")
+            rare = term in row.subsets and (row.added or isinstance(row.site, EmbeddingSite))
             if rare or row.method.may_rest(row.site, term):
                 yield name

@@ -87,7 +87,7 @@ def check_linear(plan: Plan, how: str) -> None:
 def _beside(row: Row, rows: Sequence[Row]) -> Row | None:
     """Another row at the same module, or at a slice of it that overlaps."""
     for other in rows:
-        apart = row.site.rows and other.site.rows and row.site.name != other.site.name
+        apart = row.site.part and other.site.part and row.site.name != other.site.name
         if other is not row and other.site.path == row.site.path and not apart:
             return other
     return None

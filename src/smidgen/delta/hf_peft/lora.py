@@ -22,7 +22,7 @@ from smidgen.methods.low_rank.dora import DoRA
 from smidgen.methods.low_rank.lora import LoRA
 from smidgen.methods.low_rank.pissa import PiSSA
 from smidgen.ports.attached_weights import stored
-from smidgen.sites.site import Site
+from smidgen.sites.site import Site, TableSite
 
 NAMES = {"A.weight": "A", "B.weight": "B", "magnitude_vector": "m"}  # what follows `lora_` -> symbol
 GAP = 1e-4  # the least gap of singular values, over the first, at which float32 tells their vectors apart to 1e-3
@@ -34,7 +34,7 @@ def read_lora(reader: Reader) -> tuple[Method, Values]:
     wanted = {name for name, symbol in NAMES.items() if symbol != "m" or cls is DoRA}
     values, ranks, sites = {}, set(), []
     for path, terms in groups.items():
-        site = reader.site(path, "linear")
+        site = reader.map(path)
         if set(terms) != wanted:
             found, known = first_names(f"lora_{t}" for t in terms), " and ".join(f"lora_{t}" for t in sorted(wanted))
             raise reader.refusal(f"{path} holds {found}; a {cls.__name__} has {known}")
@@ -97,7 +97,7 @@ def write_lora(method: Method, sites: list[Placed], model: nn.Module) -> Parts:
     (all rows, k rank). So B A is the slices' products one under the other, exactly.
     """
     assert isinstance(method, LoRA)
-    if tables := [site.path for site, _ in sites if site.kind == "table"]:
+    if tables := [site.path for site, _ in sites if isinstance(site, TableSite)]:
         raise DeltaError(f"{method} at the embedding {tables[0]} is not written in PEFT's format; keep the delta")
     groups: dict[str, list[Placed]] = {}
     for site, values in sites:
@@ -155,18 +155,18 @@ def _spread(group: list[Placed], model: nn.Module) -> Tensor:
     columns = []
     for site, tensors in group:
         column = tensors["B"].new_zeros(whole_width(site, model), tensors["B"].shape[1])
-        columns.append(tensors["B"] if site.rows is None else site.rows.put(column, tensors["B"]))
+        columns.append(tensors["B"] if (rows := site.rows) is None else rows.put(column, tensors["B"]))
     return torch.cat(columns, dim=1)
 
 
 def _lengths(group: list[Placed], model: nn.Module) -> Tensor:
     """Lengths of all rows: those that no slice trains keep their own, so that PEFT multiplies them by 1."""
     site, tensors = group[0]
-    if site.rows is None:
+    if not site.part:
         return tensors["m"]
     module: Any = model.get_submodule(site.path)
     weight, _ = stored(module)
     whole = torch.linalg.vector_norm(weight.T if site.transposed else weight, dim=1).to(tensors["m"])
     for part, values in group:
-        whole = whole if part.rows is None else part.rows.put(whole, values["m"])
+        whole = whole if (rows := part.rows) is None else rows.put(whole, values["m"])
     return whole

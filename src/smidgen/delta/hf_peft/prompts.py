@@ -25,7 +25,7 @@ from smidgen.methods.base import Method
 from smidgen.methods.prompt.prompt_tuning import PromptTuning
 from smidgen.planning.resolution import resolve
 from smidgen.ports.attachment_record import trained_parameters
-from smidgen.sites.site import Site
+from smidgen.sites.site import InputSite, KeyValueSite, Site
 from smidgen.sites.task_head import own_pooling
 
 STATIC = ("default", "linear", "llama3", "yarn")  # rotary frequencies that no length of text changes
@@ -78,6 +78,7 @@ def read_prompt(reader: Reader) -> tuple[Method, Values]:
     method = PromptTuning(length=n)
     _check_prompt(reader.model, reader.refusal)
     (row,) = resolve(reader.model, method).rows
+    assert isinstance(row.site, InputSite)
     rows = n * (config.get("num_transformer_submodules") or 1)
     whole = reader.shaped(PROMPT, reader.adapter.added[PROMPT], (rows, row.site.width_out))
     _prove(reader.model, method, _with_vectors, reader.refusal)
@@ -144,7 +145,8 @@ def _full(config: Any) -> bool:
 
 def _shape(model: Model, sites: list[Site], n: int, refuse: Refuse) -> torch.Size:
     """(n, layers, 2, heads, head_dim) of PEFT's table."""
-    shapes = {(site.heads, width) for site in sites for width in (site.head_dim, site.value_dim)}
+    attentions = [site for site in sites if isinstance(site, KeyValueSite)]
+    shapes = {(site.heads, width) for site in attentions for width in (site.head_dim, site.value_dim)}
     if len(shapes) > 1 or len(sites) != model.config.num_hidden_layers:
         raise refuse(
             f"{type(model).__name__} has {len(sites)} attentions in {model.config.num_hidden_layers} layers, of "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,15 @@ from smidgen.methods.in_place.ln import LN, WHICH
 from smidgen.methods.scaling.ia3 import IA3, INPUTS
 from smidgen.sites.discovery import find_sites, shares_layers
 from smidgen.sites.roles import within
-from smidgen.sites.site import Site
+from smidgen.sites.site import LinearSite, NormSite, OwnerSite, Site
 from smidgen.sites.targeting import LINEAR_ROLES, Layers
 from smidgen.sites.task_head import head_names
 from smidgen.sites.unread_parts import read_sites, unread
 
 Values = dict[str, Tensor]
+
+
+Kind = TypeVar("Kind", bound=OwnerSite)
 
 
 class Reader:
@@ -41,7 +44,7 @@ class Reader:
         self.sites = [
             s for s in read_sites(model, find_sites(model)) if not head & {f"{s.path}.{term}" for term, _ in s.terms}
         ]
-        self.whole = {site.path: site for site in self.sites if site.rows is None}
+        self.whole = {site.path: site for site in self.sites if not site.part}
         self.layered = not shares_layers(model)
 
     def grouped(self, mark: str) -> dict[str, Values]:
@@ -55,16 +58,19 @@ class Reader:
         check_complete(self.adapter, found, self.modules)
         return found
 
-    def site(self, path: str, kind: str) -> Site:
-        """The site at a path; one of another kind, or one in the head, is refused."""
+    def norm(self, path: str) -> NormSite:
+        """The norm at a path; anything else, or one in the head, is refused."""
+        return self._site(path, NormSite, "LN() trains normalisation layers only")
+
+    def map(self, path: str) -> LinearSite:
+        """The linear map at a path; anything else, or one in the head, is refused."""
+        return self._site(path, LinearSite, "only linear maps are edited here")
+
+    def _site(self, path: str, cls: type[Kind], wanted: str) -> Kind:
         site = self.whole.get(path)
-        if site is None or site.kind != kind:
+        if not isinstance(site, cls):
             what = type(self.modules[path]).__name__ + (" in the head" if site is None else "")
-            kinds = {
-                "norm": "LN() trains normalisation layers only",
-                "linear": "only linear maps are edited here",
-            }
-            raise self.refusal(f"{path} is {what}; {kinds[kind]}")
+            raise self.refusal(f"{path} is {what}; {wanted}")
         return site
 
     def layer_choices(self, sites: Iterable[Site]) -> list[Layers]:
@@ -154,7 +160,7 @@ def read_ln(reader: Reader) -> tuple[Method, Values]:
     values: Values = {}
     sites = []
     for path, terms in reader.grouped(".ln_tuning_layers.").items():
-        site = reader.site(path, "norm")
+        site = reader.norm(path)
         if set(terms) != {term for term, _ in site.terms}:
             raise reader.refusal(
                 f"{path} comes with {first_names(terms)}, but this model's has {first_names(dict(site.terms))}"
@@ -169,7 +175,7 @@ def read_ln(reader: Reader) -> tuple[Method, Values]:
     return method, {name: values[name] for name in kept}
 
 
-def _moved_term(reader: Reader, sites: Sequence[Site], values: Values) -> str:
+def _moved_term(reader: Reader, sites: Sequence[NormSite], values: Values) -> str:
     """Which term the file changes: "both" unless just one of them is the base's everywhere."""
 
     def moved(term: str) -> bool:
@@ -184,7 +190,7 @@ def read_ia3(reader: Reader) -> tuple[Method, Values]:
     """Vectors (width_out, 1) on outputs, (1, width_in) on inputs; of a fused projection its slices', or the whole's."""
     whole: dict[str, Scaled] = {}
     for path, terms in reader.grouped(".ia3_").items():
-        site = reader.site(path, "linear")
+        site = reader.map(path)
         if set(terms) != {"l"}:
             raise reader.refusal(f"{path} holds {first_names(f'ia3_{t}' for t in terms)}; only ia3_l is known")
         inner = len(terms["l"]) == 1 < site.width_out
@@ -219,15 +225,15 @@ def _cut(reader: Reader, whole: Mapping[str, Scaled]) -> dict[str, Scaled]:
     """The same with vectors of fused projections cut up, where all but the slices that IA3() scales are ones."""
     found: dict[str, Scaled] = {}
     for name, (site, vector, inner) in whole.items():
-        slices = [] if inner else [s for s in reader.sites if s.path == site.path and s.rows and IA3().acts(s)]
+        here = [] if inner else [s for s in reader.sites if s.path == site.path and IA3().acts(s)]
+        slices = [(s, rows) for s in here if (rows := s.rows) is not None]
         rest = vector.clone()
-        for part in slices:
-            assert part.rows is not None
-            rest[part.rows.numbers(len(rest))] = 1
+        for _, rows in slices:
+            rest[rows.numbers(len(rest))] = 1
         if not slices or not bool((rest == 1).all()):
             found[name] = Scaled(site, vector, inner)
         else:
-            found |= {p.name: Scaled(p, p.rows.take(vector), False) for p in slices if p.rows is not None}
+            found |= {part.name: Scaled(part, rows.take(vector), False) for part, rows in slices}
     return found
 
 

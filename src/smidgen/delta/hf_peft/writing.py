@@ -63,11 +63,11 @@ def write_ia3(method: Method, sites: list[Placed], model: nn.Module) -> Parts:
         if method.enters(site):
             inner.add(site.path)
             tensors[name] = vector[None, :]
-        elif site.rows is None:
+        elif (rows := site.rows) is None:
             tensors[name] = vector[:, None]
         else:
             whole = tensors.setdefault(name, vector.new_ones(whole_width(site, model), 1))
-            whole[site.rows.numbers(len(whole)), 0] = vector
+            whole[rows.numbers(len(whole)), 0] = vector
     paths = {site.path for site, _ in sites}
     wanted, inside = _ia3_targets(paths, inner, model)
     fields = {"target_modules": wanted, "feedforward_modules": inside}

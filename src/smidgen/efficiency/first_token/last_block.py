@@ -23,6 +23,7 @@ from smidgen.efficiency.prefix_cache.cut_point import irregular
 from smidgen.efficiency.prefix_cache.equivalence_check import check_logits
 from smidgen.efficiency.prefix_cache.recorded_pass import Batch, entering, in_eval_mode, result_of
 from smidgen.sites.discovery import find_blocks, find_sites
+from smidgen.sites.site import LinearSite
 
 _BROKEN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 
@@ -179,7 +180,8 @@ def _reads_first(model: nn.Module, block: nn.Module, batch: Batch, wanted: Tenso
 
 def _found(model: nn.Module, layer: int, block: nn.Module, batch: Batch) -> FirstRow:
     """How the last block makes keys and values of all rows, the rest of the first alone; from one recorded pass."""
-    wide = [s for s in find_sites(model) if s.layer == layer and {"key", "value"} & set(s.roles) and s.kind == "linear"]
+    linear = (site for site in find_sites(model) if isinstance(site, LinearSite))
+    wide = [s for s in linear if s.layer == layer and {"key", "value"} & set(s.roles)]
     name = type(block).__name__
     if any(site.rows is not None for site in wide) or {r for s in wide for r in s.roles} < {"key", "value"}:
         raise TrainError(f"{name} has no maps of their own to keys and to values")

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from smidgen.methods.base import Method, Tensors
 from smidgen.methods.field_checks import at_least, flag, layers_field
-from smidgen.sites.site import Site
+from smidgen.sites.site import KeyValueSite, Site
 from smidgen.sites.targeting import Layers, in_layers
 
 
 @dataclass(frozen=True)
-class Prefix(Method):
+class Prefix(Method[KeyValueSite]):
     """Put trained keys and values before those of the text, in every attention.
 
     Li and Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation, arXiv:2101.00190, section 4.
@@ -70,14 +70,14 @@ class Prefix(Method):
         layers_field("Prefix", self.layers)
 
     def acts(self, site: Site) -> bool:
-        wanted = site.kind == "keys_values" and (self.cross or "cross_attention" not in site.roles)
+        wanted = isinstance(site, KeyValueSite) and (self.cross or "cross_attention" not in site.roles)
         return wanted and in_layers(site, self.layers)
 
     def rate(self, term: str) -> float:
         # a step of Adam moves a sum over mlp values by as many times its rate
         return min(1.0, self.narrow / self.mlp) if self.mlp is not None else 1.0
 
-    def init(self, site: Site) -> dict[str, Tensor]:
+    def init(self, site: KeyValueSite) -> dict[str, Tensor]:
         if self.mlp is None:
             rows = (site.heads, self.length)
             return {"K": 0.02 * torch.randn(*rows, site.head_dim), "V": 0.02 * torch.randn(*rows, site.value_dim)}
@@ -95,7 +95,7 @@ class Prefix(Method):
     def settled(self) -> Prefix:
         return replace(self, mlp=None)
 
-    def settle(self, p: Tensors, site: Site) -> dict[str, Tensor]:
+    def settle(self, p: Tensors, site: KeyValueSite) -> dict[str, Tensor]:
         if self.mlp is None:
             return dict(p)
         both = F.linear(torch.tanh(F.linear(p["E"], p["W1"], p["b1"])), p["W2"], p["b2"])
@@ -103,8 +103,8 @@ class Prefix(Method):
         by_head = (t.unflatten(1, (site.heads, -1)).transpose(0, 1).contiguous() for t in (keys, values))
         return dict(zip(("K", "V"), by_head, strict=True))
 
-    def keys_values(self, p: Tensors, site: Site) -> tuple[Tensor, Tensor]:
+    def keys_values(self, p: Tensors, site: KeyValueSite) -> tuple[Tensor, Tensor]:
         return p["K"], p["V"]
 
-    def unmergeable(self, site: Site) -> str | None:
+    def unmergeable(self, site: KeyValueSite) -> str | None:
         return "keys and values of its own are no part of a weight"

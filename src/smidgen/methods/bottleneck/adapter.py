@@ -14,13 +14,13 @@ from torch import Tensor
 from smidgen.methods.base import Method, Tensors
 from smidgen.methods.field_checks import above, at_least, layers_field, names_field, one_of
 from smidgen.methods.functional import ACTIVATIONS
-from smidgen.sites.site import Site
+from smidgen.sites.site import Site, Sublayer
 from smidgen.sites.sublayers import SUBLAYERS, check_sublayers
 from smidgen.sites.targeting import Layers, as_names, in_layers
 
 
 @dataclass(frozen=True)
-class Adapter(Method):
+class Adapter(Method[Sublayer]):
     """Add a bottleneck with a nonlinearity to the sublayers of a block.
 
     Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP, arXiv:1902.00751, section 2.1 (after both
@@ -77,9 +77,9 @@ class Adapter(Method):
         check_sublayers("Adapter", self._sites(), sites)
 
     def acts(self, site: Site) -> bool:
-        return site.kind in self._sites() and in_layers(site, self.layers)
+        return isinstance(site, Sublayer) and site.kind in self._sites() and in_layers(site, self.layers)
 
-    def init(self, site: Site) -> dict[str, Tensor]:
+    def init(self, site: Sublayer) -> dict[str, Tensor]:
         columns = site.width_in if self.form == "parallel" else site.width_out
         bound = 1 / math.sqrt(columns)
         D = torch.empty(self.width, columns).uniform_(-bound, bound)
@@ -93,10 +93,10 @@ class Adapter(Method):
     def reads_entry(self, site: Site) -> bool:
         return self.form == "parallel"
 
-    def after(self, p: Tensors, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    def after(self, p: Tensors, x: Tensor, y: Tensor, site: Sublayer) -> Tensor:
         x = x if self.form == "parallel" else y
         hidden = ACTIVATIONS[self.activation](F.linear(x, p["D"], p["d"].to(x.dtype)))  # (..., width)
         return y + self.scale * F.linear(hidden, p["U"], p["u"].to(x.dtype))
 
-    def unmergeable(self, site: Site) -> str | None:
+    def unmergeable(self, site: Sublayer) -> str | None:
         return "a bottleneck with a nonlinearity beside a sublayer is no weight of it"

@@ -15,13 +15,13 @@ from smidgen.common.errors import PlanError, RecipeError
 from smidgen.methods.base import Method, Tensors
 from smidgen.methods.field_checks import at_least, layers_field, names_field, one_of
 from smidgen.methods.functional import ACTIVATIONS, glorot, kronecker_sum
-from smidgen.sites.site import Site
+from smidgen.sites.site import Site, Sublayer
 from smidgen.sites.sublayers import SUBLAYERS, check_sublayers
 from smidgen.sites.targeting import Layers, as_names, in_layers
 
 
 @dataclass(frozen=True)
-class Compacter(Method):
+class Compacter(Method[Sublayer]):
     """Add bottlenecks made of Kronecker products whose outer factors all sites share.
 
     Karimi Mahabadi et al. 2021, Compacter: Efficient Low-Rank Hypercomplex Adapter Layers, arXiv:2106.04647,
@@ -78,12 +78,12 @@ class Compacter(Method):
         check_sublayers("Compacter", self._sites(), sites)
 
     def acts(self, site: Site) -> bool:
-        return site.kind in self._sites() and in_layers(site, self.layers)
+        return isinstance(site, Sublayer) and site.kind in self._sites() and in_layers(site, self.layers)
 
-    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+    def shared(self, sites: Sequence[Sublayer]) -> dict[str, Tensor]:
         return {"S": 0.01 * torch.randn(self.blocks, self.blocks, self.blocks)}
 
-    def init(self, site: Site) -> dict[str, Tensor]:
+    def init(self, site: Sublayer) -> dict[str, Tensor]:
         n, r, width = self.blocks, self.rank, site.width_out
         if width % n:
             raise PlanError(f"Compacter: blocks={n} does not divide the width of {site.name}, {width}")
@@ -107,11 +107,11 @@ class Compacter(Method):
     def reads_entry(self, site: Site) -> bool:
         return False
 
-    def after(self, p: Tensors, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    def after(self, p: Tensors, x: Tensor, y: Tensor, site: Sublayer) -> Tensor:
         D = kronecker_sum(p["S"], p["s"] @ p["t"])  # (width_out, width)
         U = kronecker_sum(p["S"], p["v"] @ p["w"])  # (width, width_out)
         hidden = ACTIVATIONS[self.activation](F.linear(y, D.T, p["d"].to(y.dtype)))
         return y + F.linear(hidden, U.T, p["u"].to(y.dtype))
 
-    def unmergeable(self, site: Site) -> str | None:
+    def unmergeable(self, site: Sublayer) -> str | None:
         return "a bottleneck with a nonlinearity behind a sublayer is no weight of it"

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from smidgen.methods.base import Method
 from smidgen.methods.field_checks import flag, layers_field
-from smidgen.sites.site import Site
+from smidgen.sites.site import NormSite, OwnerSite, Site
 from smidgen.sites.targeting import Layers, in_layers
 
 
@@ -46,8 +46,10 @@ class BitFit(Method):
         layers_field("BitFit", self.layers)
 
     def trains(self, site: Site) -> tuple[str, ...]:
-        wanted = site.rows is None and (self.norms or site.kind != "norm") and in_layers(site, self.layers)
-        return tuple(term for term in site.biases if self.beside or term == site.bias) if wanted else ()
+        wanted = not site.part and (self.norms or not isinstance(site, NormSite)) and in_layers(site, self.layers)
+        if not wanted or not isinstance(site, OwnerSite):
+            return ()
+        return tuple(term for term in site.biases if self.beside or term == site.bias)
 
     def may_idle(self, site: Site, term: str) -> bool:
         # It trains every bias there is, also of what a task never uses: a pooler, what Longformer adds for global

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from smidgen.common.errors import PlanError, nearest
 from smidgen.methods.base import Method
 from smidgen.methods.field_checks import layers_field, names_field
-from smidgen.sites.site import Site
+from smidgen.sites.site import OwnerSite, Site
 from smidgen.sites.targeting import Layers, as_names, in_layers
 
 
@@ -61,7 +61,7 @@ class Full(Method):
         return self.target is None or any(_holds(name, wanted) for wanted in self._names)
 
     def trains(self, site: Site) -> tuple[str, ...]:
-        whole = site.rows is None and in_layers(site, self.layers)
+        whole = not site.part and in_layers(site, self.layers)
         return tuple(term for term, _ in site.terms if self._wants(f"{site.path}.{term}")) if whole else ()
 
     def renews(self, name: str) -> bool:
@@ -76,7 +76,7 @@ class Full(Method):
 
     def may_rest(self, site: Site, term: str) -> bool:
         # The bias of a key has zero gradient under softmax.
-        return "key" in site.roles and term == site.bias
+        return "key" in site.roles and isinstance(site, OwnerSite) and term == site.bias
 
 
 def _holds(path: str, name: str) -> bool:

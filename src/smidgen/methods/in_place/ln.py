@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from smidgen.methods.base import Method
 from smidgen.methods.field_checks import layers_field, one_of
-from smidgen.sites.site import Site
+from smidgen.sites.site import NormSite, Site
 from smidgen.sites.targeting import Layers, in_layers
 
 WHICH = ("all", "attention", "output", "embedding", "final", "qk", "block")
@@ -50,8 +50,9 @@ class LN(Method):
         layers_field("LN", self.layers)
 
     def trains(self, site: Site) -> tuple[str, ...]:
-        wanted = site.kind == "norm" and (self.which == "all" or self.which in site.roles)
-        if not wanted or not in_layers(site, self.layers):
+        if not isinstance(site, NormSite) or (self.which != "all" and self.which not in site.roles):
+            return ()
+        if not in_layers(site, self.layers):
             return ()
         gain = site.gain if self.terms != "bias" else None
         bias = site.bias if self.terms != "gain" else None

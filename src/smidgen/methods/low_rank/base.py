@@ -9,12 +9,14 @@ from typing import ClassVar
 from smidgen.common.errors import RecipeError
 from smidgen.methods.base import Method
 from smidgen.methods.field_checks import above, at_least, layers_field, names_field, share_field
-from smidgen.sites.site import Site
+from smidgen.sites.site import LinearSite, Site, TableSite
 from smidgen.sites.targeting import Layers, as_names, check_targets, in_layers, targeted
+
+MapLike = LinearSite | TableSite
 
 
 @dataclass(frozen=True)
-class LowRank(Method, abstract=True):
+class LowRank(Method[MapLike], abstract=True):
     """Base of the methods that add s * B ... A to linear maps; `LoRA` says what its fields are."""
 
     rank: int = 8
@@ -53,13 +55,15 @@ class LowRank(Method, abstract=True):
     def acts(self, site: Site) -> bool:
         """At maps of `target` in `layers` that `exclude` does not name."""
         names = as_names(self.target)
+        if not isinstance(site, LinearSite):
+            return False
         if min(site.width_in, site.width_out) == 1:
             # a gate with one output, such as that of a shared expert: its whole weight is of rank 1
             names = tuple(name for name in names if name != "linear")
         wanted = targeted(site, names) and not targeted(site, as_names(self.exclude))
         return wanted and in_layers(site, self.layers)
 
-    def check_rank(self, site: Site) -> None:
+    def check_rank(self, site: MapLike) -> None:
         """Raise RecipeError if the rank is above the smaller side of a map."""
         most = min(site.width_in, site.width_out)
         if self.rank > most:

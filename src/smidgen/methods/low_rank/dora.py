@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smidgen.methods.base import Tensors
+from smidgen.methods.low_rank.base import MapLike
 from smidgen.methods.low_rank.lora import LoRA
-from smidgen.sites.site import Site
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class DoRA(LoRA):
 
     tables: ClassVar[bool] = False
 
-    def init(self, site: Site) -> dict[str, Tensor]:
+    def init(self, site: MapLike) -> dict[str, Tensor]:
         return {**super().init(site), "m": torch.ones(site.width_out)}
 
-    def from_base(self, p: Tensors, base: Tensors, site: Site) -> dict[str, Tensor]:
+    def from_base(self, p: Tensors, base: Tensors, site: MapLike) -> dict[str, Tensor]:
         return {**p, "m": _lengths(base["weight"])}
 
-    def after_with(self, p: Tensors, x: Tensor, y: Tensor, base: Tensors, site: Site) -> Tensor:
+    def after_with(self, p: Tensors, x: Tensor, y: Tensor, base: Tensors, site: MapLike) -> Tensor:
         weight, bias = base["weight"], base.get("bias")
         v = weight + self.scale * (p["B"] @ p["A"]).to(weight.dtype)
         ratio = p["m"] / _lengths(v.detach())
@@ -55,7 +55,7 @@ class DoRA(LoRA):
         # kept for its gradient
         return y + (ratio - 1) * (unbiased + low) + low
 
-    def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
+    def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: MapLike) -> tuple[Tensor, Tensor | None]:
         v = weight + self.scale * (p["B"] @ p["A"])
         return (p["m"] / _lengths(v.detach()))[:, None] * v, bias
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from smidgen.methods.base import Method, Tensors
 from smidgen.methods.field_checks import above, at_table, one_of
-from smidgen.methods.low_rank.base import LowRank
-from smidgen.sites.site import Site
+from smidgen.methods.low_rank.base import LowRank, MapLike
+from smidgen.sites.site import Site, TableSite
 from smidgen.sites.targeting import as_names, check_targets, in_layers
 
 
@@ -82,16 +82,16 @@ class LoRA(LowRank):
     def _looks_up(self, site: Site, names: Sequence[str]) -> bool:
         return self.tables and at_table(site, names)
 
-    def init(self, site: Site) -> dict[str, Tensor]:
+    def init(self, site: MapLike) -> dict[str, Tensor]:
         self.check_rank(site)
-        if site.kind == "table":
+        if isinstance(site, TableSite):
             return {"A": torch.zeros(self.rank, site.width_in), "B": torch.randn(site.width_out, self.rank)}
         bound = 1 / math.sqrt(site.width_in)
         A = torch.empty(self.rank, site.width_in).uniform_(-bound, bound)
         return {"A": A, "B": torch.zeros(site.width_out, self.rank)}
 
-    def after(self, p: Tensors, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        hidden = F.embedding(x, p["A"].T) if site.kind == "table" else F.linear(x, p["A"])  # (..., rank)
+    def after(self, p: Tensors, x: Tensor, y: Tensor, site: MapLike) -> Tensor:
+        hidden = F.embedding(x, p["A"].T) if isinstance(site, TableSite) else F.linear(x, p["A"])  # (..., rank)
         return y + self.scale * F.linear(hidden, p["B"])  # (..., width_out)
 
     def joined(self, methods: Sequence[Method]) -> Method | None:
@@ -101,12 +101,12 @@ class LoRA(LowRank):
         return replace(self, rank=sum(ranks), alpha=None, scaling="lora")  # s = 1
 
     def join(
-        self, weights: Sequence[float], methods: Sequence[Method], parts: Sequence[Tensors], site: Site
+        self, weights: Sequence[float], methods: Sequence[Method], parts: Sequence[Tensors], site: MapLike
     ) -> dict[str, Tensor]:
         # sum_i w_i s_i B_i A_i = [w_1 s_1 B_1, w_2 s_2 B_2, ...] [A_1; A_2; ...]
         scales = [w * m.scale for w, m in zip(weights, methods, strict=True) if isinstance(m, LoRA)]
         B = [s * p["B"] for s, p in zip(scales, parts, strict=True)]
         return {"A": torch.cat([p["A"] for p in parts]), "B": torch.cat(B, dim=1)}
 
-    def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
+    def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: MapLike) -> tuple[Tensor, Tensor | None]:
         return weight + self.scale * (p["B"] @ p["A"]), bias

@@ -14,8 +14,7 @@ from torch import Tensor
 from smidgen.common.errors import PlanError, RecipeError
 from smidgen.methods.base import Tensors
 from smidgen.methods.field_checks import at_least
-from smidgen.methods.low_rank.base import LowRank
-from smidgen.sites.site import Site
+from smidgen.methods.low_rank.base import LowRank, MapLike
 from smidgen.sites.targeting import LINEAR_ROLES
 
 
@@ -71,11 +70,11 @@ class MoS(LowRank):
                 f"{self.equivalent}, not {self.rank}"
             )
 
-    def group(self, site: Site) -> str:
+    def group(self, site: MapLike) -> str:
         role = next((role for role in LINEAR_ROLES if role in site.roles), site.path.rpartition(".")[2])
         return f"{role}-{site.width_out}x{site.width_in}"
 
-    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+    def shared(self, sites: Sequence[MapLike]) -> dict[str, Tensor]:
         site, n = sites[0], self.equivalent * len(sites) * self.shards
         for width in (site.width_in, site.width_out):
             if width % self.shards:
@@ -89,7 +88,7 @@ class MoS(LowRank):
         P = torch.empty(n, site.width_in // self.shards).uniform_(-bound, bound)
         return {"P": P, "Q": torch.zeros(n, site.width_out // self.shards)}
 
-    def routes(self, site: Site, sites: Sequence[Site]) -> dict[str, Tensor]:
+    def routes(self, site: MapLike, sites: Sequence[MapLike]) -> dict[str, Tensor]:
         public = (self.equivalent - self.private) * len(sites) * self.shards
         own = self.private * self.shards
         first = public + [other.name for other in sites].index(site.name) * own
@@ -101,10 +100,10 @@ class MoS(LowRank):
         """A (rank, width_in) and B^T (rank, width_out)."""
         return p["P"][p["I"]].reshape(self.rank, -1), p["Q"][p["J"]].reshape(self.rank, -1)
 
-    def after(self, p: Tensors, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    def after(self, p: Tensors, x: Tensor, y: Tensor, site: MapLike) -> Tensor:
         A, Bt = self._factors(p)
         return y + self.scale * F.linear(F.linear(x, A), Bt.T)  # (..., width_out)
 
-    def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
+    def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: MapLike) -> tuple[Tensor, Tensor | None]:
         A, Bt = self._factors(p)
         return weight + self.scale * (Bt.T @ A), bias

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from smidgen.common.errors import RecipeError
 from smidgen.methods.base import Tensors
+from smidgen.methods.low_rank.base import MapLike
 from smidgen.methods.low_rank.lora import LoRA
-from smidgen.sites.site import Site
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class PiSSA(LoRA):
         if self.iterations is not None and (type(self.iterations) is not int or self.iterations < 1):
             raise RecipeError(f"PiSSA: iterations={self.iterations!r} must be None or a whole number of at least 1")
 
-    def from_base(self, p: Tensors, base: Tensors, site: Site) -> dict[str, Tensor]:
+    def from_base(self, p: Tensors, base: Tensors, site: MapLike) -> dict[str, Tensor]:
         if self.iterations is None:
             U, S, V = torch.linalg.svd(base["weight"], full_matrices=False)
             U, S, V = U[:, : self.rank], S[: self.rank], V[: self.rank]
@@ -59,9 +59,9 @@ class PiSSA(LoRA):
         root = (S / self.scale).sqrt()
         return {"A": root[:, None] * V, "B": U * root}
 
-    def after(self, p: Tensors, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    def after(self, p: Tensors, x: Tensor, y: Tensor, site: MapLike) -> Tensor:
         now, start = (F.linear(F.linear(x, p[a]), p[b]) for a, b in (("A", "B"), ("A0", "B0")))
         return y + self.scale * (now - start)
 
-    def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
+    def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: MapLike) -> tuple[Tensor, Tensor | None]:
         return weight + self.scale * (p["B"] @ p["A"] - p["B0"] @ p["A0"]), bias

@@ -14,8 +14,7 @@ from torch import Tensor
 from smidgen.common.errors import RecipeError
 from smidgen.methods.base import Tensors
 from smidgen.methods.field_checks import above, at_least, share_field
-from smidgen.methods.low_rank.base import LowRank
-from smidgen.sites.site import Site
+from smidgen.methods.low_rank.base import LowRank, MapLike
 
 SPREAD = 0.02
 
@@ -81,7 +80,7 @@ class TriAdaptLoRA(LowRank):
         """By how much a rank grows."""
         return max(1, self.rank // 2) if self.growth is None else self.growth
 
-    def init(self, site: Site) -> dict[str, Tensor]:
+    def init(self, site: MapLike) -> dict[str, Tensor]:
         self.check_rank(site)
         r = self.start
         drawn = {"A": (r, site.width_in), "L": (r * r,), "U": (r * r,)}
@@ -102,14 +101,14 @@ class TriAdaptLoRA(LowRank):
             at += a * s
         return torch.cat(rows) + torch.cat(columns, 1)
 
-    def after(self, p: Tensors, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    def after(self, p: Tensors, x: Tensor, y: Tensor, site: MapLike) -> Tensor:
         inner = F.linear(F.linear(x, p["A"]), self.core(p).to(x.dtype))  # (..., r)
         return y + self.scale * F.linear(inner, p["B"])
 
-    def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
+    def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: MapLike) -> tuple[Tensor, Tensor | None]:
         return weight + self.scale * (p["B"] @ self.core(p) @ p["A"]), bias
 
-    def penalty(self, parts: Sequence[Tensors], sites: Sequence[Site]) -> Tensor | None:
+    def penalty(self, parts: Sequence[Tensors], sites: Sequence[MapLike]) -> Tensor | None:
         if not self.orthogonality:
             return None
         found = [_skew(p["A"]) for p in parts] + [_skew(p["B"].T) for p in parts]
@@ -120,7 +119,7 @@ class TriAdaptLoRA(LowRank):
         return begin < step < total and (step - begin) % every == 0
 
     def event(
-        self, step: int, total: int, sites: Sequence[Site], parts: Sequence[Tensors], memory: Tensors
+        self, step: int, total: int, sites: Sequence[MapLike], parts: Sequence[Tensors], memory: Tensors
     ) -> tuple[Sequence[Tensors], Tensors]:
         scores = torch.stack([self.core(p).norm() / len(list(self.blocks(len(p["A"])))) for p in parts])
         gained = (scores - memory["scores"] if memory else scores).tolist()
@@ -146,7 +145,7 @@ class TriAdaptLoRA(LowRank):
             "U": torch.cat((p["U"], A.new_zeros(block))),
         }
 
-    def grown(self, shapes: Mapping[str, tuple[int, ...]], site: Site) -> bool:
+    def grown(self, shapes: Mapping[str, tuple[int, ...]], site: MapLike) -> bool:
         r = shapes["A"][0]
         core = sum(a * s for a, s in self.blocks(r))
         wanted = {"A": (r, site.width_in), "B": (site.width_out, r), "L": (core,), "U": (core,)}

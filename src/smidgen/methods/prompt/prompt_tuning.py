@@ -10,11 +10,11 @@ from torch import Tensor
 
 from smidgen.methods.base import Method, Tensors
 from smidgen.methods.field_checks import at_least, one_of
-from smidgen.sites.site import Site
+from smidgen.sites.site import InputSite, Site
 
 
 @dataclass(frozen=True)
-class PromptTuning(Method):
+class PromptTuning(Method[InputSite]):
     """Put trained vectors among the embedded tokens of the input.
 
     Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning, arXiv:2104.08691, section 2; section
@@ -47,12 +47,12 @@ class PromptTuning(Method):
         one_of("PromptTuning", "start", self.start, ("vocabulary", "uniform"))
 
     def acts(self, site: Site) -> bool:
-        return site.kind == "input"
+        return isinstance(site, InputSite)
 
-    def init(self, site: Site) -> dict[str, Tensor]:
+    def init(self, site: InputSite) -> dict[str, Tensor]:
         return {"P": torch.empty(self.length, site.width_out).uniform_(-0.5, 0.5)}
 
-    def from_base(self, p: Tensors, base: Tensors, site: Site) -> dict[str, Tensor]:
+    def from_base(self, p: Tensors, base: Tensors, site: InputSite) -> dict[str, Tensor]:
         if self.start == "uniform":
             return dict(p)
         count = len(base["weight"])
@@ -60,8 +60,8 @@ class PromptTuning(Method):
         rows = torch.randint(count, (self.length,)) if again else torch.randperm(count)[: self.length]
         return {"P": base["weight"][rows.to(base["weight"].device)].clone()}
 
-    def tokens(self, p: Tensors, site: Site) -> Tensor:
+    def tokens(self, p: Tensors, site: InputSite) -> Tensor:
         return p["P"]
 
-    def unmergeable(self, site: Site) -> str | None:
+    def unmergeable(self, site: InputSite) -> str | None:
         return "tokens of its own are no part of a weight"

@@ -12,14 +12,14 @@ from torch import Tensor
 from smidgen.common.errors import PlanError
 from smidgen.methods.base import Method, Tensors
 from smidgen.methods.field_checks import layers_field, names_field
-from smidgen.sites.site import Site
+from smidgen.sites.site import LinearSite, Site
 from smidgen.sites.targeting import Layers, as_names, check_targets, in_layers, targeted
 
 TARGET, INPUTS = ("key", "value", "ff_out"), "ff_out"
 
 
 @dataclass(frozen=True)
-class IA3(Method):
+class IA3(Method[LinearSite]):
     """Rescale keys, values and the inner activations of the feed-forward network.
 
     Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning,
@@ -57,7 +57,7 @@ class IA3(Method):
         for field, names, usual in (("target", self.target, TARGET), ("inputs", self.inputs, (INPUTS,))):
             check_targets("IA3", field, [name for name in as_names(names) if name not in usual], sites)
         for site in filter(self.enters, sites):
-            if site.rows is not None and self.acts(site):
+            if site.part and self.acts(site):
                 raise PlanError(
                     f"IA3: inputs names {site.name}, a slice of a fused map whose slices share one input; scale its "
                     "output, or name the whole map"
@@ -69,16 +69,16 @@ class IA3(Method):
     def enters(self, site: Site) -> bool:
         return targeted(site, as_names(self.inputs))
 
-    def init(self, site: Site) -> dict[str, Tensor]:
+    def init(self, site: LinearSite) -> dict[str, Tensor]:
         return {"l": torch.ones(site.width_in if self.enters(site) else site.width_out)}
 
-    def before(self, p: Tensors, x: Tensor, site: Site) -> Tensor:
+    def before(self, p: Tensors, x: Tensor, site: LinearSite) -> Tensor:
         return p["l"] * x if self.enters(site) else x
 
-    def after(self, p: Tensors, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    def after(self, p: Tensors, x: Tensor, y: Tensor, site: LinearSite) -> Tensor:
         return y if self.enters(site) else p["l"] * y
 
-    def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
+    def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: LinearSite) -> tuple[Tensor, Tensor | None]:
         if self.enters(site):
             return weight * p["l"], bias
         return p["l"][:, None] * weight, None if bias is None else p["l"] * bias

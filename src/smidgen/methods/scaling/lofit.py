@@ -11,12 +11,12 @@ from torch import Tensor
 
 from smidgen.methods.base import Method, Tensors
 from smidgen.methods.field_checks import at_least, layers_field, one_of
-from smidgen.sites.site import Site
+from smidgen.sites.site import LinearSite, Site
 from smidgen.sites.targeting import Layers, in_layers
 
 
 @dataclass(frozen=True)
-class LoFiT(Method):
+class LoFiT(Method[LinearSite]):
     """Add an offset to what attention heads give, best to a few heads that a first phase chose.
 
     Yin et al. 2024, LoFiT: Localized Fine-tuning on LLM Representations, arXiv:2406.01563, section 3.
@@ -54,24 +54,24 @@ class LoFiT(Method):
         layers_field("LoFiT", self.layers)
 
     def acts(self, site: Site) -> bool:
-        return site.kind == "linear" and "attention_out" in site.roles and in_layers(site, self.layers)
+        return isinstance(site, LinearSite) and "attention_out" in site.roles and in_layers(site, self.layers)
 
-    def init(self, site: Site) -> dict[str, Tensor]:
+    def init(self, site: LinearSite) -> dict[str, Tensor]:
         return {"v" if self.form == "offset" else "A": torch.zeros(site.width_in)}
 
-    def before(self, p: Tensors, x: Tensor, site: Site) -> Tensor:
+    def before(self, p: Tensors, x: Tensor, site: LinearSite) -> Tensor:
         return x + p["v"] if self.form == "offset" else (1 + p["A"]) * x
 
-    def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
+    def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: LinearSite) -> tuple[Tensor, Tensor | None]:
         if self.form == "gain":
             return weight * (1 + p["A"]), bias
         return weight, weight @ p["v"] if bias is None else bias + weight @ p["v"]
 
-    def unmergeable(self, site: Site) -> str | None:
+    def unmergeable(self, site: LinearSite) -> str | None:
         lacking = self.form == "offset" and "bias" not in dict(site.terms)
         return "an offset becomes a bias of the output map, which has none here" if lacking else None
 
-    def penalty(self, parts: Sequence[Tensors], sites: Sequence[Site]) -> Tensor | None:
+    def penalty(self, parts: Sequence[Tensors], sites: Sequence[LinearSite]) -> Tensor | None:
         if self.form == "offset" or not self.l1:
             return None
         return self.l1 * torch.stack([p["A"].abs().sum() for p in parts]).sum()

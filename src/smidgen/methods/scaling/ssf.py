@@ -11,12 +11,12 @@ from torch import Tensor
 
 from smidgen.methods.base import Method, Tensors
 from smidgen.methods.field_checks import flag, layers_field, names_field
-from smidgen.sites.site import Site
+from smidgen.sites.site import ConvSite, NormSite, OwnerSite, Site
 from smidgen.sites.targeting import Layers, as_names, check_targets, in_layers, targeted
 
 
 @dataclass(frozen=True)
-class SSF(Method):
+class SSF(Method[OwnerSite]):
     """Scale and shift the outputs of linear maps, convolutions and norms.
 
     Lian et al. 2022, Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning, arXiv:2210.08823,
@@ -66,11 +66,12 @@ class SSF(Method):
             check_targets("SSF", "target", self._names(), sites)
 
     def acts(self, site: Site) -> bool:
-        norm = site.affine and (site.gain, site.bias) == ("weight", "bias")
-        wanted = (self.norms and norm and bool(site.roles & {"block", "final"})) or (self.convs and site.kind == "conv")
+        norm = isinstance(site, NormSite) and site.affine and (site.gain, site.bias) == ("weight", "bias")
+        conv = isinstance(site, ConvSite)
+        wanted = (self.norms and norm and bool(site.roles & {"block", "final"})) or (self.convs and conv)
         return (wanted or targeted(site, self._names())) and in_layers(site, self.layers)
 
-    def init(self, site: Site) -> dict[str, Tensor]:
+    def init(self, site: OwnerSite) -> dict[str, Tensor]:
         g = {"g": torch.ones(site.width_out)}
         return {**g, "t": torch.zeros(site.width_out)} if self.shift else g
 
@@ -78,16 +79,16 @@ class SSF(Method):
         # A shift of all keys adds the same number to all scores of a query, which softmax ignores.
         return term == "t" and "key" in site.roles
 
-    def after(self, p: Tensors, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    def after(self, p: Tensors, x: Tensor, y: Tensor, site: OwnerSite) -> Tensor:
         return p["g"] * y + p["t"] if self.shift else p["g"] * y
 
-    def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
+    def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: OwnerSite) -> tuple[Tensor, Tensor | None]:
         scaled = p["g"].view(-1, *[1] * (weight.ndim - 1)) * weight
         if not self.shift:
             return scaled, None if bias is None else p["g"] * bias
         return scaled, p["t"] if bias is None else p["g"] * bias + p["t"]
 
-    def unmergeable(self, site: Site) -> str | None:
+    def unmergeable(self, site: OwnerSite) -> str | None:
         if self.shift and site.bias is None:
             return f"{site.name} has no bias to take the shift; shift=False merges"
         return None

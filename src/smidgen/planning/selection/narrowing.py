@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from smidgen.common.errors import DeltaError
 from smidgen.planning.initial_values import initial
 from smidgen.planning.plans import Plan
-from smidgen.planning.row import SHARED, Row, Subset
+from smidgen.planning.row import Row, Subset
 from smidgen.planning.selection.budgets import check_choice
 from smidgen.planning.selection.data_free_scores import choose_ready, needs_data
 from smidgen.planning.selection.kept_shapes import narrowed_shapes
@@ -54,7 +54,7 @@ def _narrowed(row: Row, indices: Mapping[str, Tensor]) -> Iterator[Row]:
     kept = tuple((t, s) for t, s in row.terms if row.added or len(chosen[t]))
     partial = [(t, s) for t, s in kept if len(chosen[t]) < prod(s)]
     fresh = initial(row, 0) if row.added and partial else {}
-    drawn = row.method.overrides("from_base") and row.site.kind != SHARED
+    drawn = row.method.overrides("from_base") and not row.owns_shared
     subsets = {t: Subset(chosen[t], s, t in fresh and (drawn or not _constant(fresh[t]))) for t, s in partial}
     yield replace(row, terms=kept, subsets=subsets)
 

@@ -14,7 +14,7 @@ from smidgen.common.errors import PlanError
 from smidgen.planning.row import Row, Shape
 from smidgen.sites.discovery import find_sites
 from smidgen.sites.fused_rows import Rows
-from smidgen.sites.site import Site
+from smidgen.sites.site import MapSite, Site
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def layer_key(site: Site) -> str:
 def check_heads(model: nn.Module, found: Sequence[Candidate]) -> None:
     """Raises PlanError unless some of the candidates are heads' own, and the model says how many heads it has."""
     head_count(model)
-    slices = [site for site in find_sites(model) if site.rows is not None]
+    slices = [site for site in find_sites(model) if isinstance(site, MapSite) and site.rows is not None]
     if not any(_parts(c, slices) for c in found):
         raise PlanError(
             "granularity='head' needs tensors of query, key, value or attention output, such as those of BitFit() or "
@@ -78,7 +78,7 @@ def _heads(model: nn.Module, found: Sequence[Candidate]) -> tuple[Tensor, int]:
     check_heads(model, found)
     out = all("attention_out" in c.row.site.roles for c in found)
     count = head_count(model, OWN if out else GROUPED)
-    slices = [site for site in find_sites(model) if site.rows is not None]
+    slices = [site for site in find_sites(model) if isinstance(site, MapSite) and site.rows is not None]
     numbers: dict[str, int] = {}
     parts = []
     for c in found:
@@ -106,9 +106,11 @@ def head_count(model: nn.Module, fields: Sequence[str] = GROUPED) -> int:
     raise PlanError(f"granularity='head': {type(model).__name__} does not say how many heads it has")
 
 
-def _parts(c: Candidate, slices: Sequence[Site]) -> list[tuple[int, Rows]]:
+def _parts(c: Candidate, slices: Sequence[MapSite]) -> list[tuple[int, Rows]]:
     """Dimension and places of a tensor that hold one projection's outputs, or the output map's inputs."""
     site, shape = c.row.site, c.shape
+    if not isinstance(site, MapSite):
+        return []
     fused = [s for s in slices if s.path == site.path] if site.rows is None and not c.row.added else []
     if fused:
         dim = len(shape) - 1 if site.transposed else 0

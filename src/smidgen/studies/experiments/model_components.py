@@ -13,7 +13,7 @@ from smidgen.common.wrappers import bare
 from smidgen.sites.discovery import find_blocks, find_sites
 from smidgen.sites.fused_rows import Rows
 from smidgen.sites.roles import within
-from smidgen.sites.site import Site
+from smidgen.sites.site import ConvSite, EmbeddingSite, NormSite, OwnerSite, Site
 from smidgen.sites.task_head import head_names
 
 NORMS = {
@@ -86,7 +86,7 @@ def components(model: nn.Module) -> list[ComponentPart]:
     head = set(head_names(model))
     first = {id(p): name for name, p in model.named_parameters()}
     owned = dict(model.named_parameters(remove_duplicate=False))
-    sites: dict[str, list[Site]] = {}
+    sites: dict[str, list[OwnerSite]] = {}
     for site in find_sites(model):
         sites.setdefault(site.path, []).append(site)
     places = _Places.of(model)
@@ -95,7 +95,7 @@ def components(model: nn.Module) -> list[ComponentPart]:
         for term, _ in whole.terms:
             name = f"{path}.{term}" if path else term
             if first[id(owned[name])] == name:
-                kind = "gain" if term == whole.gain else "bias" if term == whole.bias else "weight"
+                kind = "gain" if term == getattr(whole, "gain", None) else "bias" if term == whole.bias else "weight"
                 found = ["head"] if name in head else [_label(site, places) for site in slices or [whole]]
                 pieces = slices if slices and name not in head else [whole]
                 parts += [_part(name, label, kind, site) for label, site in zip(found, pieces, strict=True)]
@@ -190,7 +190,7 @@ class _Places:
 
 def _label(site: Site, places: _Places) -> str:
     """The component that a site belongs to."""
-    if site.kind == "norm":
+    if isinstance(site, NormSite):
         return _norm(site)
     for role, label in LINEARS.items():
         if role in site.roles:
@@ -201,11 +201,11 @@ def _label(site: Site, places: _Places) -> str:
         return "output embedding"
     if places.pooler is not None and within(site.path, places.pooler):
         return "pooler"
-    return "embedding" if site.kind in ("embedding", "table") or site.path in places.before else _elsewhere(site)
+    return "embedding" if isinstance(site, EmbeddingSite) or site.path in places.before else _elsewhere(site)
 
 
 def _elsewhere(site: Site) -> str:
-    return "convolution" if site.kind == "conv" else "other"
+    return "convolution" if isinstance(site, ConvSite) else "other"
 
 
 def _norm(site: Site) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import tempfile
+from dataclasses import fields as fields_of
 from math import prod
 
 from smidgen.delta.attaching import attach, detach
 from smidgen.delta.delta import TENSORS, Delta
 from smidgen.methods.base import Method
 from smidgen.planning.resolution import resolve
-from smidgen.planning.row import SHARED, Row
+from smidgen.planning.row import Row
 from smidgen.planning.selection.narrowing import settle
 from smidgen.ports.attachment_record import trained_parameters
 from smidgen.recipe.recipe import Recipe, parse
@@ -76,10 +77,10 @@ def _check_shapes(row: Row) -> None:
     """Each saved tensor has a shape that the docstring states."""
     method: Method = row.method
     fields = {name: getattr(method, name) for name in method.__dataclass_fields__}
-    names = {**fields, "width_in": row.site.width_in, "width_out": row.site.width_out}
-    names |= {"heads": row.site.heads, "head_dim": row.site.head_dim, "value_dim": row.site.value_dim}
-    if row.site.kind == SHARED:  # (its sites are alike)
-        names |= {"width_in": row.sites[0].width_in, "width_out": row.sites[0].width_out, "sites": len(row.sites)}
+    site = row.sites[0] if row.owns_shared else row.site  # what shares tensors is alike
+    names = fields | {f.name: value for f in fields_of(site) if isinstance(value := getattr(site, f.name), int)}
+    if row.owns_shared:
+        names["sites"] = len(row.sites)
     for symbol, shape in row.terms:
         line = re.search(rf"^\s+{symbol}: (.*)$", method.__doc__ or "", re.MULTILINE)
         assert line, f"{type(method).__name__} does not give the shape of {symbol}"

@@ -28,6 +28,7 @@ from smidgen.planning.selection.narrowing import settle
 from smidgen.ports.attachment_record import trained_parameters
 from smidgen.ports.placement import place
 from smidgen.recipe.recipe import Recipe, Term
+from smidgen.sites.site import InputSite
 from smidgen.steps.gradient_checks import snapshot
 from smidgen.steps.optimizer_groups import optimizer
 from smidgen.training.memory.grouped_products import OPERATOR, Grouped, flops
@@ -71,7 +72,7 @@ def _tried(model: nn.Module, resolved: Plan, batch_size: int, length: int, recom
     """The costs with the first inputs that the model takes, or why there are none with any."""
     config: Any = getattr(model, "config", None)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
-    prompt = sum(prompt_length(row.method, row.site) for row in resolved.rows if row.site.kind == "input")
+    prompt = sum(prompt_length(row.method, row.site) for row in resolved.rows if isinstance(row.site, InputSite))
     length = min(length, (longest or length + prompt) - prompt)
     main, why = getattr(model, "main_input_name", "input_ids"), ""
     for candidate in input_candidates(model, batch_size, length):

@@ -14,6 +14,7 @@ from smidgen.ports.attachment_record import refuse_attached
 from smidgen.ports.prompt_port import check_room
 from smidgen.recipe.recipe import Recipe
 from smidgen.sites.input_embedding import position_limit
+from smidgen.sites.site import InputSite
 
 
 def room(model: nn.Module, recipe: Recipe) -> tuple[int | None, int]:
@@ -26,8 +27,8 @@ def room(model: nn.Module, recipe: Recipe) -> tuple[int | None, int]:
     if not any(isinstance(method, Method) and method.overrides("tokens") for method in recipe):
         return None, 0
     refuse_attached(model)
-    rows = [row for row in resolve(model, recipe).rows if row.site.kind == "input"]
-    return position_limit(model, rows[0].site), sum(prompt_length(row.method, row.site) for row in rows)
+    rows = [(row.method, row.site) for row in resolve(model, recipe).rows if isinstance(row.site, InputSite)]
+    return position_limit(model, rows[0][1]), sum(prompt_length(method, site) for method, site in rows)
 
 
 def longest(model: nn.Module, recipe: Recipe, processor: Any) -> int | None:
