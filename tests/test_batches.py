@@ -244,7 +244,7 @@ def stopped_and_resumed(task, out, stop, monkeypatch):
     with monkeypatch.context() as patch:
         rest = fed(patch)
         delta = trained(task, out)
-    return state.numbers["step"] if state else 0, rest, delta
+    return state.progress.step if state else 0, rest, delta
 
 
 def whole_run(task, monkeypatch, out=None):

@@ -16,11 +16,13 @@ import smidgen as sm
 from smidgen.common.errors import AttachError, DivergedError, ModelError, SmidgenError, TrainError
 from smidgen.common.memory import memory_guard
 from smidgen.data.batching import ShuffledBatches
+from smidgen.data.kinds.base import kind_named
 from smidgen.inference.evaluation import Scores
 from smidgen.planning.frozen_modules import frozen_prefix
 from smidgen.planning.resolution import resolve
 from smidgen.ports.attachment_record import trained_parameters
-from smidgen.steps.objectives import Objective, StayClose, TaskLoss
+from smidgen.steps.objectives import Needs, Objective, StayClose, TaskLoss
+from smidgen.steps.step import BASE, Step
 from smidgen.testing.cases import shake
 from smidgen.training.run.run_folder import METRICS
 from smidgen.training.run.settings import Settings
@@ -214,9 +216,15 @@ def test_stay_close_is_taken_where_the_labels_stand(kind):
         labels[0, :3], labels[2, 4:] = -100, -100
     tuned, base = (3 * torch.randn(*shape, 4, generator=generator) for _ in range(2))
     outputs, reference = (SimpleNamespace(logits=x, loss=torch.tensor(0.5)) for x in (tuned, base))
-    found = StayClose(0.7).on(kind)(outputs, {"labels": labels}, reference)
+    found = StayClose(0.7).loss(seen_as(kind, labels, outputs, reference))
     assert float(found) == pytest.approx(by_hand(kind, 0.7, 0.5, tuned, base, labels), rel=1e-5)
-    assert repr(StayClose(0.7).on(kind)) == "StayClose(weight=0.7)"  # what a run's folder says
+    assert StayClose(0.7).identity == "StayClose(weight=0.7)"  # what a run's folder says, and said before
+
+
+def seen_as(kind, labels, outputs, reference):
+    """A step with outputs of one's own."""
+    made = {None: outputs, "base": reference}
+    return Step(torch.nn.Module(), kind_named(kind), {"train": {"labels": labels}}, lambda which, batch: made[which])
 
 
 def test_stay_close_while_tagging(tmp_path):
@@ -228,10 +236,11 @@ def test_stay_close_while_tagging(tmp_path):
 
     @dataclass(frozen=True)
     class Watched(StayClose):
-        def __call__(self, outputs, batch, reference=None):
-            loss = super().__call__(outputs, batch, reference)
-            logits = (outputs.logits.detach(), reference.logits)
-            found.append((loss.item(), by_hand("tokens", self.weight, outputs.loss.detach(), *logits, batch["labels"])))
+        def loss(self, step):
+            loss, outputs = super().loss(step), step.outputs()
+            logits = (outputs.logits.detach(), step.reference().logits)
+            wanted = by_hand("tokens", self.weight, outputs.loss.detach(), *logits, step.batch["labels"])
+            found.append((loss.item(), wanted))
             return loss
 
     fit(task, "LN()", model, epochs=1, objective=Watched(5.0))
@@ -245,8 +254,9 @@ def test_stay_close_while_tagging(tmp_path):
 
 def test_stay_close_refuses_what_it_cannot_do(tmp_path):
     logits = SimpleNamespace(logits=torch.zeros(2, 3, 4), loss=torch.tensor(0.0))
-    with pytest.raises(SmidgenError, match=r"do not fit kind=None; StayClose\(kind='tokens'\)") as error:
-        StayClose()(logits, {"labels": torch.zeros(2, 3, dtype=torch.long)}, logits)
+    labels = torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(SmidgenError, match=r"do not fit a task of kind 'classification'") as error:
+        StayClose().loss(seen_as("classification", labels, logits, logits))
     assert "\n" not in str(error.value)
     scores = h.task(tmp_path / "r", 8, 4, lambda n, start=0: [{"text": "a film", "label": 0.5 + i} for i in range(n)])
     assert scores.kind == "regression"
@@ -260,11 +270,13 @@ def test_the_reference_is_the_base(task):
 
     @dataclass(frozen=True)
     class Looks(Objective):
-        needs_reference = True
+        def needs(self, kind):
+            return Needs(references={"base": BASE})
 
-        def __call__(self, outputs, batch, reference=None):
-            seen.append((outputs.logits.detach(), reference.logits, {k: v for k, v in batch.items() if k != "labels"}))
-            return outputs.loss
+        def loss(self, step):
+            inputs = {k: v for k, v in step.batch.items() if k != "labels"}
+            seen.append((step.outputs().logits.detach(), step.reference().logits, inputs))
+            return step.outputs().loss
 
     model = h.bert()
     fit(task, "LN()", model, objective=Looks())
@@ -276,11 +288,11 @@ def test_the_reference_is_the_base(task):
 
 def test_a_task_loss_gets_no_reference(task):
     class Looks(TaskLoss):
-        def __call__(self, outputs, batch, reference=None):
-            assert reference is None
-            return outputs.loss
+        def loss(self, step):
+            return step.outputs().loss + 0 * step.reference().loss
 
-    fit(task, epochs=1, objective=Looks())
+    with pytest.raises(TrainError, match="reads a reference 'base', but needs.. names none"):
+        fit(task, epochs=1, objective=Looks())
 
 
 # What goes wrong
@@ -311,10 +323,11 @@ def test_a_gradient_that_is_not_finite_later(task):
     class Rooted(Objective):
         steps: list = field(default_factory=list)
 
-        def __call__(self, outputs, batch, reference=None):
+        def loss(self, step):
             self.steps.append(0)
-            gap = outputs.loss - outputs.loss.detach()
-            return outputs.loss + (0 * gap if len(self.steps) < 4 else gap.abs().sqrt())
+            loss = step.outputs().loss
+            gap = loss - loss.detach()
+            return loss + (0 * gap if len(self.steps) < 4 else gap.abs().sqrt())
 
     model, objective = h.bert(), Rooted()
     with (
@@ -337,8 +350,8 @@ def test_a_tensor_that_is_not_reached(task):
 def test_a_tensor_that_does_not_move(task):
     @dataclass(frozen=True)
     class Still(Objective):
-        def __call__(self, outputs, batch, reference=None):
-            return outputs.loss * 0
+        def loss(self, step):
+            return step.outputs().loss * 0
 
     with pytest.raises(TrainError, match=r"did not move in 5 steps, first bert\.embeddings\.LayerNorm\.weight"):
         fit(task, "LN()", objective=Still())
@@ -387,10 +400,10 @@ def test_a_model_without_a_tokenizer(task):
 def test_out_of_memory(error, task):
     @dataclass(frozen=True)
     class Hungry(TaskLoss):
-        def __call__(self, outputs, batch, reference=None):
-            if len(batch["labels"]) > 2:
+        def loss(self, step):
+            if len(step.batch["labels"]) > 2:
                 raise error
-            return outputs.loss
+            return step.outputs().loss
 
     with pytest.raises(TrainError, match="a batch of 8 does not fit into memory; try batch_size=4") as raised:
         fit(task, objective=Hungry())
@@ -431,10 +444,10 @@ def test_what_lies_below_the_lowest_edit_stays_in_eval_mode(task):
 
     @dataclass(frozen=True)
     class Looks(TaskLoss):
-        def __call__(self, outputs, batch, reference=None):
+        def loss(self, step):
             layers = model.bert.encoder.layer
             modes.append((model.bert.embeddings.dropout.training, layers[0].training, layers[1].training))
-            return outputs.loss
+            return step.outputs().loss
 
     fit(task, "LN(layers='top:1')", model, objective=Looks(), epochs=2)
     assert modes[0] == (False, False, False), "the dry run"

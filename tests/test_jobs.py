@@ -28,11 +28,11 @@ class Deadly(TaskLoss):
 
     marker: str = ""
 
-    def __call__(self, outputs, batch, reference):
+    def loss(self, step):
         try:
             os.close(os.open(self.marker, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
-            return super().__call__(outputs, batch, reference)
+            return super().loss(step)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -97,9 +97,9 @@ class Counting(TaskLoss):
 
     folder: str = ""
 
-    def __call__(self, outputs, batch, reference):
+    def loss(self, step):
         Path(self.folder, f"{torch.get_num_threads()}-{os.getpid()}").touch()
-        return super().__call__(outputs, batch, reference)
+        return super().loss(step)
 
 
 SCRIPT = """

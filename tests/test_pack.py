@@ -307,8 +307,8 @@ def test_a_packed_step_is_that_of_the_same_examples_padded(task, monkeypatch):
             seen = losses[batching] = []
             original = Loop._loss
 
-            def loss(self, model, batch, seen=seen, original=original):
-                seen.append(original(self, model, batch))
+            def loss(self, model, batch, at=None, seen=seen, original=original):
+                seen.append(original(self, model, batch, at))
                 return seen[-1]
 
             patch.setattr(Loop, "_loss", loss)

@@ -43,12 +43,13 @@ def test_pieces_add_up_to_the_gradient_of_the_batch(kind, size):
     whole = gradient(model, model(**batch).loss)
     found = list(pieces([3, 1, 4, 0, 2], {**batch, "use_cache": False}, size, kind))
     model.zero_grad()
-    total = sum(model(**part).loss * weight for _, part, weight in found)
+    total = sum(model(**piece.batch).loss * piece.weight for piece in found)
     torch.testing.assert_close(gradient(model, total), whole, rtol=1e-9, atol=1e-12)
     rows = [place for places, *_ in found for place in places]
     assert rows == [place for place in [3, 1, 4, 0, 2] if place in rows]
     assert len(rows) == 5 or kind == "causal-lm"  # a row whose only label stands first has nothing to predict
-    assert sum(weight for *_, weight in found) == pytest.approx(1)
+    assert sum(piece.weight for piece in found) == pytest.approx(1)
+    assert [piece.share for piece in found] == [piece.weight for piece in found]
 
 
 def test_a_plain_mean_over_pieces_would_be_wrong():
@@ -56,7 +57,7 @@ def test_a_plain_mean_over_pieces_would_be_wrong():
     model = model.double()
     whole = gradient(model, model(**batch).loss)
     found = list(pieces(range(5), batch, 2, "causal-lm"))
-    wrong = gradient(model, sum(model(**part).loss for _, part, _ in found) / len(found))
+    wrong = gradient(model, sum(model(**piece.batch).loss for piece in found) / len(found))
     assert not torch.allclose(wrong, whole, rtol=1e-3)
 
 
@@ -65,7 +66,7 @@ def test_a_piece_without_labels_is_left_out():
     batch["labels"][2:4] = -100
     found = list(pieces(range(5), batch, 2, "tokens"))
     assert [list(places) for places, *_ in found] == [[0, 1], [4]]
-    assert all(torch.isfinite(model(**part).loss) for _, part, _ in found)
+    assert all(torch.isfinite(model(**piece.batch).loss) for piece in found)
 
 
 @pytest.mark.parametrize("recipe", ["LN()", "LN(layers='top:1')"])

@@ -14,7 +14,8 @@ import smidgen as sm
 from smidgen.common.errors import TrainError
 from smidgen.steps.objectives import TaskLoss
 from smidgen.steps.optimizer_groups import HEAD_LR
-from smidgen.training.run.run_folder import CHECKPOINT, METRICS, RUN, RunFolder, State
+from smidgen.training.run.progress import Choices, Progress, State
+from smidgen.training.run.run_folder import CHECKPOINT, METRICS, RUN, RunFolder
 from tests import helpers as h
 
 RECIPE = "LN() + LoRA(rank=2, dropout=0.1)"
@@ -114,12 +115,12 @@ class Interrupted(TaskLoss):
 
     at: list = field(default_factory=list, repr=False)
 
-    def __call__(self, outputs, batch, reference=None):
+    def loss(self, step):
         if self.at:
             self.at[0] -= 1
             if self.at[0] == 0:
                 signal.raise_signal(signal.SIGINT)
-        return super().__call__(outputs, batch, reference)
+        return super().loss(step)
 
 
 @pytest.mark.parametrize("call", [2, 4, 6, 11])
@@ -164,8 +165,8 @@ def test_interrupted_in_a_validation(validation, task, tmp_path, monkeypatch):
 def test_an_error_in_the_middle_leaves_the_last_checkpoint(task, tmp_path):
     @dataclass(frozen=True)
     class Broken(Interrupted):
-        def __call__(self, outputs, batch, reference=None):
-            loss = super(Interrupted, self).__call__(outputs, batch, reference)
+        def loss(self, step):
+            loss = super(Interrupted, self).loss(step)
             self.at[0] -= 1
             if self.at[0] == 0:
                 raise OSError("gone")
@@ -186,8 +187,8 @@ def test_a_checkpoint_holds_what_the_next_step_needs(task, tmp_path):
     state = RunFolder(tmp_path / "run").resume()
     kinds = {name.split("/")[0] for name in state.tensors}
     assert kinds == {"trained", "best", "optimizer", "rng"}
-    assert state.numbers["step"] in (6, 7)
-    assert state.numbers["best_epoch"] == 1
+    assert state.progress.step in (6, 7)
+    assert state.progress.best_epoch == 1
 
 
 @pytest.mark.parametrize("damage", ["garbage", "truncated", "empty", "no metadata"])
@@ -317,23 +318,26 @@ def test_a_folder_of_something_else(task, tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "do not touch"
 
 
+CHOSEN = Choices(8, 0, 1, {}, 10, 1, 2, "2")
+
+
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    folder.start({"a": 1}, {})
+    folder.start({"a": 1}, CHOSEN)
     folder.log({"step": 1})
-    folder.checkpoint(State({"x": torch.ones(1)}, {"step": 1}))
+    folder.checkpoint(State({"x": torch.ones(1)}, Progress(step=1)))
     folder.log({"step": 2})
     with open(tmp_path / "run" / METRICS, "a") as file:
         file.write('{"torn')
     state = RunFolder(tmp_path / "run").resume()
     assert lines(tmp_path / "run") == [{"step": 1}]
-    assert state.numbers == {"step": 1}
+    assert state.progress == Progress(step=1)
     torch.testing.assert_close(state.tensors["x"], torch.ones(1))
 
 
 def test_only_the_main_process_writes(tmp_path):
     folder = RunFolder(tmp_path / "run", writer=False)
-    folder.start({}, {})
+    folder.start({}, CHOSEN)
     folder.log({"step": 1})
     folder.checkpoint(State({}))
     folder.finish()

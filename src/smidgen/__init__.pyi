@@ -62,8 +62,11 @@ from .recipe import Term as Term
 from .recipe import parse as parse
 from .sites import Site as Site
 from .sites import find_sites as find_sites
+from .steps import Batches as Batches
+from .steps import Needs as Needs
 from .steps import Objective as Objective
 from .steps import StayClose as StayClose
+from .steps import Step as Step
 from .steps import TaskLoss as TaskLoss
 from .steps import after_step as after_step
 from .steps import optimizer as optimizer
@@ -75,6 +78,8 @@ from .studies import SearchWarning as SearchWarning
 from .studies import Trial as Trial
 from .studies import doctor as doctor
 from .studies import search as search
+from .training import Callback as Callback
+from .training import RunStatus as RunStatus
 from .training import TrainerCallback as TrainerCallback
 from .training import fit as fit
 from .training import largest_batch as largest_batch

@@ -147,7 +147,7 @@ def tune(
         delta = sm.fit(network, wanted, task, out=out, processor=processor, **settings)
     except KeyboardInterrupt:
         state = RunFolder(out, writer=False).resume()
-        step = state.numbers["step"] if state else 0
+        step = state.progress.step if state else 0
         results.note(f"stopped at step {step}; the same command goes on from there")
         raise typer.Exit(130) from None
     report = {**_summary(delta), "out": str(out), "already_finished": already, "files": results.sizes(out)}

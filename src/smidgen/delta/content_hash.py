@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
@@ -65,6 +65,16 @@ def tensor_digests(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[st
     return found
 
 
+def content_digest(model: nn.Module) -> str:
+    """128 bits (hex) of the names, shapes, dtypes and values of a module's parameters and persistent buffers."""
+    whole = xxhash.xxh3_128()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            digest = tensor_digests({name: tensor}, tensor.dtype)[name]
+            whole.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode() + digest)
+    return whole.hexdigest()
+
+
 def tensor_bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:
     """The bytes of a tensor, of real numbers in this dtype; no copy of what lies there so. Raises DeltaError."""
     if tensor.is_meta:
@@ -102,7 +112,7 @@ def _contents(tensors: Mapping[str, Tensor]) -> dict[str, Content]:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    known = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    known = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     return known and not (tensor.is_meta or tensor.is_inference() or tensor.is_quantized)
 
 

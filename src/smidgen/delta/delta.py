@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from smidgen.common.version import __version__
 from smidgen.common.wrappers import bare
 from smidgen.delta import model_card
 from smidgen.delta.arithmetic.sums import Operand
+from smidgen.delta.content_hash import tensor_bytes
 from smidgen.delta.fingerprint import Fingerprint
 from smidgen.methods.base import renewed
 from smidgen.planning.resolution import resolve
@@ -118,6 +120,16 @@ class Delta(Operand):
     def head_values(self) -> int:
         """Number of values of the head."""
         return sum(self.tensors[name].numel() for name in self.head)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of recipe, base, pooling and all values, to tell deltas apart."""
+        said = [self.recipe.to_json(), self.base.to_json(), list(self.head), self.pooling, list(self.labels)]
+        found = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+        for name, tensor in sorted(self.tensors.items()):
+            found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            found.update(tensor_bytes(tensor, tensor.dtype))
+        return found.hexdigest()
 
     def with_info(self, **info: Any) -> Delta:
         """The same delta with more recorded about it."""

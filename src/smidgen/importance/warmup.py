@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.common.errors import TrainError
+from smidgen.common.module_modes import modes_kept
 from smidgen.data.batching import ShuffledBatches
-from smidgen.data.kinds.base import TaskKind
 from smidgen.data.processor import Processor
 from smidgen.data.task import Task
-from smidgen.delta.attaching import disabled
 from smidgen.planning.frozen_modules import frozen_prefix
 from smidgen.ports.attachment_record import attachment, trained_parameters
+from smidgen.steps.loss import At, Beside, loss_of
 from smidgen.steps.objectives import Objective, TaskLoss
 from smidgen.steps.optimizer_groups import optimizer
-from smidgen.steps.penalties import penalised
+from smidgen.steps.other_batches import Source
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,12 @@ def take(
     trained = trained_parameters(model)
     start = {name: p.detach().clone() for name, p in trained.items()}
     moved = {name: torch.zeros_like(p) for name, p in start.items()}
-    mode = {module: module.training for module in model.modules()}
-    with torch.random.fork_rng():
+    with modes_kept(model), torch.random.fork_rng():
         torch.manual_seed(course.seed)
         model.train()
         for module in frozen_prefix(model, attachment(model).plan):
             module.eval()
         _steps(model, task, course, processor, moved)
-    for module, training in mode.items():
-        module.training = training
     return {name: (p.detach() - start[name]).abs() for name, p in trained.items()}, moved
 
 
@@ -76,12 +73,14 @@ def _steps(
 ) -> None:
     trained, adam = trained_parameters(model), optimizer(model, course.lr, course.head_lr)
     rates = [group["lr"] for group in adam.param_groups]
-    batches, objective = _batches(model, task, course, processor), (course.objective or TaskLoss()).on(task.kind)
+    batches, objective = _batches(model, task, course, processor), course.objective or TaskLoss()
+    source = Source(course.seed, course.batch_size, course.max_length, next(model.parameters()).device)
+    beside = Beside.of(objective, model, task, processor, source)
     for step in range(course.steps):
         for group, rate in zip(adam.param_groups, rates, strict=True):
             group["lr"] = rate * min(1.0, (step + 1) / max(1, course.steps // 10))
         batch = {k: v.to(next(model.parameters()).device) for k, v in next(batches).items()}
-        loss = _loss(model, task.task_kind, batch, objective)
+        loss = loss_of(model, batch, objective, beside, At(step, course.steps))
         if not torch.isfinite(loss):
             raise TrainError(
                 f"the loss is {float(loss.detach())} at step {step} of the warm-up for Select; try a lower lr"
@@ -93,14 +92,6 @@ def _steps(
         nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
         adam.step()
         adam.zero_grad(set_to_none=True)
-
-
-def _loss(model: nn.Module, kind: TaskKind, batch: dict[str, Tensor], objective: Objective) -> Tensor:
-    reference = None
-    if objective.needs_reference:
-        with disabled(model), torch.no_grad():
-            reference = kind.forward(model, batch)
-    return penalised(objective(kind.forward(model, batch), batch, reference), model)
 
 
 def _batches(model: nn.Module, task: Task, course: Course, processor: Processor) -> Any:

@@ -2,34 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from smidgen.common.errors import TrainError
 from smidgen.data.kinds.base import kind_named
+from smidgen.steps.objectives import BATCH, MEAN, SUM
+
+
+class Piece(NamedTuple):
+    """Some rows of a batch.
+
+    Attributes:
+        places: numbers of the rows.
+        batch: their tensors, and whatever else the batch holds.
+        weight: of their loss in the batch's.
+        share: of what is added once for a batch.
+    """
+
+    places: Sequence[int]
+    batch: dict[str, Any]
+    weight: float
+    share: float
 
 
 def pieces(
-    places: Sequence[int], batch: dict[str, Any], size: int, kind: str
-) -> Iterator[tuple[Sequence[int], dict[str, Any], float]]:
-    """Row numbers and tensors of up to `size` rows at a time, with the piece's weight in the batch's mean loss.
+    places: Sequence[int], batch: Mapping[str, Any], size: int, kind: str, reduction: str = MEAN
+) -> Iterator[Piece]:
+    """A batch in pieces of up to `size` rows.
 
-    The weight is the share of rows, or of tokens that carry a label where the loss is a mean over tokens.
+    A piece's weight in a mean is its share of rows, or of tokens that carry a label where the loss is a mean over
+    those; in a sum it is 1.
 
     Args:
         places: numbers of the rows.
         batch: tensors (B, ...), and anything else, which is handed on.
         kind: name of the task's kind, which says what a row contributes to the mean.
+        reduction: "mean" or "sum", see `Objective`.
+
+    Raises:
+        TrainError: a batch whose examples depend on each other ("batch") has more than `size` rows.
     """
     rows = len(next(iter(value for value in batch.values() if isinstance(value, Tensor))))
     if rows <= size:
-        yield places, batch, 1.0
+        yield Piece(places, dict(batch), 1.0, 1.0)
         return
+    if reduction == BATCH:
+        raise TrainError(
+            f"the loss couples the {rows} examples of a batch, which cannot be computed {size} at a time; set "
+            f"batch_size={size}, or leave max_memory out"
+        )
     counts = kind_named(kind).loss_weights(batch, rows)
     for start in range(0, rows, size):
         part = slice(start, start + size)
         cut = {name: value[part] if isinstance(value, Tensor) else value for name, value in batch.items()}
-        weight = sum(counts[part]) / sum(counts)
-        if weight:
-            yield places[part] if len(places) == rows else places, cut, weight
+        share = sum(counts[part]) / sum(counts)
+        if share:
+            here = places[part] if len(places) == rows else places
+            yield Piece(here, cut, 1.0 if reduction == SUM else share, share)

@@ -19,9 +19,3 @@ def penalty(model: nn.Module) -> Tensor | None:
             if value is not None:
                 found = value if found is None else found + value
     return found
-
-
-def penalised(loss: Tensor, model: nn.Module) -> Tensor:
-    """The loss with the methods' penalties added to it."""
-    more = penalty(model)
-    return loss if more is None else loss + more

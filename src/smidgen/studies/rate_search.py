@@ -19,7 +19,6 @@ from smidgen.common.folder_lock import folder_lock_held
 from smidgen.common.wrappers import bare, check_model
 from smidgen.data.processor import Processor, given_processor
 from smidgen.data.task import Task
-from smidgen.delta.fingerprint import XXH3
 from smidgen.methods.base import Method
 from smidgen.planning.resolution import resolve
 from smidgen.recipe.recipe import Recipe, Term, as_recipe
@@ -31,6 +30,7 @@ from smidgen.studies.search_folder import FILE, Ledger
 from smidgen.studies.trial import Search, Trial
 from smidgen.training.run.run_folder import hashed_by
 from smidgen.training.run.run_record import asked
+from smidgen.training.run.run_spec import RunSpec
 from smidgen.training.run.settings import Settings
 
 SPAN = 10.0  # the default rates reach from a tenth of a recipe's own to ten times it
@@ -71,7 +71,7 @@ def search(
     if jobs < 1:
         raise TrainError(f"jobs={jobs} must be at least 1")
     with folder_lock_held(out):
-        ledger = Ledger(out, wanted.asked(XXH3 if out is None else hashed_by(Path(out) / FILE)))
+        ledger = Ledger(out, {} if out is None else wanted.asked(hashed_by(Path(out) / FILE)))
         todo = [(each, ledger.folder(wanted.rate, each)) for each in wanted.settings[len(ledger.trials) :]]
         work = wanted.work(given_processor(processor, tokenizer), ledger.path)
         for trial, delta in run_trials(work, todo, jobs, progress):
@@ -123,7 +123,8 @@ class Trials:
 
     def asked(self, algorithm: str) -> dict[str, Any]:
         """What has to be the same for a search to go on; `algorithm`: by which the base's content is told."""
-        same = asked(self.model, self.recipe, self.task, self.settings[0], self.objective, None, algorithm)
+        spec = RunSpec(self.model, self.recipe, self.task, self.settings[0], self.objective)
+        same = asked(spec, algorithm)
         return {**same, "settings": [asdict(each) for each in self.settings]}
 
     def found(self, trials: Sequence[Trial]) -> Search:

@@ -124,7 +124,8 @@ def tuned(delta: Delta, out: Path, task: Task, data: Sequence[str], already: boo
     """A finished run: scores, files, what to do next. data: the options that say what `task` is."""
     done = "was already finished; this is its result" if already else "finished"
     head = f", head {delta.head_values:,}" if delta.head else ""
-    split = [] if "test" in task.splits else ["--split", "validation"]
+    held = next((name for name in ("test", "validation", "train") if name in task.splits), "test")
+    split = [] if held == "test" else ["--split", held]
     merge = [("merge", "--delta", str(out), "--out", f"{out}-merged")] if can_merge else []
     pair = len(task.task_kind.asked(task.text)) == 2
     return Group(

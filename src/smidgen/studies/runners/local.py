@@ -33,6 +33,7 @@ from smidgen.recipe.recipe import Recipe
 from smidgen.steps.objectives import Objective
 from smidgen.studies.trial import Trial
 from smidgen.training.run.loop import Loop
+from smidgen.training.run.run_spec import RunSpec
 from smidgen.training.run.settings import Settings
 
 Todo = Sequence[tuple[Settings, Path | None]]
@@ -66,14 +67,23 @@ class Work:
     ) -> tuple[Trial, Delta | None]:
         """One trial; a loss that is not finite any more ends it, not the search."""
         start, delta, error = time.perf_counter(), None, None
-        about = (self.objective, out, self.processor, progress, None, kept)
-        loop = Loop(self.model, self.recipe, self.task, settings, *about)
+        spec = RunSpec(
+            self.model,
+            self.recipe,
+            self.task,
+            settings,
+            self.objective,
+            out=out,
+            processor=self.processor,
+            progress=progress,
+            shared=kept,
+        )
+        loop = Loop(spec)
         try:
             delta = loop.fit()
         except DivergedError as diverged:
             error = str(diverged)
-        history = loop.state.numbers["history"] or loop.folder.history()  # a run that was finished before says it there
-        scores = tuple(entry["validation"] for entry in history)
+        scores = tuple(dict(entry.scores) for entry in loop.history())
         best = None if delta is None else delta.info["best_epoch"]
         lr, seconds = getattr(settings, self.rate), time.perf_counter() - start
         return Trial(lr, settings.seed, scores, best, seconds, error), delta

@@ -59,7 +59,7 @@ def shortcuts(
     splits: Sequence[Sequence[dict[str, Any]]],
     collate: Collate,
     settings: Settings,
-    before: Mapping[str, str],
+    before: Mapping[str, str | None],
     folder: str | os.PathLike[str] | None,
     shared: Kept | None = None,
     unsteered: str | None = None,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object, set_seed
 from torch import Tensor, nn
@@ -18,116 +18,152 @@ from smidgen.common.byte_sizes import parse_bytes
 from smidgen.common.errors import DivergedError, TrainError
 from smidgen.common.folder_lock import folder_lock_held
 from smidgen.common.memory import give_back_memory, memory_guard
-from smidgen.common.wrappers import bare, check_model
-from smidgen.data.processor import Processor
-from smidgen.data.task import Task
-from smidgen.delta.attaching import attach, detach, disabled
+from smidgen.data.encoded import Encoded
+from smidgen.delta.attaching import attach, detach
 from smidgen.delta.delta import Delta
 from smidgen.delta.saved_selection import Selection
 from smidgen.efficiency.activation_checkpointing import recomputing
 from smidgen.efficiency.packing.isolation_check import check_kind
-from smidgen.efficiency.prefix_cache.shared_caches import Kept
 from smidgen.efficiency.prefix_cache.within_block import resting_modules
 from smidgen.importance.selecting import select
 from smidgen.inference.evaluation import Scores, compute_scores
 from smidgen.inference.forward_pass import run_examples
 from smidgen.inference.processors import processor_of
 from smidgen.ports.attachment_record import attachment, trained_parameters
-from smidgen.recipe.recipe import Recipe
 from smidgen.steps.gradient_checks import FEW, MANY, Watch, check_depends, snapshot
-from smidgen.steps.growth import after_step, assign
-from smidgen.steps.micro_batches import pieces
-from smidgen.steps.objectives import Objective
+from smidgen.steps.growth import assign
+from smidgen.steps.loss import At, Beside, loss_of
+from smidgen.steps.micro_batches import Piece, pieces
+from smidgen.steps.objectives import BATCH, SUM, reduction_of
 from smidgen.steps.optimizer_groups import optimizer
-from smidgen.steps.penalties import penalised
+from smidgen.steps.other_batches import Source
 from smidgen.training.memory.batch_size import batch_and_bytes
-from smidgen.training.run.batch_coupling import check_coupling
+from smidgen.training.run.batch_coupling import READS_OTHERS, check_coupling, check_reading
 from smidgen.training.run.batch_feed import Feed
+from smidgen.training.run.callbacks import Callbacks, Growth, MetricsLog, RunStatus
 from smidgen.training.run.checkpoint import pack, unpack
 from smidgen.training.run.forward_shortcuts import shortcuts
 from smidgen.training.run.interrupts import Interrupts
 from smidgen.training.run.model_guard import borrowed
+from smidgen.training.run.progress import Choices, Progress, State, Validation
 from smidgen.training.run.progress_bar import Bar
 from smidgen.training.run.prompt_budget import check_lengths, longest
-from smidgen.training.run.run_folder import RunFolder, State
-from smidgen.training.run.run_record import asked, outcome, selection_record
+from smidgen.training.run.run_folder import RunFolder
+from smidgen.training.run.run_record import asked, choices, outcome
+from smidgen.training.run.run_spec import RunSpec
 from smidgen.training.run.settings import PACK, Settings
 
 UNTESTED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
-class Loop:
-    """One run of `fit`."""
+class NoValidationWarning(UserWarning):
+    """There is no validation split, so the last state is kept and not the best."""
 
-    def __init__(
-        self, model: nn.Module, recipe: Recipe, task: Task, settings: Settings, objective: Objective,
-        out: str | os.PathLike[str] | None, processor: Processor | None, progress: bool | None,
-        selection: Selection | None = None, shared: Kept | None = None,
-    ) -> None:  # fmt: skip
+
+class Loop:
+    """One run of `fit`.
+
+    Attributes:
+        run: what was asked for.
+        progress: how far it is.
+    """
+
+    def __init__(self, run: RunSpec) -> None:
         self.accelerator = Accelerator()
         if self.accelerator.distributed_type in UNTESTED:
             kind = self.accelerator.distributed_type.value
             raise TrainError(f"{kind} is not supported yet; use one process or DDP (accelerate launch --multi_gpu)")
-        if settings.batching == PACK:
-            check_kind(task.kind)
-        check_coupling(task.task_kind, settings, self.accelerator.num_processes)
-        check_model(model)
-        self.model, self.recipe, self.task, self.settings = bare(model), recipe, task, settings
-        self.selection, self.shared, self.objective = selection, shared, objective.on(task.kind)
-        self.processor = processor or processor_of(model, task.task_kind)
+        if run.settings.batching == PACK:
+            check_kind(run.task.kind)
+        check_coupling(run.task.task_kind, run.settings, self.accelerator.num_processes)
+        self.run = run = run.checked()
+        self.model, self.task, self.settings, self.objective = run.model, run.task, run.settings, run.objective
+        self.selection, self.kind = run.selection, run.task.task_kind
+        self.reduction = reduction_of(self.objective, self.kind)
+        self.processor = run.processor or processor_of(run.model, self.kind)
         self.main, self.world = self.accelerator.is_main_process, self.accelerator.num_processes
-        self.folder = RunFolder(out, writer=self.main)
-        self.show = progress if self.main else False
-        self.state = State({}, {"step": 0, "epochs": 0, "best": None, "best_epoch": None, "history": []})
+        self.folder = RunFolder(run.out, writer=self.main)
+        self.progress = Progress()
+        check_reading(self.objective, self.kind, self.settings, self.world)
 
     def fit(self) -> Delta:
         """Open or resume the run, train, and give back the best state; the model is left as it came."""
-        wanted = asked(
-            self.model,
-            self.recipe,
-            self.task,
-            self.settings,
-            self.objective,
-            self.selection,
-            self.folder.hashed_by,
-        )
+        wanted = {} if self.folder.path is None else asked(self.run, self.folder.hashed_by)
         self.folder.open(wanted)
         if self.folder.finished and self.folder.path is not None:
             return Delta.load(self.folder.path)
         with folder_lock_held(self.folder.path if self.main else None):
             return self._fit(wanted)
 
+    def history(self) -> list[Validation]:
+        """The validations of the run, also of one that was finished before."""
+        return self.progress.history or self.folder.history()
+
     def _fit(self, wanted: Mapping[str, Any]) -> Delta:
-        record = self.folder.open(wanted)  # again: another process may have come between
+        """Everything that is known once the folder is this run's alone."""
+        earlier = self.folder.open(wanted)  # again: another process may have come between
         if self.folder.finished and self.folder.path is not None:
             return Delta.load(self.folder.path)
-        earlier = record["chosen"] if record else {}
-        limit = earlier.get("max_length", self.settings.max_length)
-        limit = longest(self.model, self.recipe, self.processor) if limit is None else limit
-        self.rows = self.task.encode(self.processor, "train", max_length=limit)
-        self.held = self.task.encode(self.processor, "validation", max_length=limit)
-        check_lengths(self.model, self.recipe, [*self.rows.lengths, *self.held.lengths])
-        self.collate = self.task.collator(self.processor, model=self.model)
+        self._encode(self.settings.max_length if earlier is None else earlier.max_length)
         rank, device = self.accelerator.process_index, self.accelerator.device
-        self.mine = [self.held[i] for i in range(rank, len(self.held), self.world)]
         self.feed = Feed(self.rows, self.collate, self.settings, rank, self.world, device)
         self.total = self.feed.steps
         with borrowed(self.model):
             self.selection = self._selected()
-            options: Any = {"pooling": self.settings.pooling, "seed": self.settings.seed, "selection": self.selection}
             room, size = self._room(earlier)
-            attach(self.model, self.recipe, **options)
+            self._attach()
             self.feed = self.feed.ready(self.model.to(device))
+            source = Source(self.settings.seed, self.settings.batch_size, self.rows.max_length, device)
+            self.beside = Beside.of(self.objective, self.model, self.task, self.processor, source)
             with recomputing(self.model) if self.settings.recompute else nullcontext():
-                splits = (self.model, (self.rows, self.mine), self.collate)
-                shared: Any = (earlier, self.folder.path, self.shared, self.task.task_kind.unsteered)
-                (self.around, self.around_held), why = shortcuts(*splits, room, *shared)
-                decided = selection_record(self.model, self.settings, self.rows, self.total, self.world)
-                self.chosen = self.folder.agreed(wanted, {**decided, **why, "rows_at_once": size}, record)
-                self.folder.keep(self.selection)
+                self._decide(wanted, room, size, earlier)
                 return self._train()
 
-    def _room(self, earlier: Mapping[str, Any]) -> tuple[Settings, int]:
+    def _encode(self, limit: int | None) -> None:
+        """The rows of both splits; `limit`: most tokens of an example, None for the model's own."""
+        limit = longest(self.model, self.run.recipe, self.processor) if limit is None else limit
+        self.rows = self.task.encode(self.processor, "train", max_length=limit)
+        held: Encoded | None = None
+        if "validation" in self.task.splits:
+            held = self.task.encode(self.processor, "validation", max_length=limit)
+        else:
+            why = self.task.notes.get("validation", "is missing")
+            warnings.warn(
+                f"the validation split of {self.task.name} {why}: the state after the last epoch is kept, with no "
+                "scores",
+                NoValidationWarning,
+                stacklevel=5,
+            )
+        check_lengths(self.model, self.run.recipe, [*self.rows.lengths, *(held.lengths if held else ())])
+        self.collate = self.task.collator(self.processor, model=self.model)
+        self.held = held
+        self.mine = [held[i] for i in range(self.accelerator.process_index, len(held), self.world)] if held else []
+
+    def _attach(self) -> None:
+        """Put the recipe on, where it starts or where the given start stands."""
+        s = self.settings
+        if self.run.start is not None:
+            attach(self.model, self.run.start)
+        else:
+            attach(self.model, self.run.recipe, pooling=s.pooling, seed=s.seed, selection=self.selection)
+
+    def _decide(self, wanted: Mapping[str, Any], room: Settings, size: int, earlier: Choices | None) -> None:
+        """What settings left open, now or at an earlier start."""
+        before = {} if earlier is None else {"cache": earlier.cache, "rows": earlier.rows}
+        splits = (self.rows,) if self.held is None else (self.rows, self.mine)
+        unsteered = self.kind.unsteered or (READS_OTHERS if self.beside.batches else None)
+        made, why = shortcuts(
+            self.model, splits, self.collate, room, before, self.folder.path, self.run.shared, unsteered
+        )
+        self.around, self.around_held = made[0], made[-1]
+        fresh = choices(self.model, self.settings, self.rows, self.total, self.world)
+        fresh = replace(fresh, cache=why["cache"], rows=why["rows"], rows_at_once=size)
+        self.chosen = self.folder.agreed(wanted, fresh, earlier)
+        at_once = self.settings.batch_size if self.chosen.rows_at_once is None else self.chosen.rows_at_once
+        self.at_once = sys.maxsize if self.reduction == BATCH else at_once
+        self.folder.keep(self.selection)
+
+    def _room(self, earlier: Choices | None) -> tuple[Settings, int]:
         """Settings whose cache fits beside a step, and how many rows of a batch are computed at once."""
         s = self.settings
         if s.max_memory is None:
@@ -135,48 +171,70 @@ class Loop:
         if self.accelerator.device.type == "cpu":
             give_back_memory()
         length = self.rows.max_length if s.batching == PACK else max(self.rows.lengths)
-        most = int(earlier.get("rows_at_once", s.batch_size))
-        shape = {"length": length, "pooling": s.pooling, "recompute": s.recompute}
+        most = s.batch_size if earlier is None or earlier.rows_at_once is None else earlier.rows_at_once
+        shape: Any = {"length": length, "pooling": s.pooling, "recompute": s.recompute}
         limit = parse_bytes(s.max_memory)
-        passes = self.task.task_kind.passes
-        size, need = batch_and_bytes(self.model, self.recipe, limit, most, passes=passes, **shape)
+        size, need = batch_and_bytes(self.model, self.run.recipe, limit, most, **shape)
+        if self.reduction == BATCH and (size < s.batch_size or s.batch_tokens is not None):
+            raise TrainError(
+                f"{type(self.objective).__name__} couples the {s.batch_size} examples of a batch, of which max_memory "
+                f"leaves room for {size}; set batch_size={size}, or max_memory to more"
+            )
         return replace(s, cache_bytes=min(s.cache_bytes, (limit - need) // 2)), size
 
     def _selected(self) -> Selection | None:
         """What to keep, for a recipe with Select: given, of an earlier start, or chosen now."""
-        if self.selection is not None or not self.recipe.narrowed:
+        if self.selection is not None or not self.run.recipe.narrowed or self.run.start is not None:
             return self.selection
         s, model = self.settings, self.model.to(self.accelerator.device).eval()
-        options: Any = {"seed": s.seed, "pooling": s.pooling, "batch_size": s.batch_size, "lr": s.lr}
-        options |= {"head_lr": s.head_lr, "max_length": self.rows.max_length, "objective": self.objective}
         kept = self.folder.kept()
-        return kept or select(model, self.recipe, self.task, processor=self.processor, **options)
+        return kept or select(
+            model,
+            self.run.recipe,
+            self.task,
+            processor=self.processor,
+            seed=s.seed,
+            pooling=s.pooling,
+            batch_size=s.batch_size,
+            lr=s.lr,
+            head_lr=s.head_lr,
+            max_length=self.rows.max_length,
+            objective=self.objective,
+        )
 
     def _train(self) -> Delta:
+        """From the first step, or the last checkpoint, to the end."""
         s = self.settings
         self.optimizer = optimizer(self.model, s.lr, s.head_lr, s.weight_decay)
-        self.rates = [self.chosen["lr"][group["name"]] for group in self.optimizer.param_groups]
+        self.rates = [self.chosen.lr[group["name"]] for group in self.optimizer.param_groups]
         self.prepared = self.accelerator.prepare_model(self.model)
         self.watch, self.best = Watch(self.model), snapshot(self.model)
         set_seed(s.seed + self.accelerator.process_index)
         self._dry_run()
         self._resume()
         self.trained = list(trained_parameters(self.model).values())
-        step = self.state.numbers["step"]
-        with Bar(self.total, step, self.show, str(self.recipe)) as self.bar, Interrupts() as self.interrupts:
-            for epoch in range(self.state.numbers["epochs"], s.epochs):
+        self.status = RunStatus(
+            self.model, self.run.recipe, self.task, s, self.optimizer, self.total, self.progress, lr=self.rates[0]
+        )
+        show, label = self.run.progress if self.main else False, str(self.run.recipe)
+        with Bar(self.total, self.progress.step, show, label) as bar, Interrupts() as self.interrupts:
+            own = (Growth(), bar, MetricsLog(self.folder.log, lambda: bar.rate))
+            self.callbacks = Callbacks(own, self.run.callbacks, self._save)
+            for epoch in range(self.progress.epochs, s.epochs):
                 self._epoch(epoch)
         return self._finish()
 
     def _epoch(self, epoch: int) -> None:
-        numbers = self.state.numbers
+        """What is left of an epoch, with its validation."""
+        progress = self.progress
         self._train_mode()
-        for places, batch in self.feed.epoch(epoch, skip=numbers["step"] - self.feed.before(epoch)):
+        for places, batch in self.feed.epoch(epoch, skip=progress.step - self.feed.before(epoch)):
             self._step(places, batch)
-            due = numbers["step"] % self.chosen["checkpoint_steps"] == 0 or self.interrupts.seen
-            if due and numbers["step"] < self.feed.before(epoch + 1):
+            due = progress.step % self.chosen.checkpoint_steps == 0 or self.interrupts.seen
+            if due and progress.step < self.feed.before(epoch + 1):
                 self._checkpoint()
         self._validate(epoch)
+        self.callbacks.tell("epoch", self.status)
         self._checkpoint()
 
     def _train_mode(self) -> None:
@@ -185,18 +243,19 @@ class Loop:
             module.eval()
 
     def _step(self, places: Sequence[int], batch: dict[str, Any]) -> None:
-        numbers, value = self.state.numbers, 0.0
-        factor = self.settings.rate(numbers["step"], self.total)
+        """One optimiser step, with what is checked and told of it."""
+        progress, value = self.progress, 0.0
+        factor = self.settings.rate(progress.step, self.total)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         with memory_guard(self.settings.batch_size, self.settings.batch_tokens):
-            for some, part, weight in pieces(places, batch, self.chosen["rows_at_once"], self.task.kind):
-                with self.around(some, part):
-                    loss = self._loss(self.prepared, part) * weight
+            for piece in pieces(places, batch, self.at_once, self.task.kind, self.reduction):
+                with self.around(piece.places, piece.batch):
+                    loss = self._loss(self.prepared, piece.batch, self._at(piece))
                     value += float(loss.detach())
                     if not math.isfinite(value):
                         raise DivergedError(
-                            f"the loss is {value} at step {numbers['step']}, lr {self.rates[0] * factor:.2g}; "
+                            f"the loss is {value} at step {progress.step}, lr {self.rates[0] * factor:.2g}; "
                             "try a lower lr, or look at the data of this step"
                         )
                     self.accelerator.backward(loss)
@@ -204,28 +263,32 @@ class Loop:
         norm = float(nn.utils.clip_grad_norm_(self.trained, self.settings.clip))
         if not math.isfinite(norm):
             raise DivergedError(
-                f"the gradient is {norm} at step {numbers['step']}, lr {self.rates[0] * factor:.2g}; try a lower lr, "
+                f"the gradient is {norm} at step {progress.step}, lr {self.rates[0] * factor:.2g}; try a lower lr, "
                 "look at the data of this step, or, if the base is in float16, load it in bfloat16 or float32"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        numbers["step"] += 1
-        if after_step(self.model, self.optimizer, numbers["step"], self.total, self.settings.seed):
+        progress.step += 1
+        self._told(value, factor * self.rates[0], len(places) * self.world)
+        if progress.step in (min(FEW, self.total), MANY) and self.total > 1:
+            self.watch.moved(self.model, progress.step)
+
+    def _at(self, piece: Piece) -> At:
+        """Where the loss of a piece stands; processes average their gradients, which a sum has to make up for."""
+        weight = piece.weight * self.world if self.reduction == SUM else piece.weight
+        return At(self.progress.step, self.total, weight, piece.share)
+
+    def _told(self, loss: float, lr: float, examples: int) -> None:
+        """Tell of a step; what was put in place of trained tensors is trained from here on."""
+        status = self.status
+        status.loss, status.lr, status.examples, status.replaced = loss, lr, examples, False
+        self.callbacks.tell("step", status)
+        if status.replaced:
             self.prepared = self.accelerator.prepare_model(self.model)
             self.trained = list(trained_parameters(self.model).values())
-        self.bar.step(value, len(places) * self.world)
-        if numbers["step"] % 10 == 0 or numbers["step"] == self.total:
-            rate = round(self.bar.rate, 1)
-            self.folder.log({"step": numbers["step"], "loss": value, "lr": factor * self.rates[0], "rate": rate})
-        if numbers["step"] in (min(FEW, self.total), MANY) and self.total > 1:
-            self.watch.moved(self.model, numbers["step"])
 
-    def _loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        reference, kind = None, self.task.task_kind
-        if self.objective.needs_reference:
-            with disabled(self.model), torch.no_grad():
-                reference = kind.forward(self.model, batch)
-        return penalised(self.objective(kind.forward(model, batch), batch, reference), self.model)
+    def _loss(self, model: nn.Module, batch: dict[str, Any], at: At | None = None) -> Tensor:
+        return loss_of(model, batch, self.objective, self.beside, at)
 
     def _dry_run(self) -> None:
         """One forward and backward pass in eval mode: every trained tensor must be reached."""
@@ -240,46 +303,63 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _validate(self, epoch: int) -> None:
-        result = self._held_out()
-        numbers = self.state.numbers
-        entry = {"epoch": epoch + 1, "step": numbers["step"], "validation": result.values}
-        self.folder.log(entry)
-        numbers["history"].append(entry)
-        numbers["epochs"] = epoch + 1
-        self.bar.validated(result.metric, result.value)
-        best = numbers["best"]
-        if best is None or math.isnan(best) or result.better > best:
-            numbers["best"], numbers["best_epoch"] = result.better, epoch + 1
+        """Count the epoch, and keep its state if it is the best so far; without a split to tell, it is."""
+        progress = self.progress
+        result = None if self.held is None else self._held_out()
+        progress.epochs = epoch + 1
+        if result is None:
             self.best = snapshot(self.model)
+            return
+        progress.history.append(Validation(epoch + 1, progress.step, result.values))
+        if progress.best is None or math.isnan(progress.best) or result.better > progress.best:
+            progress.best, progress.best_epoch = result.better, epoch + 1
+            self.best = snapshot(self.model)
+        self.callbacks.tell("validation", self.status, result)
 
     def _held_out(self) -> Scores:
         rank, size = self.accelerator.process_index, self.settings.batch_size
-        size = size if self.settings.max_memory is None else self.chosen["rows_at_once"]
+        size = size if self.settings.max_memory is None else min(size, self.at_once)
         with memory_guard(self.settings.batch_size):
             outputs = run_examples(self.model, self.mine, self.task, self.processor, size, self.around_held)
         numbered = gather_object([(rank + k * self.world, pair) for k, pair in enumerate(outputs)])
         return compute_scores(self.task, [pair for _, pair in sorted(numbered, key=lambda item: item[0])])
 
-    def _checkpoint(self) -> None:
+    def _write(self) -> None:
         tensors = pack(self.model, self.best, self.optimizer, self.accelerator)
-        self.folder.checkpoint(State(tensors, self.state.numbers))
+        self.folder.checkpoint(State(tensors, self.progress))
+
+    def _checkpoint(self) -> None:
+        self._write()
         self.interrupts.check()
+
+    def _save(self) -> str:
+        """Save what a failed callback interrupts, and say what became of it."""
+        if self.folder.path is None:
+            return "nothing is saved, as there is no out="
+        if self.folder.finished:
+            return f"the delta is in {self.folder.path}"
+        if self.world > 1:
+            return f"{self.folder.path} holds the last checkpoint"
+        self._write()
+        return f"the run is saved in {self.folder.path}, and the same call goes on from there"
 
     def _resume(self) -> None:
         state = self.folder.resume()
         if state is not None:
-            self.state.numbers = state.numbers
+            self.progress = state.progress
             self.best = unpack(state.tensors, self.model, self.optimizer, self.accelerator)
 
     def _finish(self) -> Delta:
+        """The best state as a delta, saved."""
         if self.total > 1:
             self.watch.moved(self.model, self.total)
             self.watch.report(self.model, self.total)
         assign(self.model, self.best)
-        said = outcome(self.task, self.settings, self.rows.max_length, self.state.numbers, self.selection)
-        delta = replace(detach(self.model), labels=tuple(self.task.labels)).with_info(**said, steps=self.total)
+        said = outcome(self.run, self.rows.max_length, self.progress, self.total, self.selection)
+        delta = replace(detach(self.model), labels=tuple(self.task.labels)).with_info(**said)
         if self.folder.path is not None and self.main:
             delta.save(self.folder.path)
             self.folder.finish()
         self.accelerator.wait_for_everyone()
+        self.callbacks.tell("round", self.status, delta)
         return delta

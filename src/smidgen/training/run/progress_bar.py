@@ -10,8 +10,11 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from smidgen.inference.evaluation import Scores
+from smidgen.training.run.callbacks import Callback, RunStatus
 
-class Bar:
+
+class Bar(Callback):
     """A bar with loss, validation metric, examples/s and time left; prints nothing if `show` is False.
 
     `show=None` means a bar if stderr is a terminal, else a line per validation.
@@ -46,6 +49,14 @@ class Bar:
     def rate(self) -> float:
         """Training examples per second since the start of this process's run, validation included."""
         return self.seen / max(time.perf_counter() - self.start, 1e-9)
+
+    def on_step(self, run: RunStatus) -> None:
+        """One optimiser step done."""
+        self.step(run.loss, run.examples)
+
+    def on_validation(self, run: RunStatus, scores: Scores) -> None:
+        """A validation done."""
+        self.validated(scores.metric, scores.value)
 
     def step(self, loss: float, examples: int) -> None:
         """One optimiser step done."""

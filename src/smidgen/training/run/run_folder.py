@@ -11,13 +11,11 @@ import os
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
 
 from smidgen.common.atomic_files import read_json, write_files
 from smidgen.common.errors import RecipeError, TrainError
@@ -26,16 +24,9 @@ from smidgen.delta.fingerprint import SHA256, XXH3
 from smidgen.delta.saved_selection import FILE as SELECTION
 from smidgen.delta.saved_selection import Selection
 from smidgen.recipe.recipe import Recipe
+from smidgen.training.run.progress import Choices, Progress, State, Validation
 
 RUN, METRICS, CHECKPOINT = "run.json", "metrics.jsonl", "checkpoint.safetensors"
-
-
-@dataclass
-class State:
-    """Everything that the next step depends on."""
-
-    tensors: dict[str, Tensor]
-    numbers: dict[str, Any] = field(default_factory=dict)
 
 
 class RunFolder:
@@ -45,8 +36,8 @@ class RunFolder:
         self.path = None if path is None else Path(path)
         self.writer = writer and path is not None
 
-    def open(self, asked: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The record of an earlier start of the same run, or None for a new one.
+    def open(self, asked: Mapping[str, Any]) -> Choices | None:
+        """What was chosen at an earlier start of the same run, or None for a new one.
 
         Raises:
             TrainError: the folder holds another run, or something else.
@@ -61,34 +52,32 @@ class RunFolder:
             return None
         record = read_json(self.path / RUN)
         check_same(self.path, record["asked"], asked)
-        return record
+        return Choices.from_json(record["chosen"])
 
-    def start(self, asked: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
+    def start(self, asked: Mapping[str, Any], chosen: Choices) -> None:
         """Write what was asked and every automatic choice, to be used again on resuming."""
         if self.writer and self.path:
-            content = json.dumps({"asked": asked, "chosen": chosen}, indent=1, sort_keys=True).encode()
+            record = {"asked": asked, "chosen": chosen.to_json()}
+            content = json.dumps(record, indent=1, sort_keys=True).encode()
             write_files(self.path, {RUN: content, METRICS: b""})
 
-    def agreed(
-        self, asked: Mapping[str, Any], chosen: Mapping[str, Any], record: Mapping[str, Any] | None
-    ) -> Mapping[str, Any]:
+    def agreed(self, asked: Mapping[str, Any], chosen: Choices, earlier: Choices | None) -> Choices:
         """The choices to train by: fresh ones, written down, or those of the earlier start.
 
         Raises:
             TrainError: the run was begun with another number of processes.
         """
-        if record is None:
+        if earlier is None:
             self.start(asked, chosen)
             return chosen
-        earlier: Mapping[str, Any] = record["chosen"]
-        if earlier["processes"] != chosen["processes"]:
-            raise TrainError(
-                f"{self.path} was begun with {earlier['processes']} process(es), not {chosen['processes']}"
-            )
-        for key in ("threads", "torch"):
-            if earlier[key] != chosen[key]:
-                change = f"{key} was {earlier[key]}, now {chosen[key]}"
-                warnings.warn(f"{change}: the run goes on, but not bit for bit", stacklevel=2)
+        if earlier.processes != chosen.processes:
+            raise TrainError(f"{self.path} was begun with {earlier.processes} process(es), not {chosen.processes}")
+        for key, then, now in (
+            ("threads", earlier.threads, chosen.threads),
+            ("torch", earlier.torch, chosen.torch),
+        ):
+            if then != now:
+                warnings.warn(f"{key} was {then}, now {now}: the run goes on, but not bit for bit", stacklevel=2)
         return earlier
 
     def keep(self, selection: Selection | None) -> None:
@@ -116,16 +105,16 @@ class RunFolder:
             with open(self.path / METRICS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
 
-    def history(self) -> list[dict[str, Any]]:
+    def history(self) -> list[Validation]:
         """The validations that metrics.jsonl tells of, in order."""
         lines = [] if self.path is None else (self.path / METRICS).read_text(encoding="utf-8").splitlines()
-        return [entry for entry in map(json.loads, lines) if "validation" in entry]
+        return [Validation.from_json(entry) for entry in map(json.loads, lines) if "validation" in entry]
 
     def checkpoint(self, state: State) -> None:
         """Replace the checkpoint."""
         if self.writer and self.path:
             length = (self.path / METRICS).stat().st_size
-            metadata = {"state": json.dumps({**state.numbers, "metrics_bytes": length})}
+            metadata = {"state": json.dumps({**state.progress.to_json(), "metrics_bytes": length})}
             tensors = {name: t.detach().cpu().contiguous() for name, t in state.tensors.items()}
             write_files(self.path, {CHECKPOINT: save(tensors, metadata)})
 
@@ -151,7 +140,8 @@ class RunFolder:
             with safe_open(path, framework="pt") as file:
                 numbers = json.loads(file.metadata()["state"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return State(tensors, numbers), numbers.pop("metrics_bytes")
+                length = int(numbers.pop("metrics_bytes"))
+                return State(tensors, Progress.from_json(numbers)), length
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise TrainError(f"{path} is damaged ({error}); remove it to start over") from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -10,68 +9,68 @@ import torch
 from torch import nn
 
 from smidgen.data.encoded import Encoded
-from smidgen.data.task import Task
 from smidgen.delta.fingerprint import SHA256, XXH3, Fingerprint
 from smidgen.delta.saved_selection import Selection
 from smidgen.methods.base import renewed
-from smidgen.recipe.recipe import Recipe
 from smidgen.sites.task_head import head_names
-from smidgen.steps.objectives import Objective
 from smidgen.steps.optimizer_groups import optimizer
+from smidgen.training.run.progress import Choices, Progress
+from smidgen.training.run.run_spec import RunSpec
 from smidgen.training.run.settings import Settings
 
 
-def asked(
-    model: nn.Module,
-    recipe: Recipe,
-    task: Task,
-    settings: Settings,
-    objective: Objective,
-    selection: Selection | None,
-    algorithm: str = XXH3,
-) -> dict[str, Any]:
-    """What has to be the same when a run is resumed; `algorithm`: by which its record tells the base's content."""
+def asked(run: RunSpec, algorithm: str = XXH3) -> dict[str, Any]:
+    """What has to be the same when a run is resumed, plain data; `algorithm`: by which its record tells the base.
+
+    Raises:
+        TrainError: the objective cannot be told apart in another process.
+    """
+    model, recipe, selection, start = run.model, run.recipe, run.selection, run.start
     base = Fingerprint.of(model, (*head_names(model), *renewed(recipe, model)), algorithm=algorithm)
     return {
         "model": base.name,
         "base": base.content + base.buffers,
-        **({} if algorithm == SHA256 else {"base_hash": algorithm}),  # records from before name none
         "dtype": base.dtype,
         "recipe": recipe.to_json(),
-        "task": task.name,
-        "data": task.fingerprint,
-        "objective": repr(objective),
+        "task": run.task.name,
+        "data": run.task.fingerprint,
+        "objective": run.objective.identity,
         "selection": selection and selection.digest,
-        "settings": asdict(settings),
+        "start": start and start.digest,
+        "settings": asdict(run.settings),
+        **({} if algorithm == SHA256 else {"base_hash": algorithm}),  # records from before name none
     }
 
 
-def selection_record(model: nn.Module, settings: Settings, rows: Encoded, steps: int, processes: int) -> dict[str, Any]:
+def choices(model: nn.Module, settings: Settings, rows: Encoded, steps: int, processes: int) -> Choices:
     """What was left open and is now decided, for a model with a recipe attached."""
     groups = optimizer(model, settings.lr, settings.head_lr).param_groups
-    return {
-        "max_length": rows.max_length,
-        "truncated": rows.truncated,
-        "steps": steps,
-        "lr": {group["name"]: group["lr"] for group in groups},
-        "checkpoint_steps": settings.checkpoint_steps or max(10, steps // 20),
-        "processes": processes,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
+    return Choices(
+        max_length=rows.max_length,
+        truncated=rows.truncated,
+        steps=steps,
+        lr={group["name"]: group["lr"] for group in groups},
+        checkpoint_steps=settings.checkpoint_steps or max(10, steps // 20),
+        processes=processes,
+        threads=torch.get_num_threads(),
+        torch=str(torch.__version__),
+    )
 
 
 def outcome(
-    task: Task, settings: Settings, max_length: int | None, numbers: Mapping[str, Any], selection: Selection | None
+    run: RunSpec, max_length: int | None, progress: Progress, total: int, selection: Selection | None
 ) -> dict[str, Any]:
-    """What a delta records of the run that it comes from."""
-    best = next(entry for entry in numbers["history"] if entry["epoch"] == numbers["best_epoch"])
+    """What a delta records of the run that it comes from, plain data. Without a validation the last epoch counts."""
+    task, start = run.task, run.start
+    best = next((entry for entry in progress.history if entry.epoch == progress.best_epoch), None)
     about = {"name": task.name, "kind": task.kind, "metric": task.metric, "text": list(task.text)}
     return {
         "task": about,
-        "settings": {**asdict(settings), "max_length": max_length},
-        "scores": {f"validation {name}": value for name, value in best["validation"].items()},
-        "best_epoch": numbers["best_epoch"],
-        "best_step": best["step"],
-        **({"selection": selection.info} if selection else {}),
+        "settings": {**asdict(run.settings), "max_length": max_length},
+        "scores": {f"validation {name}": value for name, value in best.scores.items()} if best else {},
+        "best_epoch": best.epoch if best else progress.epochs,
+        "best_step": best.step if best else progress.step,
+        **({"selection": dict(selection.info)} if selection else {}),
+        **({"start": start.digest} if start else {}),
+        "steps": total,
     }

@@ -1,0 +1,69 @@
+"""Batches of other data beside those that are trained on: a function of the run's seed and the step alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smidgen.common.devices import carried
+from smidgen.common.errors import TrainError
+from smidgen.data.batching import ShuffledBatches
+from smidgen.data.encoded import Encoded
+from smidgen.data.kinds.base import TaskKind
+from smidgen.data.processor import Processor
+from smidgen.data.task import Task
+from smidgen.steps.step import Batches
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a run reads data."""
+
+    seed: int
+    batch_size: int
+    max_length: int | None
+    device: torch.device
+
+
+@dataclass(frozen=True, eq=False)
+class OtherBatches:
+    """One batch for each step, epoch after epoch, each shuffled anew."""
+
+    rows: Encoded
+    collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+    kind: TaskKind
+    size: int
+    labelled: bool
+    source: Source
+
+    @classmethod
+    def of(cls, wanted: Batches, own: Task, processor: Processor, model: nn.Module, source: Source) -> OtherBatches:
+        """The batches of a split.
+
+        Raises:
+            TrainError: the task is of another kind than the run's, or the split holds nothing.
+            DataError: there is no such split.
+        """
+        task = wanted.task or own
+        if task.kind != own.kind:
+            raise TrainError(f"the objective's batches are of a {task.kind} task, and the run trains on {own.kind}")
+        rows = task.encode(processor, wanted.split, max_length=source.max_length)
+        if not len(rows):
+            raise TrainError(f"the objective's batches are empty: the {wanted.split} split of {task.name}")
+        collate = task.collator(processor, model=model)
+        size = wanted.batch_size or source.batch_size
+        return cls(rows, collate, task.task_kind, size, wanted.labelled, source)
+
+    def at(self, step: int) -> dict[str, Tensor]:
+        """The batch of a step, from 0, on the device."""
+        each = -(-len(self.rows) // self.size)
+        epoch, place = divmod(step, each)
+        places = ShuffledBatches(len(self.rows), self.size, self.source.seed, epoch).chunks[place]
+        batch = self.collate([self.rows[i] for i in places])
+        if not self.labelled:
+            batch, _ = self.kind.parted(batch)
+        return {name: carried(value, self.source.device) for name, value in batch.items()}
