@@ -15,7 +15,7 @@ from smidgen.common.errors import DataError, DeltaError, SmidgenError, TrainErro
 from smidgen.data.kinds.base import kind_named
 from smidgen.delta.content_hash import content_digest
 from smidgen.ports.attachment_record import trained_parameters
-from smidgen.steps.loss import At, Beside, loss_of
+from smidgen.steps.loss_computation import At, Beside, loss_of
 from smidgen.steps.micro_batches import pieces
 from smidgen.steps.objectives import Needs, Objective, TaskLoss, reduction_of
 from smidgen.steps.other_batches import OtherBatches, Source
@@ -421,10 +421,7 @@ def test_a_start_that_does_not_fit_is_one_line(task):
         ({"recipe": "LoRA(rank=2)", "start": start}, r"start was trained with LN\(\), so recipe=LoRA\(rank=2\) cannot"),
         ({"start": start, "pooling": "mean"}, "start was trained with pooling=None; leave pooling='mean' out"),
         ({"recipe": str(grown.recipe), "start": grown}, "grows by a schedule that a delta does not hold"),
-        (
-            {"recipe": picked.recipe, "start": trained(picked.recipe, selection=picked), "selection": picked},
-            "its own sel",
-        ),
+        ({"recipe": picked.recipe, "start": part, "selection": picked}, "its own selection"),
         ({"start": replace(start, labels=("a", "b"))}, "start was trained on a, b"),
     ]
     for options, said in cases:

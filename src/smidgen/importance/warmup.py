@@ -16,7 +16,7 @@ from smidgen.data.processor import Processor
 from smidgen.data.task import Task
 from smidgen.planning.frozen_modules import frozen_prefix
 from smidgen.ports.attachment_record import attachment, trained_parameters
-from smidgen.steps.loss import At, Beside, loss_of
+from smidgen.steps.loss_computation import At, Beside, loss_of
 from smidgen.steps.objectives import Objective, TaskLoss
 from smidgen.steps.optimizer_groups import optimizer
 from smidgen.steps.other_batches import Source

@@ -32,7 +32,7 @@ from smidgen.inference.processors import processor_of
 from smidgen.ports.attachment_record import attachment, trained_parameters
 from smidgen.steps.gradient_checks import FEW, MANY, Watch, check_depends, snapshot
 from smidgen.steps.growth import assign
-from smidgen.steps.loss import At, Beside, loss_of
+from smidgen.steps.loss_computation import At, Beside, loss_of
 from smidgen.steps.micro_batches import Piece, pieces
 from smidgen.steps.objectives import BATCH, SUM, reduction_of
 from smidgen.steps.optimizer_groups import optimizer
