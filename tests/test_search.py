@@ -90,7 +90,7 @@ def test_a_trial_that_leaks_into_the_next_would_be_seen(task, tmp_path, monkeypa
     fit = Loop.fit
 
     def leaking(self):
-        if self.shared is not None and self.settings.lr == RATES[1]:
+        if self.run.shared is not None and self.settings.lr == RATES[1]:
             self.settings = replace(self.settings, warmup=0.5)
         return fit(self)
 
