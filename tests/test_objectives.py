@@ -158,7 +158,7 @@ def test_what_other_batches_do_not_go_with_is_refused(tmp_path, task):
     with pytest.raises(TrainError, match="reads other batches, which max_memory does not reckon with"):
         fit(task, objective, max_memory=need)
     for name in ("cache", "only_read"):
-        with pytest.raises(TrainError, match=f"{name}=True holds for the rows that are trained on"):
+        with pytest.raises(TrainError, match=f"{name}=True, but the objective reads other batches"):
             fit(task, objective, recipe="LN(layers='top:1')", epochs=2, **{name: True})
     with pytest.raises(DataError, match="has no retain split"):
         fit(task, Beside2(Batches(split="retain")))
@@ -176,7 +176,7 @@ def test_rows_of_other_batches_are_not_taken_for_those_of_the_cache(tmp_path, ta
     h.same(one, fit(task, Beside2(Batches(kept)), cache=False, only_read=False, **options))
     fit(task, TaskLoss(), out=runs[1], **options)
     chosen = [json.loads((run / "run.json").read_text())["chosen"]["cache"] for run in runs]
-    assert chosen == ["off", "on"]
+    assert chosen == ["the objective reads other batches than those that states are kept of", "on"]
 
 
 # How examples add up
@@ -255,7 +255,7 @@ def test_a_kind_that_couples_its_batch_does_so_whatever_the_objective(task, monk
     monkeypatch.setattr(type(task.task_kind), "couples_batch", True)
     assert reduction_of(TaskLoss(), task.task_kind) == "batch"
     less = sm.plan(h.bert(), "LN()", batch_size=2, length=16).costs["peak_bytes"]
-    with pytest.raises(TrainError, match="TaskLoss couples the 8 examples of a batch"):
+    with pytest.raises(TrainError, match="cuts batches, and the loss of a classification task is coupled"):
         fit(task, max_memory=less)
 
 
