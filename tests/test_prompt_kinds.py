@@ -12,6 +12,7 @@ from tests import helpers as h
 from tests.test_padding import OPTIONS, XLNET, generated
 from tests.test_prefix import SMALL, T5, TOKENS
 from tests.test_prompt import MASK, fed, with_tokens
+from tests.test_sweep import tiny_models
 
 OPEN = {**SMALL, **TOKENS}
 IMAGE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "patch_size": 4}
@@ -215,3 +216,37 @@ def test_an_image_and_its_text_beside_longer_ones(name):
     wanted = generated(model, alone, **OPTIONS)
     found = generated(model, both, **OPTIONS)
     torch.testing.assert_close(found[1][:, 1:], wanted[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_embeds_and_ends_in_logits_itself():
+    """Nemotron-H Omni has no model between its head and its language model: labels get room, logits lose it."""
+    pair = next(pair for pair in tiny_models.pairs() if pair.cls == "NemotronH_Omni_Reasoning_V3")
+    with torch.no_grad():
+        model, given, _ = tiny_models.tiny(pair)
+    model, ids = model.float().eval(), given["input_ids"]
+    mask, alone = torch.ones_like(ids), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    longer, wide = fed(ids, mask, 0)
+    expected = h.logits(model, input_ids=longer, attention_mask=wide)[:, 3:]
+    with_tokens(model)
+    torch.testing.assert_close(h.logits(model, **alone), expected, rtol=1e-4, atol=1e-4)
+    loss = torch.nn.functional.cross_entropy(expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(model(**alone, labels=ids).loss, loss, rtol=1e-4, atol=1e-4)
+    last = model(**alone, logits_to_keep=2).logits
+    torch.testing.assert_close(last, expected[:, -2:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("cls", "error"),
+    [
+        ("FunnelForSequenceClassification", "it shortens the text"),
+        ("VoxtralRealtimeForConditionalGeneration", "its own piece of sound"),
+        ("Kosmos2ForConditionalGeneration", "does not embed the tokens of one text"),
+        ("InstructBlipForConditionalGeneration", "does not embed the tokens of one text"),
+    ],
+)
+def test_texts_that_are_no_rows_of_tokens_of_their_own(cls, error):
+    pair = next(pair for pair in tiny_models.pairs() if pair.cls == cls)
+    with torch.no_grad():
+        model, given, _ = tiny_models.tiny(pair)
+    with pytest.raises((AttachError, PlanError), match=error):
+        sm.attach(model, "PromptTuning(3)")(**given)

@@ -47,7 +47,13 @@ TEXT = ("mm_token_type_ids", "moe_mm_token_type_ids", "image_embeds_position_mas
 NO_ROOM = ("perm_mask", "target_mapping", "input_mask", "mems", "past_buckets_states")
 
 
+STATES = ("last_hidden_state", "logits")  # of an output, one for each token
+
+
 HELD = "_smidgen_prompt"  # attribute of a cache: length of the prompt that it holds
+
+
+UNLABELLED = -100  # what transformers' losses leave out
 
 
 CACHES = ("past_key_values", "cache_params", "state")
@@ -62,6 +68,7 @@ class InputEdits(Edits):
         self.pending: tuple[Tensor, Tensor] | None = None
         self.mask: Tensor | None = None
         self.room: Room | None = None
+        self.tokens = 0  # of the text
 
     def prompt(self, dtype: torch.dtype) -> Tensor | None:
         """The vectors of all edits that are on, (n, width)."""
@@ -187,6 +194,7 @@ def _put_in(edits: InputEdits, prompt: Tensor, given: dict[str, Any]) -> None:
         raise AttachError(f"a prompt needs an attention mask (batch, tokens), found {found}")
     check_room(edits.limit, n, fed.shape[1])
     room = edits.room = Room.of(mask, n, edits.at, fed.device)
+    edits.tokens = fed.shape[1]
     if given.get("inputs_embeds") is None:
         given["input_ids"] = room.put_in(fed, fed.new_full((), edits.blank))
         edits.pending = prompt, given["input_ids"]
@@ -201,6 +209,14 @@ def _put_in(edits: InputEdits, prompt: Tensor, given: dict[str, Any]) -> None:
             given[name] = room.put_in(each, each.new_zeros(())) if text else room.repeat(each)
     if given.get("position_ids") is not None:
         given["position_ids"] = room.positions(given["position_ids"])
+    labels = given.get("labels")
+    if labels is not None and labels.shape == fed.shape[:2]:  # a model that computes its loss itself
+        given["labels"] = room.put_in(_shiftable(labels), labels.new_full((), UNLABELLED))
+
+
+def _shiftable(labels: Tensor) -> Tensor:
+    """Labels (B, T) of which no prompt predicts the first: nothing stands before it without one."""
+    return torch.cat([torch.full_like(labels[:, :1], UNLABELLED), labels[:, 1:]], 1)
 
 
 def check_room(limit: int | None, n: int, tokens: int) -> None:
@@ -217,6 +233,12 @@ def check_tokens(model: nn.Module, site: InputSite, method: Method) -> None:
     """Raises AttachError, before anything is touched, if an embedding cannot take a method's vectors."""
     module: Any = model.get_submodule(site.path)
     check_room(position_limit(model, site), prompt_length(method, site), 1)
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "audio_length_per_tok", None):
+        raise AttachError(
+            f"each token of {type(model).__name__} has its own piece of sound, and a prompt has none; Prefix(), LN() "
+            "and LoRA() act on it"
+        )
     if hasattr(module, "edits"):
         raise AttachError(f"{type(module).__name__} at {site.path} already has an attribute 'edits'")
 
@@ -250,10 +272,28 @@ def take_out(entry: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: 
     edits.mask = None
     if isinstance(output, tuple):
         return (room.take_out(output[0]), *output[1:])
-    output["last_hidden_state"] = room.take_out(output["last_hidden_state"])
+    for name in STATES:
+        if output.get(name) is not None:
+            output[name] = _text_of(entry, room, output[name], edits.tokens, kwargs.get("logits_to_keep", 0))
     if output.get("hidden_states") is not None:
         output["hidden_states"] = tuple(map(room.take_out, output["hidden_states"]))
     return output
+
+
+def _text_of(entry: Any, room: Room, states: Tensor, tokens: int, last: int | Tensor) -> Tensor:
+    """States or logits of the text alone: of all its tokens, or of so many at the end, where no prompt stands.
+
+    Raises:
+        AttachError: there are fewer than tokens.
+    """
+    if isinstance(last, int) and 0 < last <= tokens and states.shape[1] == last:
+        return states
+    if states.shape[1] < tokens + room.n:  # more where an image's follow
+        raise AttachError(
+            f"{type(entry).__name__} gives {states.shape[1]} states for {tokens + room.n} tokens: it shortens the "
+            "text, and a prompt cannot be taken out of what is left"
+        )
+    return room.take_out(states)
 
 
 def widen_cross(

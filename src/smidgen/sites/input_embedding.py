@@ -11,6 +11,16 @@ from transformers import PreTrainedModel
 from smidgen.sites.discovery import find_blocks
 from smidgen.sites.site import InputSite
 
+# What a model may take beside a text, to put it among the embedded tokens.
+BESIDE = {
+    "pixel_values",
+    "pixel_values_videos",
+    "pixel_values_images",
+    "image_pixel_values",
+    "input_features",
+    "input_values",
+}
+
 
 def find_input(model: nn.Module) -> list[InputSite]:
     """The embedding of a text's tokens, and as `entry` the model around it that takes their ids; none for others."""
@@ -37,6 +47,9 @@ def _entry(model: nn.Module) -> nn.Module | None:
         return _around_images(model)
     blocks = [set(map(id, found)) for found in stacks.values()]
     found = [m for m in _takes_ids(coder) if any(inner <= set(map(id, m.modules())) for inner in blocks)]
+    if found and coder is model and not _takes_more(found[-1]):
+        outer = [m for m in _continues(model) if any(part is found[-1] for part in m.modules())]
+        found += outer[-1:]  # also where it was built without a tower: it embeds, and makes the masks
     return found[-1] if found else None
 
 
@@ -47,10 +60,21 @@ def _takes_ids(model: nn.Module, *also: str) -> list[PreTrainedModel]:
     return [module for module in models if wanted <= set(signature(module.forward).parameters)]
 
 
+def _takes_more(model: nn.Module) -> list[PreTrainedModel]:
+    """Models in a model that take ids and images or sound, from the outermost."""
+    return [module for module in _takes_ids(model) if BESIDE & set(signature(module.forward).parameters)]
+
+
+def _continues(model: nn.Module) -> list[PreTrainedModel]:
+    """Those of them that go on with a text behind a cache, and generate by their own forward (not Kosmos-2)."""
+    found = (m for m in _takes_more(model) if "past_key_values" in signature(m.forward).parameters)
+    return [module for module in found if "generate" not in vars(type(module))]
+
+
 def _around_images(model: PreTrainedModel) -> nn.Module | None:
     """The model that puts images among a language model's embedded tokens; none where texts are not gone on with."""
     decoder = model.get_decoder()
-    around = [m for m in _takes_ids(model, "past_key_values") if any(p is decoder for p in list(m.modules())[1:])]
+    around = [m for m in _continues(model) if any(part is decoder for part in list(m.modules())[1:])]
     stacks = find_blocks(decoder)
     return around[-1] if around and len(stacks) == 1 and isinstance(decoder, PreTrainedModel) else None
 
