@@ -24,7 +24,8 @@ def infer_columns(rows: Dataset, kind: str | None, text: Sequence[str] | None, l
             raise DataError(f"no column {name!r}; the columns are {', '.join(there)}{nearest(name, there)}")
     if wanted is not None:
         return wanted.columns(rows, text, label)
-    for each in sorted(TaskKind.registry.values(), key=lambda each: each.general):
+    own_first = list(TaskKind.registry.values())[::-1]
+    for each in sorted(own_first, key=lambda each: each.general):
         found = each.claims(rows, text, label)
         if found is not None:
             return found

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -168,10 +168,11 @@ def _raw(source: str, kind: str | None, seed: int) -> tuple[Raw, str | None]:
     """Splits as they were read, and the kind: of a source that has a form of a kind's own, else what is given."""
     wanted = None if kind is None else kind_named(kind)
     path = Path(source).expanduser()
-    for each in TaskKind.registry.values() if wanted is None else (wanted,):
+    for each in reversed(TaskKind.registry.values()) if wanted is None else (wanted,):  # one's own come first
         own = each.read(path, seed) if path.exists() else None
         if own is not None:
-            return own, each.name
+            ordered = {split: own.splits[split] for split in SPLITS if split in own.splits}
+            return replace(own, splits=ordered), each.name
     return read_splits(source, tagged=wanted is not None and wanted.reads_tagged), kind
 
 
