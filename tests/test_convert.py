@@ -388,6 +388,36 @@ def test_saved_module_equal_to_the_base(tmp_path: Path) -> None:
     assert name not in from_peft(tmp_path, base).tensors
 
 
+WHOLE = [
+    ("bert", ln_config("LayerNorm", modules_to_save=["classifier", "pooler"]), "Full(target=('bert.pooler',))"),
+    (
+        "bert",
+        lora_config(target_modules=["query", "value"], modules_to_save=["classifier", "intermediate"]),
+        "Full(target=('bert.encoder.layer.0.intermediate', 'bert.encoder.layer.1.intermediate', "
+        "'bert.encoder.layer.2.intermediate'))",
+    ),
+    ("llama", lora_config(target_modules=["q_proj"], modules_to_save=["model.norm"]), "Full(target=('model.norm',))"),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "beside"), WHOLE)
+def test_whole_modules_beside_the_method_are_trained_by_full(
+    name: str, config: Any, beside: str, tmp_path: Path
+) -> None:
+    base, wanted = from_theirs(name, copy.deepcopy(config), tmp_path)
+    delta = from_peft(tmp_path, base)
+    assert str(delta.recipe).endswith(" + " + beside)
+    with attached(base, Delta.load(delta.save(tmp_path / "delta"))):
+        same(logits(base), wanted)
+
+
+def test_a_whole_module_of_another_shape_is_refused(tmp_path: Path) -> None:
+    base, _ = from_theirs("llama", ln_config(), tmp_path)
+    edit_tensors(tmp_path, lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(2, 2)}))
+    with pytest.raises(DeltaError, match=r"embed_tokens\.weight has shape \(2, 2\), the model's"):
+        from_peft(tmp_path, base)
+
+
 # ---------------------------------------------------------------------------------------------- refusals
 
 REFUSED_FIELDS = {
@@ -454,8 +484,8 @@ PATH = "base_model.model.model.layers.0.self_attn.q_proj."
         ),
         (lambda t: t.update({"model.norm.weight": torch.ones(8)}), "does not start with 'base_model.model.'"),
         (
-            lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(8)}),
-            "nothing here trains it too",
+            lambda t: t.update({"base_model.model.model.norms.weight": torch.ones(8)}),
+            "nor one of its parameters",
         ),
         (
             lambda t: t.update({"base_model.model.model.layerz.0.lora_A.weight": torch.ones(4, 8)}),
@@ -490,11 +520,6 @@ def test_tensors_refused(change: Callable[..., Any], message: str, lora: tuple[P
             "q_proj is Linear; LN.. trains normalisation layers only",
         ),
         ("llama", ln_config("1.input_layernorm", "model.norm"), r"nearest is .*lacks .*and also trains"),
-        (
-            "bert",
-            ln_config("LayerNorm", modules_to_save=["classifier", "pooler"]),
-            r"modules_to_save holds bert\.pooler",
-        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")

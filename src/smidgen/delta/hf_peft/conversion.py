@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ from smidgen.methods.scaling.ssf import SSF
 from smidgen.planning.plans import Plan
 from smidgen.planning.resolution import resolve
 from smidgen.ports.attachment_record import attachment, refuse_attached, trained_parameters
-from smidgen.recipe.recipe import Term
+from smidgen.recipe.recipe import Recipe, Term
 
 Writer = Callable[[Method, list[Placed], nn.Module], Parts]
 READERS: Mapping[str, Callable[[Reader], tuple[Method, Values]]] = {
@@ -75,7 +75,8 @@ class MissingHeadWarning(UserWarning):
 def from_peft(source: str | os.PathLike[str], model: nn.Module) -> Delta:
     """Read a PEFT adapter (a folder, or a hub id) as a delta of this base; the model comes back untouched.
 
-    The head is read from `modules_to_save`; what the file lacks of it is the model's own, as it is in PEFT.
+    The head is read from `modules_to_save`; what the file lacks of it is the model's own, as it is in PEFT. Other
+    modules that it names become `Full(target=...)` beside the method.
 
     Raises:
         DeltaError: the files are damaged, belong to another model, or hold what no recipe here trains.
@@ -87,13 +88,17 @@ def from_peft(source: str | os.PathLike[str], model: nn.Module) -> Delta:
     refuse_attached(model)
     model, adapter = bare(model), read_adapter(source)
     method, values = READERS[adapter.kind](Reader(adapter, model))
-    plan = resolve(model, method)
+    recipe: Term | Recipe = method
+    if whole := _saved_whole(adapter, model, method):
+        recipe = method + Full(target=_covering(model, whole))
+        values |= {name: adapter.saved[name] for name in whole}
+    plan = resolve(model, recipe)
     missing = _add_head(adapter, model, plan, values)
     if found := not_finite(values):
         raise DeltaError(f"{source}: {found}; its training diverged, or the file is damaged")
     named = _by_saved_name(plan, values)
     info = {"source": f"peft {adapter.kind}"} | ({"head_from_model": missing} if missing else {})
-    with attached(model, method):
+    with attached(model, recipe):
         with torch.no_grad():
             for name, parameter in trained_parameters(model).items():
                 parameter.copy_(named[name])
@@ -170,10 +175,10 @@ def _add_head(adapter: AdapterFile, model: nn.Module, plan: Plan, values: dict[s
                     f"{head[name]}; load the model with as many labels as the adapter has"
                 )
             values[name] = tensor
-        elif name not in own or not _same(tensor, own[name]):
+        elif name not in values and (name not in own or not _same(tensor, own[name])):
             raise DeltaError(
-                f"{adapter.source}: modules_to_save holds {name}, which differs from the base and is not in "
-                f"the model's head ({', '.join(head) or 'it has none'}): nothing here trains it too"
+                f"{adapter.source}: modules_to_save holds {name}, which differs from the base and is neither in the "
+                f"model's head ({', '.join(head) or 'it has none'}) nor one of its parameters"
             )
     missing = [name for name in head if name not in values]
     values.update((name, own[name]) for name in missing)
@@ -185,6 +190,31 @@ def _add_head(adapter: AdapterFile, model: nn.Module, plan: Plan, values: dict[s
             stacklevel=3,
         )
     return missing
+
+
+def _saved_whole(adapter: AdapterFile, model: nn.Module, method: Term) -> list[str]:
+    """Names of the parameters beside the head that the file brings whole; none if all are those of the base."""
+    head = dict(resolve(model, method).head)
+    own = dict(model.named_parameters())
+    names = [name for name in adapter.saved if name in own and name not in head]
+    for name in names:
+        if adapter.saved[name].shape != own[name].shape:
+            raise DeltaError(
+                f"{adapter.source}: {name} has shape {tuple(adapter.saved[name].shape)}, the model's "
+                f"{tuple(own[name].shape)}"
+            )
+    return names if any(not _same(adapter.saved[name], own[name]) for name in names) else []
+
+
+def _covering(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    """Paths of the largest modules of which all parameters are among these, and of parameters whose module is not."""
+    wanted, found = set(names), dict[str, None]()
+    for name in wanted:
+        best, path = name, name.rpartition(".")[0]
+        while path and {f"{path}.{part}" for part, _ in model.get_submodule(path).named_parameters()} <= wanted:
+            best, path = path, path.rpartition(".")[0]
+        found[best] = None
+    return tuple(sorted(found))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
