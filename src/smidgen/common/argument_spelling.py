@@ -23,6 +23,9 @@ KINDS = (
     "audio-classification",
     "pairs",
     "retrieval",
+    "masked-lm",
+    "seq2seq",
+    "span-qa",
 )
 # Options of some command that are called as a field of a method or a selection is: messages mean the field.
 FIELDS = ("examples", "target")

@@ -34,7 +34,7 @@ def run_examples(
 
     def take(rows: Sequence[int], outputs: Any, labels: Tensor | None) -> None:
         for row, pair in zip(rows, task.task_kind.pairs(outputs, labels, task.labels), strict=True):
-            results[row] = pair
+            results[row] = task.task_kind.told(pair, encoded[row])
 
     forwards(model, encoded, task.task_kind, task.collator(processor, model=model), batch_size, take, around)
     return results

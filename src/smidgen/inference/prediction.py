@@ -74,7 +74,8 @@ def predict(
     _check(texts, pairs, len(kind.asked(columns)))
     seconds = None if pairs is None else list(pairs)
     run = _running(model, processor, delta, kind, batch_size)
-    question = Question(list(texts), seconds, columns, delta.labels, run, model, processor, max_new_tokens)
+    limit = delta.info.get("settings", {}).get("max_length")
+    question = Question(list(texts), seconds, columns, delta.labels, run, model, processor, max_new_tokens, limit)
     with attached(model, delta):
         answers = kind.answers(question)
     shown: list[Any] = [None] * len(answers) if seconds is None else seconds

@@ -34,7 +34,7 @@ class Question:
         columns: the task's input columns.
         names: label names in id order.
         run: columns of inputs, by any names, and perhaps "labels" -> logits of each, in float32, and its labels.
-        model, processor, max_new_tokens: for kinds that generate.
+        model, processor, max_new_tokens, max_length: for kinds that encode or generate themselves.
     """
 
     inputs: list[Any]
@@ -45,6 +45,7 @@ class Question:
     model: Any
     processor: Processor
     max_new_tokens: int
+    max_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,10 @@ class TaskKind:
             names: label names in id order.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what its outputs predict")
+
+    def told(self, pair: tuple[Any, Any], example: Mapping[str, Any]) -> tuple[Any, Any]:
+        """A pair of `pairs` as metrics take it, for kinds that need the example beside it."""
+        return pair
 
     def aligned(self, values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Values, such as logits (B, [T,] C), and labels so that both are (B, N, ...) and position n is of label n."""

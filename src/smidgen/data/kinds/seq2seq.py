@@ -1,0 +1,98 @@
+"""Sequence to sequence: a text and the one that is to be written from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from smidgen.data.columns import Columns, check_text_types, only_column
+from smidgen.data.encoded import Encoded
+from smidgen.data.kinds.base import Answer, Batch, Collate, Question, TaskKind
+from smidgen.data.kinds.masked_lm import likelihood_pairs
+from smidgen.data.labels import LabelPlace
+from smidgen.data.metrics import LOSS, PERPLEXITY
+from smidgen.data.processor import Processor, tokenizer_in
+from smidgen.data.text.collate import Collator
+from smidgen.data.text.encoding import as_examples, encode_chunks, text_length
+
+KNOWN = (("source", "target"), ("prompt", "completion"), ("document", "summary"), ("article", "highlights"))
+
+
+class Seq2Seq(TaskKind):
+    """A text and the one that is to be written from it, such as a translation or a summary; for encoder-decoders."""
+
+    name = "seq2seq"
+    model_class = "AutoModelForSeq2SeqLM"
+    metrics = (PERPLEXITY, LOSS)
+    usual = ("perplexity", "loss")
+    labels_at = LabelPlace.POSITION
+    label_dtype = None
+    uncountable = "a vocabulary's continuations"
+    unpackable = "an encoder takes a row for one text"
+
+    def columns(self, rows: Dataset, text: Sequence[str] | None, label: str | None) -> Columns:
+        """Two columns of text: what is read, and what is to be written."""
+        there = rows.column_names
+        found = tuple(text) if text else only_column([p for p in KNOWN if set(p) <= set(there)], there, "text")
+        check_text_types(rows, self.name, found)
+        if len(found) != 2:
+            found = only_column([], there, "text")
+        return Columns(self.name, found, None)
+
+    def width(self, labels: Sequence[str]) -> int | None:
+        """The vocabulary is the model's."""
+        return None
+
+    def encode(
+        self, rows: Dataset, processor: Processor, text: Sequence[str], label: str | None, max_length: int | None
+    ) -> Encoded:
+        """Token ids of what is read, and of what is to be written as labels, each cut on the right."""
+        tokenizer = tokenizer_in(processor, self.name)
+        length = text_length(tokenizer, max_length)
+
+        def encode(cells: dict[str, list[Any]]) -> tuple[list[dict[str, Any]], int, int]:
+            long = sum(len(ids) > length for ids in tokenizer(cells[text[0]], verbose=False)["input_ids"])
+            examples = as_examples(tokenizer(cells[text[0]], truncation=True, max_length=length))
+            if len(text) == 2:
+                wanted = tokenizer(text_target=cells[text[1]], truncation=True, max_length=length)["input_ids"]
+                examples = [{**e, "labels": ids} for e, ids in zip(examples, wanted, strict=True)]
+            return examples, long, 0
+
+        return encode_chunks(rows, length, encode)
+
+    def collator(self, processor: Processor, multiple: int = 1, model: nn.Module | None = None) -> Collate:
+        """Pads both; a model's decoder gets the labels, shifted as it shifts them."""
+        pad = Collator.of(tokenizer_in(processor, self.name), None, multiple=multiple, model=model)
+        shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+
+        def collate(examples: list[Any]) -> Batch:
+            batch = pad(examples)
+            if shift is not None and "labels" in batch:
+                labels = batch["labels"].to(next(model.parameters()).device) if model is not None else batch["labels"]
+                batch["decoder_input_ids"] = shift(labels=labels).cpu()
+            return batch
+
+        return collate
+
+    def pairs(self, outputs: Any, labels: Tensor | None, names: Sequence[str]) -> list[tuple[Any, Any]]:
+        """Summed negative log-likelihood, and number of tokens to write; logits (B, T, V)."""
+        return likelihood_pairs(outputs.logits, labels)
+
+    def asked(self, columns: Sequence[str]) -> tuple[str, ...]:
+        """What is read."""
+        return tuple(columns[:1])
+
+    def answers(self, question: Question) -> list[Answer]:
+        """Greedy, one text at a time."""
+        tokenizer, found = tokenizer_in(question.processor, self.name), []
+        for text in map(str, question.inputs):
+            batch: Any = tokenizer(text, return_tensors="pt", truncation=True).to(question.model.device)
+            batch.pop("token_type_ids", None)
+            with torch.inference_mode():
+                ids = question.model.generate(**batch, max_new_tokens=question.max_new_tokens, do_sample=False)
+            found.append(Answer(text, tokenizer.decode(ids[0], skip_special_tokens=True)))
+        return found

@@ -1,0 +1,204 @@
+"""Question answering: the part of a text that answers a question."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, List, Value
+from torch import Tensor, nn
+
+from smidgen.common.errors import DataError
+from smidgen.data.columns import COUNTED, Columns, check_text_types
+from smidgen.data.encoded import Encoded
+from smidgen.data.kinds.base import Answer, Batch, Collate, Question, TaskKind, named_columns
+from smidgen.data.labels import LabelPlace, Labels
+from smidgen.data.processor import Processor, tokenizer_in
+from smidgen.data.readers import Raw, decode
+from smidgen.data.spans import EXACT_MATCH, SPAN_F1
+from smidgen.data.text.collate import Collator
+from smidgen.data.text.encoding import encode_chunks, text_length
+
+LONGEST = 30  # tokens of an answer
+TENSORS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+@dataclass
+class SpanOutput:
+    """logits: (B, 2, T), of an answer's first and last token, lowest at padding; loss: None without labels."""
+
+    logits: Tensor
+    loss: Tensor | None
+
+
+class SpanQA(TaskKind):
+    """A question, a text, and the part of the text that answers it, as in SQuAD: columns question, context, answers.
+
+        loss = -(log p(first) + log p(last)) / 2           Devlin et al. 2018, arXiv:1810.04805, section 4.2
+
+    over all tokens that are no padding. Where the answer is cut off, both are the first token's.
+    """
+
+    name = "span-qa"
+    model_class = "AutoModelForQuestionAnswering"
+    metrics = (SPAN_F1, EXACT_MATCH)
+    usual = ("span_f1", "exact_match")
+    labels_at = LabelPlace.POSITION
+    uncountable = "pairs of ends"
+    unsteered = "an answer has two ends, which the model takes under names of its own"
+    unpackable = "an answer is told from all tokens of its row"
+
+    def read(self, path: Path, seed: int) -> Raw | None:
+        """SQuAD's own .json: {"data": [{"paragraphs": [{"context", "qas": [{"question", "answers"}]}]}]}."""
+        if path.suffix.lower() != ".json" or not path.is_file():
+            return None
+        with path.open("rb") as file:
+            if b'"paragraphs"' not in file.read(4096):
+                return None
+        rows: dict[str, list[Any]] = {"question": [], "context": [], "answers": []}
+        for article in json.loads(decode(path))["data"]:
+            for paragraph in article["paragraphs"]:
+                for asked in paragraph["qas"]:
+                    rows["question"].append(asked["question"])
+                    rows["context"].append(paragraph["context"])
+                    said = asked["answers"]
+                    texts, starts = [a["text"] for a in said], [a["answer_start"] for a in said]
+                    rows["answers"].append({"text": texts, "answer_start": starts})
+        return Raw(path.stem, {"train": Dataset.from_dict(rows)})
+
+    def columns(self, rows: Dataset, text: Sequence[str] | None, label: str | None) -> Columns:
+        """question, context and answers, unless others are named."""
+        found, label = tuple(text or ("question", "context")), label or "answers"
+        missing = [name for name in (*found, label) if name not in rows.column_names]
+        if missing:
+            raise DataError(f"span-qa needs a column {missing[0]!r}; the columns are {', '.join(rows.column_names)}")
+        check_text_types(rows, self.name, found)
+        return Columns(self.name, found, label)
+
+    def label_ids(self, rows: Dataset, split: str, columns: Columns, labels: Labels) -> list[Any]:
+        """{"text": [...], "answer_start": [...]} in characters. Raises DataError if one does not stand there."""
+        contexts = rows[columns.text[1]][:]
+        found = []
+        for i, (value, context) in enumerate(zip(rows[str(columns.label)][:], contexts, strict=True)):
+            if not isinstance(value, Mapping) or not {"text", "answer_start"} <= set(value):
+                raise DataError(
+                    f"{split} row {i}: answers must be {{text, answer_start}}, found {str(value)[:40]}{COUNTED}"
+                )
+            for said, at in zip(value["text"], value["answer_start"], strict=True):
+                if context[at : at + len(said)] != said:
+                    raise DataError(f"{split} row {i}: {said[:40]!r} does not stand at {at} of its context{COUNTED}")
+            found.append({"text": list(value["text"]), "answer_start": list(value["answer_start"])})
+        return found
+
+    def label_feature(self) -> Any:
+        """Texts and places."""
+        return {"text": List(Value("string")), "answer_start": List(Value("int64"))}
+
+    def width(self, labels: Sequence[str]) -> int | None:
+        """As many values as tokens."""
+        return None
+
+    def encode(
+        self, rows: Dataset, processor: Processor, text: Sequence[str], label: str | None, max_length: int | None
+    ) -> Encoded:
+        """Question and text, the text cut on the right; labels are the numbers of the answer's first and last token."""
+        tokenizer = tokenizer_in(processor, self.name)
+        if not tokenizer.is_fast:
+            raise DataError(
+                f"span-qa needs a fast tokenizer, which knows places; {type(tokenizer).__name__} is not one"
+            )
+        length = text_length(tokenizer, max_length)
+
+        def encode(cells: dict[str, list[Any]]) -> tuple[list[dict[str, Any]], int, int]:
+            questions, contexts = cells[text[0]], cells[text[1]]
+            long = sum(len(i) > length for i in tokenizer(questions, contexts, verbose=False)["input_ids"])
+            options: dict[str, Any] = {
+                "truncation": "only_second",
+                "max_length": length,
+                "return_offsets_mapping": True,
+            }
+            found = tokenizer(questions, contexts, **options)
+            examples = []
+            for i, context in enumerate(contexts):
+                inside = [number == 1 for number in found.sequence_ids(i)]
+                spans = [pair if own else None for pair, own in zip(found["offset_mapping"][i], inside, strict=True)]
+                example = {key: found[key][i] for key in TENSORS if key in found}
+                example |= {"context": context, "spans": spans}
+                if label is not None:
+                    answers = cells[label][i]
+                    example |= {"labels": _ends(answers, spans), "answers": answers["text"]}
+                examples.append(example)
+            return examples, long, 0
+
+        return encode_chunks(rows, length, encode)
+
+    def collator(self, processor: Processor, multiple: int = 1, model: nn.Module | None = None) -> Collate:
+        """Pads to the longest; labels (B, 2)."""
+        pad = Collator.of(tokenizer_in(processor, self.name), self.label_dtype, multiple=multiple, model=model)
+
+        def collate(examples: list[Any]) -> Batch:
+            keys = [key for key in (*TENSORS, "labels") if key in examples[0]]
+            return pad([{key: example[key] for key in keys} for example in examples])
+
+        return collate
+
+    def model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Without labels."""
+        return self.parted(batch)[0]
+
+    def forward(self, model: nn.Module, batch: Mapping[str, Any]) -> SpanOutput:
+        """Both ends side by side, lowest at padding, and the loss."""
+        inputs, labels = self.parted(batch)
+        found = model(**inputs)
+        logits = torch.stack([found.start_logits, found.end_logits], 1)  # (B, 2, T)
+        padding = (inputs["attention_mask"] == 0)[:, None]
+        logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
+        loss = None if labels is None else F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+        return SpanOutput(logits, loss)
+
+    def pairs(self, outputs: Any, labels: Tensor | None, names: Sequence[str]) -> list[tuple[Any, Any]]:
+        """Logits (2, T); `told` makes text of them."""
+        return [(row, None) for row in outputs.logits.cpu().numpy()]
+
+    def told(self, pair: tuple[Any, Any], example: Mapping[str, Any]) -> tuple[Any, Any]:
+        """The answer's text, and the right ones."""
+        return _said(pair[0], example), example.get("answers")
+
+    def answers(self, question: Question) -> list[Answer]:
+        """The part of each second text that answers the first."""
+        columns = named_columns(question)
+        rows = Dataset.from_dict(columns)
+        encoded = self.encode(rows, question.processor, tuple(columns), None, question.max_length)
+        logits = [row.cpu().numpy() for row, _ in question.run(columns)]
+        said = [_said(row, example) for row, example in zip(logits, encoded, strict=True)]
+        return [Answer(str(asked), answer) for asked, answer in zip(question.inputs, said, strict=True)]
+
+
+def _ends(answers: Mapping[str, Any], spans: Sequence[tuple[int, int] | None]) -> list[int]:
+    """Numbers of the first and the last token of the first answer; 0 and 0 if it is cut off, or there is none."""
+    if not answers["text"]:
+        return [0, 0]
+    begin = answers["answer_start"][0]
+    end = begin + len(answers["text"][0])
+    covered = [i for i, span in enumerate(spans) if span is not None and span[0] < end and span[1] > begin]
+    if not covered or (spans[covered[-1]] or (0, 0))[1] < end:
+        return [0, 0]
+    return [covered[0], covered[-1]]
+
+
+def _said(logits: Any, example: Mapping[str, Any]) -> str:
+    """The text between the most probable pair of ends within the context, at most 30 tokens long."""
+    spans = example["spans"]
+    places = [i for i, span in enumerate(spans) if span is not None]
+    if not places:
+        return ""
+    scores = logits[0][places][:, None] + logits[1][places][None]  # first, last
+    allowed = np.triu(np.ones_like(scores)) - np.triu(np.ones_like(scores), LONGEST)
+    first, last = np.unravel_index(np.where(allowed > 0, scores, -np.inf).argmax(), scores.shape)
+    return str(example["context"][spans[places[first]][0] : spans[places[last]][1]])
