@@ -23,7 +23,7 @@ Model = Annotated[str, Option("--model", help="built-in name (minilm, smollm2), 
 Base = Annotated[str | None, Option("--model", help="the delta's base, if it is not where it was")]
 RecipeText = Annotated[str, Option("--recipe", help="what to train, such as 'LN() + LoRA(rank=8)'")]
 AnyRecipe = Annotated[str | None, Option("--recipe", help="default: every method at its defaults")]
-Data = Annotated[str, Option("--data", help="bbc-news, a file, a folder of split files, or hub id")]
+Data = Annotated[str, Option("--data", help="bbc-news, a file, a folder of split files, images or sounds, or hub id")]
 AnyData = Annotated[str | None, Option("--data", help="data that shapes the head")]
 DeltaFolder = Annotated[str, Option("--delta", help="folder of a delta, or hub id")]
 Out = Annotated[Path, Option("--out", help="folder to write")]
