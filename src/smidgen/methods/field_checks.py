@@ -8,13 +8,13 @@ from typing import Any
 
 from smidgen.common.errors import RecipeError, nearest
 from smidgen.sites.layer_spec import layer_indices
-from smidgen.sites.site import Site, TableSite
+from smidgen.sites.site import Site
 from smidgen.sites.targeting import Layers, as_names
 
 
-def at_table(site: Site, target: Sequence[str]) -> bool:
-    """Whether a site is a table of embeddings whose path is or ends in one of the names."""
-    return isinstance(site, TableSite) and any(f".{site.path}".endswith("." + name) for name in target)
+def named(site: Site, target: Sequence[str]) -> bool:
+    """Whether the path of a site is or ends in one of the names."""
+    return any(f".{site.path}".endswith("." + name) for name in target)
 
 
 def one_of(method: str, field: str, value: Any, allowed: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from smidgen.common.wrappers import bare, is_plain
 from smidgen.sites.architectures import NORM_ROLES
 from smidgen.sites.fused_rows import Rows
 from smidgen.sites.module_calls import never_called
-from smidgen.sites.module_kinds import channel_axis, is_norm, is_table, kind_of, norm_form, widths
+from smidgen.sites.module_kinds import CONVOLUTIONS, channel_axis, is_norm, is_table, kind_of, norm_form, widths
 from smidgen.sites.roles import linear_parts, matching, norm_roles, within
 from smidgen.sites.site import (
     ROLES,
@@ -129,8 +129,10 @@ def _owner(path: str, module: nn.Module, part: _Part, roles: frozenset[str]) -> 
         form, gain = norm_form(module), next((name for name in terms if name != bias), None)
         affine = form is not None and len(next(iter(terms.values()))) == 1
         return NormSite(**known, gain=gain, affine=affine, offset=form.offset if form else 0.0)
-    others = {"conv": ConvSite, "embedding": EmbeddingSite}
-    return others.get(kind, OtherSite)(**known)
+    if isinstance(module, CONVOLUTIONS) and kind == "conv":
+        how = {name: getattr(module, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
+        return ConvSite(**known, **how)
+    return (EmbeddingSite if kind == "embedding" else OtherSite)(**known)
 
 
 def _count(module: nn.Module, kind: str) -> int:

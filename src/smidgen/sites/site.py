@@ -16,14 +16,18 @@ Code asks with `isinstance`; `kind` is the type's name for people, files and com
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar, Self
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from smidgen.sites.fused_rows import Rows
 from smidgen.sites.module_kinds import is_bias
 
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _ATTENTION = ("attention", "query", "key", "value", "attention_out")
 
 
@@ -156,9 +160,36 @@ class NormSite(OwnerSite):
 
 @dataclass(frozen=True)
 class ConvSite(OwnerSite):
-    """A convolution of a weight of its own; widths are channels."""
+    """A convolution of a weight of its own; widths are channels.
+
+    Attributes:
+        stride, padding, dilation, groups: as in torch; padding is "same", "valid" or numbers.
+        padding_mode: what stands in the padding: "zeros", "reflect", "replicate" or "circular".
+    """
+
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | str = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    padding_mode: str = "zeros"
 
     kind: ClassVar[str] = "conv"
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Sizes of the kernel: one, two or three."""
+        shape: tuple[int, ...] = dict(self.terms)["weight"][2:]
+        return shape
+
+    @property
+    def fan_in(self) -> int:
+        """Values that one output is made of: input channels of a group times places of the kernel."""
+        return self.width_in // self.groups * prod(self.kernel)
+
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The convolution by another weight, of inputs with their channels at `axis` (zeros in the padding)."""
+        how = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
+        return _CONVOLUTIONS[len(self.kernel)](x, weight, **how)
 
 
 @dataclass(frozen=True)

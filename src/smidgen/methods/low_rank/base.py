@@ -9,10 +9,10 @@ from typing import ClassVar
 from smidgen.common.errors import RecipeError
 from smidgen.methods.base import Method
 from smidgen.methods.field_checks import above, at_least, layers_field, names_field, share_field
-from smidgen.sites.site import LinearSite, Site, TableSite
+from smidgen.sites.site import ConvSite, LinearSite, Site, TableSite
 from smidgen.sites.targeting import Layers, as_names, check_targets, in_layers, targeted
 
-MapLike = LinearSite | TableSite
+MapLike = LinearSite | TableSite | ConvSite
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,18 @@ class LowRank(Method[MapLike], abstract=True):
 
     def check_rank(self, site: MapLike) -> None:
         """Raise RecipeError if the rank is above the smaller side of a map."""
-        most = min(site.width_in, site.width_out)
+        wide = site.fan_in if isinstance(site, ConvSite) else site.width_in
+        groups = site.groups if isinstance(site, ConvSite) else 1
+        most = min(wide * groups, site.width_out)
+        if self.rank % groups:
+            raise RecipeError(
+                f"{type(self).__name__}: rank={self.rank} is no multiple of the {groups} groups of the convolution "
+                f"{site.name}, each of which has a product of its own; take one that is, or "
+                f"exclude={site.path.rpartition('.')[2]!r}"
+            )
         if self.rank > most:
             raise RecipeError(
                 f"{type(self).__name__}: rank={self.rank} is above the smaller side of {site.name} "
-                f"({site.width_out} x {site.width_in}); at most {most} works, or "
+                f"({site.width_out} x {wide}); at most {most} works, or "
                 f"exclude={site.path.rpartition('.')[2]!r}"
             )

@@ -12,6 +12,7 @@ from torch import Tensor
 from smidgen.methods.base import Tensors
 from smidgen.methods.low_rank.base import MapLike
 from smidgen.methods.low_rank.lora import LoRA
+from smidgen.sites.site import Site
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class DoRA(LoRA):
     read in master precision at every call, which costs a product of B and A each time.
     """
 
-    tables: ClassVar[bool] = False
+    beyond_maps: ClassVar[tuple[type[Site], ...]] = ()
 
     def init(self, site: MapLike) -> dict[str, Tensor]:
         return {**super().init(site), "m": torch.ones(site.width_out)}

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smidgen.common.errors import RecipeError
 from smidgen.methods.base import Method, Tensors
-from smidgen.methods.field_checks import above, at_table, one_of
+from smidgen.methods.field_checks import above, named, one_of
 from smidgen.methods.low_rank.base import LowRank, MapLike
-from smidgen.sites.site import Site, TableSite
+from smidgen.sites.site import ConvSite, Site, TableSite
 from smidgen.sites.targeting import as_names, check_targets, in_layers
 
 
@@ -30,17 +31,21 @@ class LoRA(LowRank):
         W_merged = W + s * B A
         lr(B) = lr_ratio * lr(A)
         y = W[i] + s * B A[:, i]                at an embedding, of row i
+        y = conv(x, W) + b + s * conv1x1(conv(x, A), B)    at a convolution, with the stride, padding, ... of its own
 
     Shapes:
-        A: (rank, width_in)   uniform in +-1/sqrt(width_in); at an embedding (rank, rows), zeros
-        B: (width_out, rank)  zeros; at an embedding normal, standard deviation 1 (as in the authors' code)
+        A: (rank, width_in)   uniform in +-1/sqrt(width_in); at an embedding (rank, rows), zeros; at a convolution
+            (rank, fan_in), fan_in = width_in / groups * places of the kernel, uniform in +-1/sqrt(fan_in)
+        B: (width_out, rank)  zeros; at an embedding normal, standard deviation 1 (as in the authors' code); at a
+            convolution (width_out, rank / groups)
 
     Fields:
         rank, alpha: width of the bottleneck and strength. alpha does not follow the rank, so that ranks can be compared
             at one learning rate; alpha=None means alpha = rank (s = 1, or sqrt(rank) with "rslora").
         target: roles ("query", "key", "value", "attention_out", "ff_in", "ff_out"), "linear" for every linear
             map in the blocks (but gates with a single output), or endings of module paths ("q_proj"), which may be
-            those of embeddings ("embed_tokens"). Merging one unties an output layer that shares its weight.
+            those of embeddings ("embed_tokens") and convolutions ("patch_embeddings.projection"). Merging one unties an
+            output layer that shares its weight.
         layers: as in LN.
         exclude: roles or endings of module paths to leave out.
         dropout: on the input of A, in training.
@@ -51,7 +56,7 @@ class LoRA(LowRank):
     one above. Slices of a fused projection (GPT-2, Phi-3) each get a pair of their own.
     """
 
-    tables: ClassVar[bool] = True
+    beyond_maps: ClassVar[tuple[type[Site], ...]] = (TableSite, ConvSite)  # what acts where it is named
 
     scaling: str = "lora"
     lr_ratio: float = 1.0
@@ -72,25 +77,35 @@ class LoRA(LowRank):
         return self.lr_ratio if term == "B" else 1.0
 
     def check(self, sites: Sequence[Site]) -> None:
-        names = [n for n in as_names(self.target) if not any(self._looks_up(site, (n,)) for site in sites)]
-        check_targets(type(self).__name__, "target", names, sites)
-        check_targets(type(self).__name__, "exclude", as_names(self.exclude), sites)
+        for field, names in (("target", self.target), ("exclude", self.exclude)):
+            left = [n for n in as_names(names) if not any(self._is_named(site, (n,)) for site in sites)]
+            check_targets(type(self).__name__, field, left, sites)
 
     def acts(self, site: Site) -> bool:
-        return super().acts(site) or (self._looks_up(site, as_names(self.target)) and in_layers(site, self.layers))
+        wanted = self._is_named(site, as_names(self.target)) and not self._is_named(site, as_names(self.exclude))
+        return super().acts(site) or (wanted and in_layers(site, self.layers))
 
-    def _looks_up(self, site: Site, names: Sequence[str]) -> bool:
-        return self.tables and at_table(site, names)
+    def _is_named(self, site: Site, names: Sequence[str]) -> bool:
+        """Whether an embedding or a convolution is named; roles do not stand for them."""
+        return isinstance(site, self.beyond_maps) and named(site, names)
 
     def init(self, site: MapLike) -> dict[str, Tensor]:
         self.check_rank(site)
         if isinstance(site, TableSite):
             return {"A": torch.zeros(self.rank, site.width_in), "B": torch.randn(site.width_out, self.rank)}
-        bound = 1 / math.sqrt(site.width_in)
-        A = torch.empty(self.rank, site.width_in).uniform_(-bound, bound)
-        return {"A": A, "B": torch.zeros(site.width_out, self.rank)}
+        if isinstance(site, ConvSite) and site.padding_mode != "zeros":
+            raise RecipeError(
+                f"{type(self).__name__}: the convolution {site.name} pads with {site.padding_mode!r}, not with zeros; "
+                f"leave it out with exclude={site.path.rpartition('.')[2]!r}"
+            )
+        wide, groups = (site.fan_in, site.groups) if isinstance(site, ConvSite) else (site.width_in, 1)
+        bound = 1 / math.sqrt(wide)
+        A = torch.empty(self.rank, wide).uniform_(-bound, bound)
+        return {"A": A, "B": torch.zeros(site.width_out, self.rank // groups)}
 
     def after(self, p: Tensors, x: Tensor, y: Tensor, site: MapLike) -> Tensor:
+        if isinstance(site, ConvSite):
+            return y + self.scale * _convolved(p, x, site)
         hidden = F.embedding(x, p["A"].T) if isinstance(site, TableSite) else F.linear(x, p["A"])  # (..., rank)
         return y + self.scale * F.linear(hidden, p["B"])  # (..., width_out)
 
@@ -103,10 +118,26 @@ class LoRA(LowRank):
     def join(
         self, weights: Sequence[float], methods: Sequence[Method], parts: Sequence[Tensors], site: MapLike
     ) -> dict[str, Tensor]:
-        # sum_i w_i s_i B_i A_i = [w_1 s_1 B_1, w_2 s_2 B_2, ...] [A_1; A_2; ...]
+        # sum_i w_i s_i B_i A_i = [w_1 s_1 B_1, w_2 s_2 B_2, ...] [A_1; A_2; ...], in each group of a convolution
         scales = [w * m.scale for w, m in zip(weights, methods, strict=True) if isinstance(m, LoRA)]
         B = [s * p["B"] for s, p in zip(scales, parts, strict=True)]
-        return {"A": torch.cat([p["A"] for p in parts]), "B": torch.cat(B, dim=1)}
+        groups = site.groups if isinstance(site, ConvSite) else 1
+        A = torch.cat([p["A"].unflatten(0, (groups, -1)) for p in parts], dim=1).flatten(0, 1)
+        return {"A": A, "B": torch.cat(B, dim=1)}
 
     def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: MapLike) -> tuple[Tensor, Tensor | None]:
-        return weight + self.scale * (p["B"] @ p["A"]), bias
+        groups = site.groups if isinstance(site, ConvSite) else 1
+        if groups == 1:
+            return weight + self.scale * (p["B"] @ p["A"]), bias
+        products = p["B"].unflatten(0, (groups, -1)) @ p["A"].unflatten(0, (groups, -1))  # of each group
+        return weight + self.scale * products.flatten(0, 1), bias
+
+
+def _convolved(p: Tensors, x: Tensor, site: ConvSite) -> Tensor:
+    """B A of a convolution, (..., width_out) from x (..., width_in), both with their places before the channels."""
+    A = p["A"].unflatten(1, (site.width_in // site.groups, *site.kernel))
+    hidden = site.convolve(x.movedim(-1, site.axis), A).movedim(site.axis, -1)  # (..., rank)
+    if site.groups == 1:
+        return F.linear(hidden, p["B"])
+    parts = hidden.unflatten(-1, (site.groups, 1, -1)) @ p["B"].unflatten(0, (site.groups, -1)).mT
+    return parts.flatten(-3)

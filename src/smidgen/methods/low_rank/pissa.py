@@ -13,6 +13,7 @@ from smidgen.common.errors import RecipeError
 from smidgen.methods.base import Tensors
 from smidgen.methods.low_rank.base import MapLike
 from smidgen.methods.low_rank.lora import LoRA
+from smidgen.sites.site import Site
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class PiSSA(LoRA):
     alpha: float | None = None
     iterations: int | None = None
 
-    tables: ClassVar[bool] = False
+    beyond_maps: ClassVar[tuple[type[Site], ...]] = ()
     keeps: ClassVar[tuple[str, ...]] = ("A", "B")
 
     def __post_init__(self) -> None:
