@@ -34,7 +34,8 @@ WRONG = {
 
 
 METHODS = ("LoRA", "DoRA", "PiSSA", "MoS", "SSF", "IA3")
-PAIRS = [(m, n) for m in METHODS for n in WRONG if (m, WRONG[n][2]) != ("LoRA", EMBEDDING)]  # that is test_tables
+PAIRS = [(m, n) for m in METHODS for n in WRONG if (m, WRONG[n][2]) not in (("LoRA", EMBEDDING), ("LoRA", CONVOLUTION))]
+# those two are in test_tables and test_convolutions
 
 
 @pytest.mark.parametrize(("method", "name"), PAIRS, ids=str)
@@ -76,4 +77,4 @@ class Dense(Convolving):
 
 def test_one_name_of_a_map_and_of_something_else():
     """The maps are reached, the other is named."""
-    assert found(both(Dense), "LoRA(rank=1, target='dense')") == [(("tower.*.dense",), 3, gaps.NAMED)]
+    assert found(both(Dense), "DoRA(rank=1, target='dense')") == [(("tower.*.dense",), 3, gaps.NAMED)]

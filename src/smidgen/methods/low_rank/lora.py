@@ -77,8 +77,9 @@ class LoRA(LowRank):
         return self.lr_ratio if term == "B" else 1.0
 
     def check(self, sites: Sequence[Site]) -> None:
+        beyond = [site for site in sites if self._is_named(site, as_names(self.target))]
         for field, names in (("target", self.target), ("exclude", self.exclude)):
-            left = [n for n in as_names(names) if not any(self._is_named(site, (n,)) for site in sites)]
+            left = [n for n in as_names(names) if not any(self._is_named(site, (n,)) for site in beyond)]
             check_targets(type(self).__name__, field, left, sites)
 
     def acts(self, site: Site) -> bool:
