@@ -62,7 +62,9 @@ from .recipe import Term as Term
 from .recipe import parse as parse
 from .sites import Site as Site
 from .sites import find_sites as find_sites
+from .steps import DPO as DPO
 from .steps import Batches as Batches
+from .steps import GradientDifference as GradientDifference
 from .steps import Needs as Needs
 from .steps import Objective as Objective
 from .steps import StayClose as StayClose

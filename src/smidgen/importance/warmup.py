@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,8 +79,9 @@ def _steps(
     for step in range(course.steps):
         for group, rate in zip(adam.param_groups, rates, strict=True):
             group["lr"] = rate * min(1.0, (step + 1) / max(1, course.steps // 10))
-        batch = {k: v.to(next(model.parameters()).device) for k, v in next(batches).items()}
-        loss = loss_of(model, batch, objective, beside, At(step, course.steps))
+        places, found = next(batches)
+        batch = {k: v.to(source.device) for k, v in found.items()}
+        loss = loss_of(model, batch, objective, beside, At(step, course.steps, places=places))
         if not torch.isfinite(loss):
             raise TrainError(
                 f"the loss is {float(loss.detach())} at step {step} of the warm-up for Select; try a lower lr"
@@ -94,9 +95,12 @@ def _steps(
         adam.zero_grad(set_to_none=True)
 
 
-def _batches(model: nn.Module, task: Task, course: Course, processor: Processor) -> Any:
+def _batches(
+    model: nn.Module, task: Task, course: Course, processor: Processor
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Row numbers and tensors, epoch after epoch."""
     rows = task.encode(processor, "train", max_length=course.max_length)
     collate = task.collator(processor, model=model)
     for epoch in count():
         for places in ShuffledBatches(len(rows), course.batch_size, course.seed, epoch):
-            yield collate([rows[i] for i in places])
+            yield places, collate([rows[i] for i in places])

@@ -6,5 +6,7 @@ from .objectives import TaskLoss as TaskLoss
 from .optimizer_groups import optimizer as optimizer
 from .optimizer_groups import parameter_groups as parameter_groups
 from .penalties import penalty as penalty
+from .preference import DPO as DPO
 from .step import Batches as Batches
 from .step import Step as Step
+from .unlearning import GradientDifference as GradientDifference

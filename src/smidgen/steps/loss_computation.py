@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,12 +50,14 @@ class At:
         total: steps in all; 0 if that is not known.
         weight: of a part of a batch in the batch's loss.
         share: of a part of a batch in what is added once for a batch.
+        places: numbers of the batch's rows in the train split, for batches that are aligned with them.
     """
 
     number: int = 0
     total: int = 0
     weight: float = 1.0
     share: float = 1.0
+    places: Sequence[int] = ()
 
 
 def loss_of(model: nn.Module, batch: Batch, objective: Objective, beside: Beside, at: At | None = None) -> Tensor:
@@ -69,7 +71,7 @@ def loss_of(model: nn.Module, batch: Batch, objective: Objective, beside: Beside
         TrainError: the objective gives no scalar, or reads what it does not say that it needs.
     """
     at = at or At()
-    batches = {TRAIN: batch, **{name: feed.at(at.number) for name, feed in beside.batches.items()}}
+    batches = {TRAIN: batch, **{name: feed.at(at.number, at.places) for name, feed in beside.batches.items()}}
 
     def run(reference: str | None, name: str) -> Any:
         """One forward pass."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ class OtherBatches:
     kind: TaskKind
     size: int
     labelled: bool
+    aligned: bool
     source: Source
 
     @classmethod
@@ -45,7 +46,8 @@ class OtherBatches:
         """The batches of a split.
 
         Raises:
-            TrainError: the task is of another kind than the run's, or the split holds nothing.
+            TrainError: the task is of another kind than the run's, the split holds nothing, or its rows are to be
+                partners of those that are trained on and are not as many.
             DataError: there is no such split.
         """
         task = wanted.task or own
@@ -54,16 +56,30 @@ class OtherBatches:
         rows = task.encode(processor, wanted.split, max_length=source.max_length)
         if not len(rows):
             raise TrainError(f"the objective's batches are empty: the {wanted.split} split of {task.name}")
+        if wanted.aligned:
+            _check_aligned(rows, own.encode(processor, "train", max_length=source.max_length), task.name)
         collate = task.collator(processor, model=model)
         size = wanted.batch_size or source.batch_size
-        return cls(rows, collate, task.task_kind, size, wanted.labelled, source)
+        return cls(rows, collate, task.task_kind, size, wanted.labelled, wanted.aligned, source)
 
-    def at(self, step: int) -> dict[str, Tensor]:
-        """The batch of a step, from 0, on the device."""
-        each = -(-len(self.rows) // self.size)
-        epoch, place = divmod(step, each)
-        places = ShuffledBatches(len(self.rows), self.size, self.source.seed, epoch).chunks[place]
+    def at(self, step: int, partners: Sequence[int] = ()) -> dict[str, Tensor]:
+        """The batch of a step, from 0, on the device; of aligned rows, the partners of these of the train split."""
+        places = list(partners) if self.aligned else self._places(step)
         batch = self.collate([self.rows[i] for i in places])
         if not self.labelled:
             batch, _ = self.kind.parted(batch)
         return {name: carried(value, self.source.device) for name, value in batch.items()}
+
+    def _places(self, step: int) -> list[int]:
+        epoch, place = divmod(step, -(-len(self.rows) // self.size))
+        return ShuffledBatches(len(self.rows), self.size, self.source.seed, epoch).chunks[place]
+
+
+def _check_aligned(rows: Encoded, own: Encoded, name: str) -> None:
+    """Raises TrainError unless every row that is trained on has a partner."""
+    if len(rows) != len(own) or rows.dropped or own.dropped:
+        gone = rows.dropped + own.dropped
+        cut = f" ({gone} left out, as max_length leaves nothing of them to learn)" if gone else ""
+        raise TrainError(
+            f"{name} has {len(rows)} rows beside {len(own)} that are trained on{cut}; it takes a pair for each"
+        )

@@ -22,19 +22,21 @@ TRAIN = "train"
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches of other data than what is trained on, one for each step, in an order of the run's seed.
+    """Batches of other data than what is trained on, one for each step, in an order of the run's seed or aligned.
 
     Attributes:
         task: where the rows are; None for the run's own task.
         split: of the task.
         batch_size: rows of a batch; None for that of the run.
         labelled: whether the batch has its labels; without, a model gives no loss for it.
+        aligned: row i belongs to row i of the train split, so that a batch holds the partners of what is trained on.
     """
 
     task: Task | None = None
     split: str = "train"
     batch_size: int | None = None
     labelled: bool = True
+    aligned: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from smidgen.common.errors import TrainError
 from smidgen.data.kinds.base import TaskKind
 from smidgen.steps.objectives import BATCH, Objective, reduction_of
-from smidgen.training.run.settings import Settings
+from smidgen.training.run.settings import PACK, Settings
 
 READS_OTHERS = "the objective reads other batches than those that states are kept of"
 
@@ -30,6 +30,8 @@ def check_reading(objective: Objective, kind: TaskKind, settings: Settings, proc
     if not coupled and not others:
         return
     reads = "couples the examples of a batch" if coupled else f"reads {', '.join(others)} batches"
+    if settings.batching == PACK and any(each.aligned for each in others.values()):
+        raise TrainError(f"{name} {reads} row by row, which batching='pack' puts several of into one; leave it out")
     if processes > 1:
         raise TrainError(f"{name} {reads}, which {processes} processes would each see a part of; use one process")
     if others and settings.max_memory is not None:

@@ -276,7 +276,7 @@ class Loop:
     def _at(self, piece: Piece) -> At:
         """Where the loss of a piece stands; processes average their gradients, which a sum has to make up for."""
         weight = piece.weight * self.world if self.reduction == SUM else piece.weight
-        return At(self.progress.step, self.total, weight, piece.share)
+        return At(self.progress.step, self.total, weight, piece.share, piece.places)
 
     def _told(self, loss: float, lr: float, examples: int) -> None:
         """Tell of a step; what was put in place of trained tensors is trained from here on."""
@@ -296,7 +296,7 @@ class Loop:
         rows = [self.rows[i] for i in range(min(2, len(self.rows)))]
         batch = {k: v.to(self.accelerator.device) for k, v in self.collate(rows).items()}
         self.resting = resting_modules(self.model, attachment(self.model).plan, self.task.task_kind.model_inputs(batch))
-        loss = self._loss(self.model, batch)
+        loss = self._loss(self.model, batch, At(places=range(len(rows))))
         check_depends(self.model, loss)
         loss.backward()
         self.watch.first(self.model)
