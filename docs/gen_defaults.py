@@ -9,6 +9,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import smidgen.methods  # noqa: F401 (fills the registry)
+from smidgen import parse
+
 ROOT = Path(__file__).parents[1]
 PAGE = Path(__file__).with_name("defaults.md")
 RESULTS = ROOT / "benchmarks" / "results"
@@ -25,13 +28,13 @@ bfloat16.
 
 *Before* is what the same method did when `LoRA`'s alpha was its rank, all tensors learned at one rate, and rates were
 not yet measured. A method is not better than another because of one line here: five topics are easy, and a default
-rate is one of many.
+rate is one of many. Blank is a default that has changed since it was measured here.
 """
 
 
 def cells(runs: list[dict[str, Any]]) -> dict[str, dict[tuple[str, str], str]]:
     """Arm -> block -> mean, deviation and number of runs; of a run made again with other fields the last stands."""
-    last = {(run["arm"], run["pooling"], run["budget"], run["seed"]): run for run in runs}
+    last = {(run["arm"], run["pooling"], run["budget"], run["seed"]): run for run in runs if _of_today(run)}
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
     for (arm, pooling, budget, _), run in last.items():
         groups[arm, pooling, budget].append(run)
@@ -42,6 +45,12 @@ def cells(runs: list[dict[str, Any]]) -> dict[str, dict[tuple[str, str], str]]:
         told = f"{statistics.mean(values):.3f}{spread} ({len(values)})" if values else "refused"
         table[arm][pooling, budget] = told
     return table
+
+
+def _of_today(run: dict[str, Any]) -> bool:
+    """Whether a run at default rates had those of today; what has changed since stands blank until it is run again."""
+    rates = [each[""] for each in run.get("rates", ()) if isinstance(each, dict)]
+    return "lr" in run or not rates or rates == [term.lr * term.rate("") for term in parse(run["recipe"])]
 
 
 def section(name: str, file: str) -> str:

@@ -111,7 +111,7 @@ def test_the_measured_defaults_are_current():
 
 def test_a_run_made_again_replaces_the_first():
     module = generator("gen_defaults")
-    run = {"arm": "LN()", "pooling": "mean", "budget": "300x2", "seed": 0}
+    run = {"arm": "LN()", "recipe": "LN()", "pooling": "mean", "budget": "300x2", "seed": 0}
     runs = [run | {"accuracy": 0.25}, run | {"accuracy": 0.75}, run | {"seed": 1, "accuracy": 0.25}]
     assert module.cells(runs)["LN()"]["mean", "300x2"] == "0.500 ± 0.354 (2)"
 

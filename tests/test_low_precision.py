@@ -36,6 +36,7 @@ MODELS = {
     "falcon_mamba": lambda: T.FalconMambaForCausalLM(T.FalconMambaConfig(**SMALL, state_size=8)),
     "mamba2": lambda: T.Mamba2ForCausalLM(T.Mamba2Config(**SMALL, **STATE)),
     "nemotron_h": lambda: T.NemotronHForCausalLM(T.NemotronHConfig(**SMALL, **HYBRID)),
+    "ibert": lambda: T.IBertForMaskedLM(T.IBertConfig(**h.SIZES, vocab_size=20, **h.TOKENS)),
     "siglip": lambda: T.SiglipVisionModel(T.SiglipVisionConfig(**h.SIZES, image_size=8, patch_size=4)),
     "wavlm": lambda: T.WavLMForSequenceClassification(T.WavLMConfig(**WAVE)),
     "t5": lambda: T.T5ForConditionalGeneration(T.T5Config(**SEQ, decoder_start_token_id=0)),
@@ -46,7 +47,7 @@ INPUTS = {"siglip": {"pixel_values": drawn(2, 3, 8, 8)}, "wavlm": {"input_values
 READ = [  # what is read by others than its own module: the dtype of a norm, biases and weights of maps
     *((kind, recipe) for kind in ("mamba", "falcon_mamba", "mamba2", "nemotron_h") for recipe in ("LN()", "BitFit()")),
     ("mamba", "Full()"), ("falcon_mamba", "Full()"), ("siglip", "BitFit()"), ("siglip", "Full()"),
-    ("wavlm", "BitFit()"),
+    ("wavlm", "BitFit()"), ("ibert", "LN()"), ("ibert", "BitFit()"),
 ]  # fmt: skip
 MIXED = [(kind, recipe) for kind in ("t5", "mt5", "umt5") for recipe in ("LN()", "Adapter(width=4)")]
 

@@ -44,16 +44,21 @@ def lift_norm(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     return (args[0].float(), *args[1:]) if isinstance(module, NATIVE) else None
 
 
-def lower_norm(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+def lower_norm(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of a norm with float32 terms in a low-precision base: back to the dtype that the base's gives."""
     if not module._casting:
         return None
     entered: torch.dtype = module._input_dtype
     if entered in module._stored_dtypes.values():
-        return output.to(entered)
+        return _to(output, entered)
     if entered not in module._given_dtypes:
         module._given_dtypes = {**module._given_dtypes, entered: _given(module, args, kwargs, entered)}
-    return output.to(module._given_dtypes[entered])
+    return _to(output, module._given_dtypes[entered])
+
+
+def _to(output: Any, dtype: torch.dtype) -> Any:
+    """What a norm gives, in a dtype; I-BERT's gives the scale of its quantised output as well."""
+    return (output[0].to(dtype), *output[1:]) if isinstance(output, tuple) else output.to(dtype)
 
 
 def _given(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], entered: torch.dtype) -> torch.dtype:
@@ -65,8 +70,9 @@ def _given(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], entered: 
     module.__dict__.update({term: rounded(module, term) for term in module._stored_dtypes})
     try:
         with torch.no_grad():
-            found: torch.dtype = module.forward(args[0].to(entered), *args[1:], **kwargs).dtype
-        return found
+            found = module.forward(args[0].to(entered), *args[1:], **kwargs)
+        given: torch.dtype = (found[0] if isinstance(found, tuple) else found).dtype
+        return given
     finally:
         for term in module._stored_dtypes:
             module.__dict__.pop(term, None)
