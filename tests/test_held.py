@@ -15,11 +15,12 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 import smidgen as sm
 from smidgen.common.errors import AttachError, DeltaError
+from smidgen.common.module_modes import evaluating, renew_caches
 from smidgen.delta.delta import Delta
 from smidgen.delta.fingerprint import Fingerprint
 from smidgen.ports import held_state as held
 from smidgen.ports.attachment_record import trained_parameters
-from smidgen.ports.value_caches import renew_caches
+from smidgen.steps.references import base_running
 from smidgen.testing.cases import shake
 from tests import helpers as h
 
@@ -335,6 +336,28 @@ def test_a_cache_that_is_kept_would_be_seen(monkeypatch):
         test_what_is_made_of_weights_is_made_anew_when_they_change()
 
 
+def test_what_was_made_in_eval_mode_is_not_kept_through_training():
+    """A validation, or a reference with the edits off, between steps: the next one sees the values of then."""
+    model = built("levit")
+    sm.attach(model, "Full()").train()
+    for between in (evaluating, base_running):
+        with between(model):
+            model(**pixels())
+        shake(trained_parameters(model).values(), 0.3)
+        wanted = h.logits(sm.merge(model).eval(), **pixels())
+        torch.testing.assert_close(h.logits(model.eval(), **pixels()), wanted)
+        model.train()
+
+
+def test_a_model_that_keeps_a_graph_can_be_merged():
+    model = built("levit")
+    sm.attach(model, "Full()")
+    shake(trained_parameters(model).values(), 0.3)
+    kept = model(**pixels()).logits
+    assert kept.requires_grad
+    torch.testing.assert_close(h.logits(sm.merge(model), **pixels()), kept.detach())
+
+
 def test_modes_of_parts_are_left_as_they_are():
     class Own(nn.Module):
         def __init__(self):
@@ -349,5 +372,5 @@ def test_modes_of_parts_are_left_as_they_are():
     model.inner.train()
     model.calls.clear()
     renew_caches(model)
-    assert model.calls == [True, False]
+    assert model.calls == [True]
     assert (model.training, model.inner.training) == (False, True)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from smidgen.common.errors import AttachError
+from smidgen.common.module_modes import modes_kept, renew_caches
 from smidgen.common.wrappers import bare
 from smidgen.delta.arithmetic.sums import Sum
 from smidgen.delta.compatibility import fitted
@@ -29,7 +30,6 @@ from smidgen.ports.module_port import drop_guard
 from smidgen.ports.placement import REFUSED, drop_at, place
 from smidgen.ports.sparse_values import drop_parts
 from smidgen.ports.sublayer_port import drop_tap
-from smidgen.ports.value_caches import renew_caches
 from smidgen.recipe.recipe import Recipe, Term
 from smidgen.sites.site import module_at
 
@@ -139,16 +139,14 @@ def attached(model: nn.Module, what: str | Term | Recipe | Delta | Sum[Delta], *
     """`attach` on entry, take off on exit, also after an error; a delta switches the model to eval mode inside."""
     refuse_attached(model)
     what = what.on(model, verify=options.get("verify", True)) if isinstance(what, Sum) else what
-    training = {module: module.training for module in model.modules()}
-    attach(model, what, **options)
-    if isinstance(what, Delta):
-        model.eval()
-    try:
-        yield model
-    finally:
-        remove(model)
-        for module, mode in training.items():
-            module.training = mode
+    with modes_kept(model):
+        attach(model, what, **options)
+        if isinstance(what, Delta):
+            model.eval()
+        try:
+            yield model
+        finally:
+            remove(model)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from smidgen.common.errors import AttachError
 from smidgen.common.finite_values import not_finite
+from smidgen.common.module_modes import copied
 from smidgen.common.wrappers import bare, check_model
 from smidgen.delta.arithmetic.sums import Sum
 from smidgen.delta.attaching import attach, remove
@@ -47,7 +47,7 @@ def merge(model: nn.Module, delta: Delta | Sum[Delta] | None = None, dtype: torc
         attachment(model)  # raises if there is nothing to merge
     model = bare(model)
     check_model(model)
-    merged = keep_note(model, copy.deepcopy(model))
+    merged = keep_note(model, copied(model))
     if delta is not None:
         attach(merged, delta)
     record = attachment(merged)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smidgen.common.module_modes import evaluating
 from smidgen.data.encoded import Encoded
 from smidgen.data.kinds.base import Collate, TaskKind
 from smidgen.data.processor import Processor
@@ -54,20 +55,14 @@ def forwards(
     Args:
         take: is given the numbers of each batch's rows, its outputs with `logits` in float32, and its labels.
     """
-    training = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     order = sorted(range(len(encoded)), key=lambda i: kind.length(encoded[i]))
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                batch = {k: v.to(device) for k, v in collate([encoded[i] for i in rows]).items()}
-                inputs, labels = kind.parted(batch)
-                with around(rows, inputs) if around else nullcontext():
-                    outputs = kind.forward(model, inputs)
-                outputs.logits = outputs.logits.float()
-                take(rows, outputs, labels)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with evaluating(model), torch.inference_mode():
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = {k: v.to(device) for k, v in collate([encoded[i] for i in rows]).items()}
+            inputs, labels = kind.parted(batch)
+            with around(rows, inputs) if around else nullcontext():
+                outputs = kind.forward(model, inputs)
+            outputs.logits = outputs.logits.float()
+            take(rows, outputs, labels)

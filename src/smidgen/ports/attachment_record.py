@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from smidgen.common.dtypes import LOW, master_dtype
 from smidgen.common.errors import AttachError
+from smidgen.common.module_modes import renew_caches
 from smidgen.common.wrappers import bare, check_model
 from smidgen.methods.base import Method
 from smidgen.planning.plans import Plan
@@ -18,7 +19,6 @@ from smidgen.planning.row import INDICES, START, Row
 from smidgen.ports.held_state import Held, persistent_buffers
 from smidgen.ports.master_weights import Low
 from smidgen.ports.sparse_values import SparseValues
-from smidgen.ports.value_caches import renew_caches
 from smidgen.recipe.recipe import Recipe
 from smidgen.sites.site import NormSite, module_at
 

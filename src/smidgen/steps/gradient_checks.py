@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from smidgen.common.errors import DivergedError, TrainError
 from smidgen.common.finite_values import not_finite
+from smidgen.common.module_modes import evaluating
 from smidgen.planning.stack_choice import stack_advice
 from smidgen.ports.attachment_record import attachment, trained_parameters
 from smidgen.sites.data_flow import only_called
@@ -224,14 +225,9 @@ def reached_in_eval(
 ) -> set[str]:
     """Those of the trained tensors on which the output depends when nothing is left to chance. No gradient is left."""
     parameters = {name: p for name, p in trained_parameters(model).items() if name in set(names)}
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with torch.enable_grad():
-            total = scalar(model.eval()(*args, **kwargs))
-            found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model), torch.enable_grad():
+        total = scalar(model(*args, **kwargs))
+        found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     return {name for name, grad in zip(parameters, found, strict=True) if grad is not None}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.common.errors import TrainError
-from smidgen.common.module_modes import evaluating
+from smidgen.common.module_modes import copied, evaluating
 from smidgen.common.wrappers import bare
 from smidgen.delta.attaching import attach, disabled, remove
 from smidgen.delta.delta import Delta
@@ -62,7 +61,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
         if getattr(parameter, MARK, False):
             setattr(twin, MARK, True)
     memo |= {id(buffer): buffer for buffer in model.buffers()}
-    return copy.deepcopy(bare(model), memo)
+    return copied(bare(model), memo)
 
 
 def _frozen(model: nn.Module) -> nn.Module:

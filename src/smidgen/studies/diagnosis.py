@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.common.errors import AttachError, ModelError, SmidgenError
+from smidgen.common.module_modes import copied
 from smidgen.common.wrappers import bare
 from smidgen.delta.attaching import attach, remove
 from smidgen.delta.merging import merge
@@ -195,10 +195,10 @@ def _defaults() -> Iterator[Recipe]:
 def _runnable(model: nn.Module, inputs: Mapping[str, Any] | None) -> tuple[nn.Module, Inputs | None, str]:
     """A copy in eval mode, in the widest dtype that it runs in, with inputs for it; or without, and why."""
     if any(p.is_meta for p in model.parameters()):
-        return copy.deepcopy(model).eval(), None, "its tensors are on the meta device, without content"
+        return copied(model).eval(), None, "its tensors are on the meta device, without content"
     said: ModelError | None = None
     for dtype in (torch.float64, torch.float32):
-        twin = copy.deepcopy(model).eval().to(dtype)
+        twin = copied(model).eval().to(dtype)
         try:
             given = fitting_inputs(twin, inputs)
             if all(p.dtype == dtype for p in twin.parameters()):  # Switch casts its routers when it is run

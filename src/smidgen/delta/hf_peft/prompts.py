@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from smidgen.common.errors import DeltaError
+from smidgen.common.module_modes import evaluating
 from smidgen.delta.attaching import attached
 from smidgen.delta.hf_peft.adapter_files import PROMPT, task_type
 from smidgen.delta.hf_peft.reading import Reader, Values
@@ -183,22 +184,16 @@ def _check_prompt(model: Model, refuse: Refuse) -> None:
 def _prove(model: Model, method: Method, theirs: Callable[..., Tensor], refuse: Refuse) -> None:
     """Both functions on one short text, with values drawn at random: they must agree."""
     ids, more = _text(model)
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            plain = model(input_ids=ids, **more).logits
-            with attached(model, method):
-                values = {n: p for n, p in trained_parameters(model).items() if ".edits." in n}
-                generator = torch.Generator().manual_seed(0)
-                for parameter in values.values():
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
-                ours = model(input_ids=ids, **more).logits
-                drawn = {n: p.detach().clone() for n, p in values.items()}
-            other = theirs(model, ids, more, list(drawn.values()))
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with evaluating(model), torch.no_grad():
+        plain = model(input_ids=ids, **more).logits
+        with attached(model, method):
+            values = {n: p for n, p in trained_parameters(model).items() if ".edits." in n}
+            generator = torch.Generator().manual_seed(0)
+            for parameter in values.values():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            ours = model(input_ids=ids, **more).logits
+            drawn = {n: p.detach().clone() for n, p in values.items()}
+        other = theirs(model, ids, more, list(drawn.values()))
     least = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
     if not bool((ours - other).abs().max() <= least * (ours - plain).abs().max()):
         raise refuse(f"{type(model).__name__} computes something else with PEFT's (found by running both on one text)")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smidgen.common.module_modes import evaluating
 from smidgen.efficiency.prefix_cache.cut_point import Cut
 
 Batch = dict[str, Tensor]
@@ -44,14 +45,8 @@ class Trace:
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradient inside; every module's mode restored."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with evaluating(model), torch.no_grad():
+        yield
 
 
 def states_at(cut: Cut, batch: Batch) -> Tensor:

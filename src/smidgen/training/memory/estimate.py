@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from smidgen.common.module_modes import copied
 from smidgen.common.wrappers import bare
 from smidgen.efficiency.activation_checkpointing import recomputed, recomputing
 from smidgen.inference.sample_inputs import Inputs, input_candidates
@@ -135,7 +135,7 @@ def _ghost(model: nn.Module) -> tuple[nn.Module, FakeTensorMode]:
         for tensor in (*model.parameters(), *model.buffers()):
             fake = torch.empty(tensor.shape, dtype=tensor.dtype)
             memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
-    return copy.deepcopy(model, memo), mode
+    return copied(model, memo), mode
 
 
 def _count(model: nn.Module, inputs: Inputs) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from smidgen.common.module_modes import modes_kept
 from smidgen.delta.attaching import remove
 from smidgen.ports.attachment_record import is_attached, refuse_attached
 
@@ -19,15 +20,13 @@ def borrowed(model: nn.Module) -> Iterator[None]:
         AttachError: something is attached already, which stays.
     """
     refuse_attached(model)
-    mode = {module: module.training for module in model.modules()}
     own = dict(model.__dict__)
     try:
-        yield
+        with modes_kept(model):
+            yield
     finally:
         if is_attached(model):
             remove(model)
-        for module, training in mode.items():
-            module.training = training
         model.zero_grad(set_to_none=True)
         for name in ("_is_accelerate_prepared", "_original_forward", "forward"):  # Accelerate leaves them behind
             model.__dict__.pop(name, None)
