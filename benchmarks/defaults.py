@@ -33,6 +33,7 @@ from smidgen.recipe.recipe import Term
 HEAD, FULL = "Head()", "Full()"
 FAST, PLAIN = {"dtype": "bfloat16"}, {"dtype": "float32"}
 CHECKED = (HEAD, "LN()", "LoRA()", FULL)
+POOLINGS = {"mean": "mean of the tokens", "own": "the class's own token"}
 EXTRA = ("Prefix(mlp=256)", "Prefix(mlp=800)", "MAM")
 # arm -> recipe and the learning rate that all of its tensors had; alpha=None is alpha = rank
 BEFORE = {
@@ -137,18 +138,20 @@ def work(given):
 
 
 def table(runs):
-    """Mean and standard deviation over seeds, an arm a line, a block a column; runs with defaults of today."""
-    runs = [run for run in runs if key(run) == key(run | detailed(run))]
+    """Mean and standard deviation over seeds, an arm a line, a block a column; runs with defaults of today alone."""
     blocks = list(dict.fromkeys((run["pooling"], run["budget"]) for run in runs))
-    lines = ["| arm | " + " | ".join(f"{p}, {b}" for p, b in blocks) + " |", "|---" * (1 + len(blocks)) + "|"]
-    for arm in dict.fromkeys(run["arm"] for run in runs):
-        cells = []
+    today = [run for run in runs if key(run) == key(run | detailed(run))]
+    lines = ["| arm | " + " | ".join(f"{POOLINGS[p]}, {b}" for p, b in blocks) + " |", "|---" * (1 + len(blocks)) + "|"]
+    for arm in sorted({run["arm"] for run in today}, key=lambda arm: (arm != HEAD, arm != FULL, arm)):
+        recipe, before, _ = arm.partition(", ")
+        cells = [f"`{recipe}`{arm[len(recipe) :]}" if before else f"`{arm}`"]
         for block in blocks:
-            same = [run for run in runs if run["arm"] == arm and (run["pooling"], run["budget"]) == block]
+            same = [run for run in today if run["arm"] == arm and (run["pooling"], run["budget"]) == block]
             values = [run["accuracy"] for run in same if "accuracy" in run]
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.3f}{spread} ({len(values)})" if values else "")
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+            refused = "refused" if same else ""
+            cells.append(f"{statistics.mean(values):.3f}{spread} ({len(values)})" if values else refused)
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

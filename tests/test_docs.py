@@ -109,11 +109,13 @@ def test_the_measured_defaults_are_current():
     assert module.PAGE.read_text() == module.text(), "run python docs/gen_defaults.py"
 
 
-def test_a_run_made_again_replaces_the_first():
-    module = generator("gen_defaults")
-    run = {"arm": "LN()", "recipe": "LN()", "pooling": "mean", "budget": "300x2", "seed": 0}
-    runs = [run | {"accuracy": 0.25}, run | {"accuracy": 0.75}, run | {"seed": 1, "accuracy": 0.25}]
-    assert module.cells(runs)["LN()"]["mean", "300x2"] == "0.500 ± 0.354 (2)"
+def test_a_run_at_other_rates_than_todays_stands_blank():
+    defaults = generator("gen_defaults").defaults
+    run = {"arm": "LN()", "recipe": "LN()", "pooling": "mean", "budget": "300x2", "seed": 0, "dtype": "bfloat16"}
+    runs = [run | defaults.detailed(run) | {"seed": seed, "accuracy": value} for seed, value in ((0, 0.75), (1, 0.25))]
+    assert "| `LN()` | 0.500 ± 0.354 (2) |" in defaults.table(runs)
+    old = [each | {"rates": [{"": 0.5, "B": 0.5, "W1": 0.5}]} for each in runs]
+    assert "LN()" not in defaults.table(old)
 
 
 def test_a_stale_page_would_be_seen(tmp_path, monkeypatch):

@@ -42,6 +42,22 @@ def test_two_kinds_or_metrics_of_one_name_are_refused(registry):
     assert kind_named("classification").metrics[0] is ACCURACY
 
 
+def test_a_kind_that_lacks_what_it_must_say_is_refused(registry):
+    with pytest.raises(TypeError, match=r"Half, a kind of task, does not define collator, encode, pairs, model_class"):
+
+        class Half(TaskKind):
+            """Half a kind."""
+
+            name = "half"
+            metrics = ()
+            usual = ()
+
+            def columns(self, rows, text, label):
+                """None."""
+
+    assert "half" not in TaskKind.registry
+
+
 def test_a_kind_of_ones_own_is_asked_before_those_that_claim_any_label(registry, tmp_path):
     class Shouted(Classification):
         """Classification of texts that are written in a column SHOUT."""

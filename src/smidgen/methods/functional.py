@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smidgen.sites.site import ConvSite
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
@@ -18,6 +20,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "identity": torch.nn.Identity(),
 }
+
+
+CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def convolve(x: Tensor, weight: Tensor, site: ConvSite) -> Tensor:
+    """The convolution at a site, zeros in its padding, by another weight (outputs, width_in / groups, *kernel).
+
+    x: (..., width_in, *places), the channels at `site.axis`; returns (..., outputs, *places).
+    """
+    how = {"stride": site.stride, "padding": site.padding, "dilation": site.dilation, "groups": site.groups}
+    return CONVOLUTIONS[len(site.kernel)](x, weight, **how)
 
 
 def kronecker_sum(left: Tensor, right: Tensor) -> Tensor:

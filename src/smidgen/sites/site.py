@@ -16,18 +16,15 @@ Code asks with `isinstance`; `kind` is the type's name for people, files and com
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, Self
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from smidgen.sites.fused_rows import Rows
 from smidgen.sites.module_kinds import is_bias
 
-_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _ATTENTION = ("attention", "query", "key", "value", "attention_out")
 
 
@@ -185,11 +182,6 @@ class ConvSite(OwnerSite):
     def fan_in(self) -> int:
         """Values that one output is made of: input channels of a group times places of the kernel."""
         return self.width_in // self.groups * prod(self.kernel)
-
-    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The convolution by another weight, of inputs with their channels at `axis` (zeros in the padding)."""
-        how = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
-        return _CONVOLUTIONS[len(self.kernel)](x, weight, **how)
 
 
 @dataclass(frozen=True)

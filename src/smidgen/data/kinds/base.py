@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,8 +62,8 @@ class TaskKind:
     """A kind of task: how its data is read, what a batch is, what a model's outputs say, and how they are scored.
 
     One object without state for each class, in `registry` by its name. What a subclass has to say is `name`,
-    `model_class`, `metrics`, `columns`, `encode`, `collator` and `pairs`; the rest has a meaning that fits one label
-    for each example.
+    `model_class`, `metrics`, `usual`, `columns`, `encode`, `collator` and `pairs`, which is checked when it is defined;
+    the rest has a meaning that fits one label for each example.
 
     Class attributes:
         name: what `kind=` and files say.
@@ -113,6 +114,10 @@ class TaskKind:
         name = cls.__dict__.get("name")
         if not name or not (cls.__dict__.get("__doc__") or "").strip():
             raise TypeError(f"{cls.__name__} needs a name, for kind=, and a docstring")
+        lacking = [each for each in dir(cls) if getattr(getattr(cls, each), "__isabstractmethod__", False)]
+        lacking += [each for each in ("model_class", "metrics", "usual") if not hasattr(cls, each)]
+        if lacking:
+            raise TypeError(f"{cls.__name__}, a kind of task, does not define {', '.join(lacking)}")
         known = TaskKind.registry.get(name)
         if known is not None and type(known).__qualname__ != cls.__qualname__:
             raise TypeError(f"two kinds of task are named {name!r}: {type(known).__name__} and {cls.__name__}")
@@ -135,13 +140,13 @@ class TaskKind:
         """The columns, if what is there tells that it is of this kind; None if not. Asked where no kind is given."""
         return None
 
+    @abstractmethod
     def columns(self, rows: Dataset, text: Sequence[str] | None, label: str | None) -> Columns:
         """Which columns are inputs and label: what is given, and the rest by known names.
 
         Raises:
             DataError: none, or more than one, could be meant; a column of another type.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say which columns it reads")
 
     def inputs(self, rows: Dataset, split: str, columns: Columns) -> Dataset:
         """The input columns as the task keeps them. Raises DataError if one is missing, or empty in a row."""
@@ -154,7 +159,7 @@ class TaskKind:
 
     def label_ids(self, rows: Dataset, split: str, columns: Columns, labels: Labels) -> list[Any]:
         """The label column as ids or numbers. Raises DataError if a label is missing or unknown."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what its labels are")
+        raise DataError(f"a {self.name} task has no label column: leave out label={columns.label!r}")
 
     def label_feature(self) -> Any:
         """The type of that column in the task's splits."""
@@ -175,6 +180,7 @@ class TaskKind:
         """Values that the head gives for each label; None if the task does not tell."""
         return len(labels)
 
+    @abstractmethod
     def encode(
         self, rows: Dataset, processor: Processor, text: Sequence[str], label: str | None, max_length: int | None
     ) -> Encoded:
@@ -183,15 +189,14 @@ class TaskKind:
         Raises:
             DataError: the processor is of another kind, or the length leaves no room.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how rows become examples")
 
+    @abstractmethod
     def collator(self, processor: Processor, multiple: int = 1, model: nn.Module | None = None) -> Collate:
         """Makes a batch of examples, "labels" among its tensors if they have any.
 
         Raises:
             DataError: the processor is of another kind, or does not fit the model.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how examples become a batch")
 
     def length(self, example: Mapping[str, Any]) -> int:
         """Size of an example, by which those of a batch are put together."""
@@ -226,6 +231,7 @@ class TaskKind:
 
     # Outputs
 
+    @abstractmethod
     def pairs(self, outputs: Any, labels: Tensor | None, names: Sequence[str]) -> list[tuple[Any, Any]]:
         """(prediction, reference) of each example of a batch, as metrics take them; reference None without labels.
 
@@ -233,7 +239,6 @@ class TaskKind:
             outputs: of `forward`, `logits` in float32.
             names: label names in id order.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say what its outputs predict")
 
     def told(self, pair: tuple[Any, Any], example: Mapping[str, Any]) -> tuple[Any, Any]:
         """A pair of `pairs` as metrics take it, for kinds that need the example beside it."""
@@ -262,8 +267,8 @@ class TaskKind:
         return str
 
     def answers(self, question: Question) -> list[Answer]:
-        """What a model says about new inputs."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how to answer")
+        """What a model says about new inputs. Raises DataError if the kind answers none."""
+        raise DataError(f"{type(self).__name__} does not say how a {self.name} task answers new inputs")
 
 
 def kind_named(name: str) -> TaskKind:

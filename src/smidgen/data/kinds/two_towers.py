@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -106,9 +107,9 @@ class TwoTowers(TaskKind, abstract=True):
         outputs.loss = self.loss(outputs, batch)
         return outputs
 
+    @abstractmethod
     def loss(self, outputs: TowerOutput, batch: Mapping[str, Any]) -> Tensor | None:
         """The loss of a batch, None without the labels that it needs."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what its loss is")
 
     def answers(self, question: Question) -> list[Answer]:
         """Cosines."""

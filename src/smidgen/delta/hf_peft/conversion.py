@@ -89,10 +89,11 @@ def from_peft(source: str | os.PathLike[str], model: nn.Module) -> Delta:
     model, adapter = bare(model), read_adapter(source)
     method, values = READERS[adapter.kind](Reader(adapter, model))
     recipe: Term | Recipe = method
-    if whole := _saved_whole(adapter, model, method):
-        recipe = method + Full(target=_covering(model, whole))
-        values |= {name: adapter.saved[name] for name in whole}
     plan = resolve(model, recipe)
+    if whole := _saved_whole(adapter, model, plan):
+        recipe = method + Full(target=_covering(model, whole))
+        plan = resolve(model, recipe)
+        values |= {name: adapter.saved[name] for name in whole}
     missing = _add_head(adapter, model, plan, values)
     if found := not_finite(values):
         raise DeltaError(f"{source}: {found}; its training diverged, or the file is damaged")
@@ -192,9 +193,9 @@ def _add_head(adapter: AdapterFile, model: nn.Module, plan: Plan, values: dict[s
     return missing
 
 
-def _saved_whole(adapter: AdapterFile, model: nn.Module, method: Term) -> list[str]:
+def _saved_whole(adapter: AdapterFile, model: nn.Module, plan: Plan) -> list[str]:
     """Names of the parameters beside the head that the file brings whole; none if all are those of the base."""
-    head = dict(resolve(model, method).head)
+    head = dict(plan.head)
     own = dict(model.named_parameters())
     names = [name for name in adapter.saved if name in own and name not in head]
     for name in names:

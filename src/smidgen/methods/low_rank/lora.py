@@ -14,6 +14,7 @@ from torch import Tensor
 from smidgen.common.errors import RecipeError
 from smidgen.methods.base import Method, Tensors
 from smidgen.methods.field_checks import above, named, one_of
+from smidgen.methods.functional import convolve
 from smidgen.methods.low_rank.base import LowRank, MapLike
 from smidgen.sites.site import ConvSite, Site, TableSite
 from smidgen.sites.targeting import as_names, check_targets, in_layers
@@ -137,7 +138,7 @@ class LoRA(LowRank):
 def _convolved(p: Tensors, x: Tensor, site: ConvSite) -> Tensor:
     """B A of a convolution, (..., width_out) from x (..., width_in), both with their places before the channels."""
     A = p["A"].unflatten(1, (site.width_in // site.groups, *site.kernel))
-    hidden = site.convolve(x.movedim(-1, site.axis), A).movedim(site.axis, -1)  # (..., rank)
+    hidden = convolve(x.movedim(-1, site.axis), A, site).movedim(site.axis, -1)  # (..., rank)
     if site.groups == 1:
         return F.linear(hidden, p["B"])
     parts = hidden.unflatten(-1, (site.groups, 1, -1)) @ p["B"].unflatten(0, (site.groups, -1)).mT
