@@ -54,7 +54,8 @@ def test_dpo_is_equation_7(pair):
         (None, "train"): logits["w"], (None, "rejected"): logits["l"],
         ("reference", "train"): logits["ref w"], ("reference", "rejected"): logits["ref l"],
     }  # fmt: skip
-    batches = {"train": {"labels": labels[0]}, "rejected": {"labels": labels[1]}}
+    prompt = {"input_ids": torch.zeros(3, 6, dtype=torch.long), "attention_mask": torch.zeros(3, 6)}
+    batches = {"train": {**prompt, "labels": labels[0]}, "rejected": {**prompt, "labels": labels[1]}}
     step = Step(torch.nn.Module(), kind_named("causal-lm"), batches, lambda *which: SimpleNamespace(logits=made[which]))
     found = float(sm.DPO(pair[1], beta=0.3).loss(step))
     total = 0.0
@@ -107,6 +108,19 @@ def test_dpo_begins_at_log_2_and_pairs_stay_together(pair):
         assert row[: len(rows[place]["input_ids"]) - 2].tolist() == rows[place]["input_ids"][:-2], (
             "the prompt is the same"
         )
+
+
+def test_answers_to_other_prompts_are_refused(pair):
+    """A file of the other answers in another order pairs what does not belong together."""
+    task, other = pair
+    mixed = sm.Task(
+        **{
+            **vars(other),
+            "splits": {"train": other.splits["train"].select(range(len(other.splits["train"]) - 1, -1, -1))},
+        }
+    )
+    with pytest.raises(TrainError, match="answer different prompts, first row 0"):
+        sm.fit(h.causal(), "LN()", task, objective=sm.DPO(mixed), tokenizer=h.tokenizer(), **QUICK)
 
 
 def test_dpo_on_top_of_a_delta(pair):

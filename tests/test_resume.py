@@ -243,6 +243,16 @@ def test_after_the_end_the_same_call_gives_the_saved_delta(task, tmp_path, monke
     assert again.info["scores"] == first.info["scores"]
 
 
+def test_killed_between_the_delta_and_the_cleaning_up(task, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish", lambda self: None)  # the process was killed before
+        first = train(task, out)
+    assert (out / CHECKPOINT).exists()
+    h.same(train(task, out), first)
+    assert not (out / CHECKPOINT).exists()
+
+
 def test_what_was_chosen_is_recorded_and_used_again(task, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(task, tmp_path / "run", objective=Interrupted([8]), max_length=None)

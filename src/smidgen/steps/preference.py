@@ -8,12 +8,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from smidgen.common.errors import SmidgenError
+from smidgen.common.errors import SmidgenError, TrainError
 from smidgen.data.kinds.base import TaskKind
 from smidgen.data.labels import IGNORED, LabelPlace
 from smidgen.data.task import Task
 from smidgen.steps.objectives import Needs, Objective
-from smidgen.steps.step import BASE, TRAIN, Batches, Reference, Step
+from smidgen.steps.step import BASE, TRAIN, Batch, Batches, Reference, Step
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class DPO(Objective):
 
     Raises:
         SmidgenError: beta is not positive, or the task's labels are no tokens.
-        TrainError: a pair lacks one of its answers.
+        TrainError: a pair lacks one of its answers, or they answer different prompts.
     """
 
     rejected: Task
@@ -55,8 +55,27 @@ class DPO(Objective):
 
     def loss(self, step: Step) -> Tensor:
         """Equation 7."""
+        _check_prompts(step)
         preferred, other = (_gain(step, name) for name in (TRAIN, "rejected"))
         return -F.logsigmoid(self.beta * (preferred - other)).mean()
+
+
+def _check_prompts(step: Step) -> None:
+    """Raises TrainError if a row's two answers do not follow the same tokens, as where one file is in another order."""
+    preferred, other = (_prompts(step.batches[name], step.kind) for name in (TRAIN, "rejected"))
+    if wrong := [i for i, (one, two) in enumerate(zip(preferred, other, strict=True)) if one != two]:
+        raise TrainError(
+            f"{len(wrong)} of {len(preferred)} pairs of a batch answer different prompts, first row {wrong[0]}; the "
+            "rows of DPO's rejected task must be those of the trained one, in the same order and with the same splits"
+        )
+
+
+def _prompts(batch: Batch, kind: TaskKind) -> list[list[int]]:
+    """What stands before each row's answer: in front of its first label, or all that an encoder reads."""
+    ids, read = batch["input_ids"], batch["attention_mask"].bool()
+    if kind.labels_at is LabelPlace.NEXT:
+        read = read & ((batch["labels"] != IGNORED).cumsum(1) == 0)
+    return [row[kept].tolist() for row, kept in zip(ids, read, strict=True)]
 
 
 def _gain(step: Step, batch: str) -> Tensor:

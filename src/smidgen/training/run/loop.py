@@ -90,8 +90,8 @@ class Loop:
         """Open or resume the run, train, and give back the best state; the model is left as it came."""
         wanted = {} if self.folder.path is None else asked(self.run, self.folder.hashed_by)
         self.folder.open(wanted)
-        if self.folder.finished and self.folder.path is not None:
-            return Delta.load(self.folder.path)
+        if (delta := self._finished()) is not None:
+            return delta
         with folder_lock_held(self.folder.path if self.main else None):
             return self._fit(wanted)
 
@@ -102,8 +102,8 @@ class Loop:
     def _fit(self, wanted: Mapping[str, Any]) -> Delta:
         """Everything that is known once the folder is this run's alone."""
         earlier = self.folder.open(wanted)  # again: another process may have come between
-        if self.folder.finished and self.folder.path is not None:
-            return Delta.load(self.folder.path)
+        if (delta := self._finished()) is not None:
+            return delta
         self._encode(self.settings.max_length if earlier is None else earlier.max_length)
         rank, device = self.accelerator.process_index, self.accelerator.device
         self.feed = Feed(self.rows, self.collate, self.settings, rank, self.world, device)
@@ -348,6 +348,13 @@ class Loop:
         if state is not None:
             self.progress = state.progress
             self.best = unpack(state.tensors, self.model, self.optimizer, self.accelerator)
+
+    def _finished(self) -> Delta | None:
+        """The delta of a run that came to its end before, perhaps killed while it cleaned up."""
+        if self.folder.path is None or not self.folder.finished:
+            return None
+        self.folder.finish()
+        return Delta.load(self.folder.path)
 
     def _finish(self) -> Delta:
         """The best state as a delta, saved."""

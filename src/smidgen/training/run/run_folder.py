@@ -146,10 +146,11 @@ class RunFolder:
             raise TrainError(f"{path} is damaged ({error}); remove it to start over") from None
 
     def finish(self) -> None:
-        """The delta is saved; the checkpoint is not needed any more."""
+        """The delta is saved; the checkpoint is not needed any more, nor what a start killed in here left of it."""
         if self.writer and self.path:
             for path in (self.path / CHECKPOINT, self.path / SELECTION, *self.path.glob("prefix-*.states")):
-                path.unlink(missing_ok=True)  # the delta has the indices too; hidden states are of no more use
+                if path.exists():  # a finished run may lie where nothing can be written
+                    path.unlink(missing_ok=True)  # the delta has the indices too; hidden states are of no more use
 
 
 def hashed_by(file: Path) -> str:
