@@ -21,7 +21,7 @@ import smidgen.methods
 import smidgen.methods.base
 import smidgen.recipe.named_recipes
 from smidgen.common.errors import SmidgenError
-from smidgen.methods.base import Method
+from smidgen.methods.base import Method, adds, trains_in_place
 from smidgen.planning.plans import Plan
 from smidgen.planning.resolution import resolve
 from smidgen.planning.saved_layout import safetensors_size
@@ -111,7 +111,7 @@ def count(method: Method, model: str) -> str:
 
 def rate(cls: type[Method]) -> str:
     """The default learning rate; the head's for a method that trains nothing else."""
-    return f"{cls.lr if cls.overrides('trains') or cls.overrides('acts') else HEAD_LR:g}"
+    return f"{cls.lr if trains_in_place(cls) or adds(cls) else HEAD_LR:g}"
 
 
 def merging(cls: type[Method]) -> str:
@@ -120,9 +120,9 @@ def merging(cls: type[Method]) -> str:
     rows = () if isinstance(plan, str) else plan.rows
     if why := next((why for row in rows if row.added and (why := row.method.unmergeable(row.site))), None):
         return f"no: {why}"
-    if cls.overrides("merge"):
+    if hasattr(cls, "merge"):
         return "yes, into the weight"
-    return "yes, trained values replace the base's" if cls.overrides("trains") else "yes, nothing is added"
+    return "yes, trained values replace the base's" if trains_in_place(cls) else "yes, nothing is added"
 
 
 def places(method: Method) -> list[str]:
@@ -144,7 +144,8 @@ def places(method: Method) -> list[str]:
 def port(cls: type[Method]) -> str:
     """The ports that a method uses, by the table of functions in smidgen.methods.base."""
     rows = re.findall(r"^\| `(\w+)\(.*?\)` \|.*\| (\w+) \|$", smidgen.methods.base.__doc__ or "", re.MULTILINE)
-    return ", ".join(dict.fromkeys(name for function, name in rows if cls.overrides(function))) or "-"
+    own = {function for function, _ in rows if getattr(cls, function, None) is not getattr(Method, function, None)}
+    return ", ".join(dict.fromkeys(name for function, name in rows if function in own)) or "-"
 
 
 def parts(method: Method) -> str:

@@ -195,7 +195,7 @@ def closures(monkeypatch):
         )
 
     original = ports.add_edit
-    monkeypatch.setattr(PLACE, "add_edit", add_edit)
+    monkeypatch.setattr(ports, "add_edit", add_edit)
 
 
 def no_switch(monkeypatch):
@@ -222,8 +222,8 @@ def no_reset(monkeypatch):
 
 
 def low_masters(monkeypatch):
-    for module in (PLACE, sys.modules["smidgen.ports.attachment_record"]):
-        monkeypatch.setattr(module, "master_dtype", lambda dtype: dtype)
+    for name in ("placement", "parameter_port", "attachment_record"):
+        monkeypatch.setattr(f"smidgen.ports.{name}.master_dtype", lambda dtype: dtype)
 
 
 def blind(monkeypatch):

@@ -19,7 +19,8 @@ from smidgen.methods.low_rank.pissa import PiSSA
 from smidgen.methods.prompt.prompt_tuning import PromptTuning
 from smidgen.methods.scaling.ssf import SSF
 from smidgen.ports.attachment_record import trained_parameters
-from smidgen.ports.module_port import Edit
+from smidgen.ports.attention_port import AttentionPort
+from smidgen.ports.edit import Edit, drop_edits
 from smidgen.recipe.named_recipes import NAMED
 from smidgen.recipe.recipe import Recipe, Term
 from smidgen.studies.experiments.model_components import components, part_of
@@ -233,11 +234,11 @@ def always_on(monkeypatch):
 
 
 def keep_configuration(monkeypatch):
-    monkeypatch.setattr(place, "drop_keys", lambda module: module._modules.pop("edits"))
+    monkeypatch.setattr(AttentionPort, "remove", lambda self, model, site: drop_edits(model.get_submodule(site.path)))
 
 
 def no_tap_taken(monkeypatch):
-    monkeypatch.setattr(attach, "drop_tap", lambda module: None)
+    monkeypatch.setattr("smidgen.ports.sublayer_port.drop_tap", lambda module: None)
 
 
 BROKEN = [

@@ -186,7 +186,7 @@ def rounded(monkeypatch):
 
 
 def tap_left(monkeypatch):
-    monkeypatch.setattr(attach, "drop_tap", lambda module: None)
+    monkeypatch.setattr("smidgen.ports.sublayer_port.drop_tap", lambda module: None)
 
 
 def half_folded(monkeypatch):
@@ -196,6 +196,7 @@ def half_folded(monkeypatch):
 
 def merges_anything(monkeypatch):
     monkeypatch.setattr(merging, "_refuse", lambda model, record: None)
+    monkeypatch.setattr(merging, "fold", lambda edit, weight, bias: (weight, bias))
 
 
 def refuses_the_first_only(monkeypatch):

@@ -11,6 +11,7 @@ from torch import nn
 from smidgen.cli.views.plans import plan_view as view
 from smidgen.planning import gaps
 from smidgen.planning.resolution import resolve
+from smidgen.planning.rules.attention import INTERFACE
 from tests import helpers as h
 from tests import odd_layouts, odd_models
 from tests.architectures import CASES
@@ -125,7 +126,7 @@ def test_attentions_without_the_interface_in_a_tower():
     inside = {row.site.stack for row in plan.rows}
     assert inside == {"decoder.model.decoder.layers"}
     ((places, count, reason),) = found(model, "Prefix(length=2)")
-    assert (count, reason) == (2, gaps.INTERFACE)
+    assert (count, reason) == (2, INTERFACE)
     assert all(place.startswith("encoder.encoder.layers.*.blocks.*.attention") for place in places)
     assert found(model, "Prefix(length=2, stack='decoder')") == []
 

@@ -18,8 +18,8 @@ from smidgen.common.errors import AttachError, DeltaError
 from smidgen.common.module_modes import evaluating, renew_caches
 from smidgen.delta.delta import Delta
 from smidgen.delta.fingerprint import Fingerprint
-from smidgen.ports import held_state as held
 from smidgen.ports.attachment_record import trained_parameters
+from smidgen.ports.in_place import held_state as held
 from smidgen.steps.references import base_running
 from smidgen.testing.cases import shake
 from tests import helpers as h

@@ -8,8 +8,8 @@ import transformers as T
 from torch import nn
 
 import smidgen as sm
-from smidgen.ports import master_weights as casts
 from smidgen.ports.attachment_record import trained_parameters
+from smidgen.ports.in_place import master_weights as casts
 from smidgen.testing.cases import shake
 from tests import helpers as h
 

@@ -14,6 +14,7 @@ import torch
 
 import smidgen as sm
 from smidgen.methods.base import Method
+from smidgen.methods.capabilities import CAPABILITIES
 from smidgen.recipe.recipe import Term
 from smidgen.testing.suite import CHECKS, check_method, run_check
 
@@ -43,11 +44,16 @@ def own_registry(monkeypatch):
     monkeypatch.setattr(Term, "registry", dict(Term.registry))
 
 
+def everything():
+    """What a method may define: of its base and of the capabilities."""
+    return defined(Method).union(*map(defined, CAPABILITIES))
+
+
 def defined(cls):
     """Functions with their arguments, and class attributes, that a method may define."""
     functions = {n: f for n, f in vars(cls).items() if inspect.isfunction(f) and not n.startswith("_")}
     spelled = {f"{n}({', '.join([*inspect.signature(f).parameters][1:])})" for n, f in functions.items()}
-    plain = {n for n in vars(cls) if not n.startswith("_")} - set(functions) - {"overrides"}
+    plain = {n for n in vars(cls) if not n.startswith("_")} - set(functions)
     return spelled | plain
 
 
@@ -58,13 +64,13 @@ def listed(text):
 
 
 def test_the_page_lists_every_function():
-    assert listed(PAGE.read_text()) == defined(Method), "docs/new-method.md: one line for each function of Method"
+    assert listed(PAGE.read_text()) == everything(), "docs/new-method.md: one line for each function of Method"
 
 
 def test_a_missing_line_would_be_seen(monkeypatch):
     monkeypatch.setattr(Method, "between", lambda self, site: None, raising=False)
-    assert defined(Method) - listed(PAGE.read_text()) == {"between(site)"}
-    assert defined(Method) != listed(PAGE.read_text().replace("| `rate(term)` |", "| rate |"))
+    assert everything() - listed(PAGE.read_text()) == {"between(site)"}
+    assert everything() != listed(PAGE.read_text().replace("| `rate(term)` |", "| rate |"))
 
 
 def test_the_functions_with_a_port_are_functions():
@@ -72,7 +78,7 @@ def test_the_functions_with_a_port_are_functions():
     import smidgen.methods.base
 
     rows = set(re.findall(r"^\| `(\w+\(.*?\))` \|", smidgen.methods.base.__doc__, re.MULTILINE))
-    assert rows <= defined(Method)
+    assert rows <= everything()
     assert {"after(p, x, y, site)", "trains(site)", "keys_values(p, site)"} <= rows
 
 

@@ -14,7 +14,7 @@ from smidgen.common.errors import AttachError, DataError, PlanError
 from smidgen.data.text.collate import Collator
 from smidgen.planning.resolution import resolve
 from smidgen.ports.attachment_record import trained_parameters
-from smidgen.ports.token_insertion import Room
+from smidgen.ports.prompts.token_insertion import Room
 from smidgen.sites.task_head import own_pooling, takes_positions
 from smidgen.testing.suite import shake
 from tests import helpers as h

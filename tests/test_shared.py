@@ -11,6 +11,7 @@ from smidgen.common.errors import PlanError, RecipeError
 from smidgen.importance.targets import find_targets
 from smidgen.methods.functional import kronecker_sum
 from smidgen.ports.attachment_record import attachment, trained_parameters
+from smidgen.ports.edit import Edit
 from smidgen.recipe.recipe import Term
 from smidgen.studies.experiments.model_components import components, part_of
 from smidgen.testing.cases import inputs_for, shake, tiny
@@ -54,7 +55,7 @@ def test_a_shared_tensor_is_one_parameter_with_the_gradient_of_all_sites():
     shake(trained_parameters(model).values())
     names = [name for name in model.state_dict() if name.endswith(".S")]
     assert names == ["edits.0-all.S"]
-    edits = [m for m in model.modules() if type(m).__name__ == "Edit" and m.pool]
+    edits = [m for m in model.modules() if isinstance(m, Edit) and m.pool]
     assert len(edits) == 4
     assert len({id(edit.tensors()["S"]) for edit in edits}) == 1
     shared = trained_parameters(model)["edits.0-all.S"]
@@ -72,7 +73,7 @@ def test_shards_are_public_or_private():
     model = sm.attach(tiny("bert"), "MoS(rank=3, equivalent=2, private=1, shards=2, target='query')")
     p = trained_parameters(model)
     (name,) = (n for n in p if n.endswith(".P"))
-    edits = [m for m in model.modules() if type(m).__name__ == "Edit" and m.pool]
+    edits = [m for m in model.modules() if isinstance(m, Edit) and m.pool]
     used = [set(edit.I.tolist()) for edit in edits]
     public = (2 - 1) * 2 * 2
     assert all(len(places) == 3 * 2 for places in used)
@@ -91,7 +92,7 @@ def test_mos_with_only_private_rows_is_lora_bit_for_bit():
     pools, pairs = trained_parameters(mos), trained_parameters(lora)
     P, Q = (next(t for n, t in pools.items() if n.endswith(end)) for end in (".P", ".Q"))
     with torch.no_grad():
-        edits = [m for m in mos.modules() if type(m).__name__ == "Edit" and m.pool]
+        edits = [m for m in mos.modules() if isinstance(m, Edit) and m.pool]
         for layer, edit in enumerate(edits):
             for name, t in pairs.items():
                 if f"layer.{layer}." in name:

@@ -21,10 +21,10 @@ from smidgen.delta.saved_selection import FILE, Selection
 from smidgen.planning.initial_values import initial
 from smidgen.planning.resolution import resolve
 from smidgen.planning.row import INDICES, START, Subset
-from smidgen.ports import sparse_values as subsets
 from smidgen.ports.attachment_record import attachment, trained_parameters
+from smidgen.ports.in_place import sparse_values as subsets
+from smidgen.ports.in_place.sparse_values import SparseValues
 from smidgen.ports.placement import place
-from smidgen.ports.sparse_values import SparseValues
 from smidgen.testing.cases import inputs_for, shake, tiny
 from smidgen.testing.suite import run_check
 from tests import helpers as h

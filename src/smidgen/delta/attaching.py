@@ -24,12 +24,10 @@ from smidgen.planning.row import INDICES, START
 from smidgen.planning.selection.data_free_scores import choose_ready
 from smidgen.planning.selection.narrowing import narrow
 from smidgen.ports.attachment_record import attachment, refuse_attached, trained_parameters
-from smidgen.ports.generation_cache import drop_generation
-from smidgen.ports.master_weights import drop_casts
+from smidgen.ports.in_place.master_weights import drop_casts
+from smidgen.ports.in_place.sparse_values import drop_parts
 from smidgen.ports.module_port import drop_guard
-from smidgen.ports.placement import REFUSED, drop_at, place
-from smidgen.ports.sparse_values import drop_parts
-from smidgen.ports.sublayer_port import drop_tap
+from smidgen.ports.placement import REFUSED, place, take_off
 from smidgen.recipe.recipe import Recipe, Term
 from smidgen.sites.site import module_at
 
@@ -114,10 +112,7 @@ def _remove(model: nn.Module) -> None:
     record = attachment(model)
     record.held.release()
     record.unplug(model)
-    for path in {row.site.path for row in record.plan.rows if row.added}:
-        drop_at(module_at(model, path))
-    for path in record.tapped:
-        drop_tap(module_at(model, path))
+    take_off(model, record.plan)
     for path in record.guarded:
         drop_guard(module_at(model, path))
     drop_casts(model, record.low_modules())
@@ -130,7 +125,6 @@ def _remove(model: nn.Module) -> None:
         parameters[name].requires_grad_(flag)
     for name in REFUSED:
         model.__dict__.pop(name, None)
-    drop_generation(model)
     model.__dict__.pop("_smidgen")
 
 

@@ -14,6 +14,7 @@ from smidgen.common.wrappers import bare
 from smidgen.delta.fingerprint import Fingerprint
 from smidgen.delta.fingerprint import verify as verify_base
 from smidgen.methods.base import renewed
+from smidgen.methods.capabilities import Grows
 from smidgen.planning.plans import Plan
 from smidgen.planning.resolution import resolve
 from smidgen.planning.selection.kept_shapes import chosen_indices
@@ -100,7 +101,7 @@ def _grown(plan: Plan, tensors: Mapping[str, Tensor]) -> Plan:
     """The plan with the shapes that events can have led to, where the tensors have such."""
     rows = []
     for row in plan.rows:
-        if row.added and row.method.overrides("event") and all(row.name(term) in tensors for term, _ in row.terms):
+        if row.added and isinstance(row.method, Grows) and all(row.name(term) in tensors for term, _ in row.terms):
             shapes = {term: tuple(tensors[row.name(term)].shape) for term, _ in row.terms}
             if shapes != dict(row.terms) and row.method.grown(shapes, row.site):
                 row = replace(row, terms=tuple(shapes.items()), grown=True)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+
+from smidgen.methods.base import Method, adds
+from smidgen.methods.capabilities import Merges
+from smidgen.recipe.recipe import Term
 
 
-def folds(recipe: Iterable[Any], pooling: str | None) -> bool:
+def folds(recipe: Iterable[Term], pooling: str | None) -> bool:
     """Whether all of a trained result states a merged weight or trains in place; a single site may still refuse."""
-    return pooling is None and all(term.overrides("merge") or not term.overrides("acts") for term in recipe)
+    adding = (term for term in recipe if isinstance(term, Method) and adds(type(term)))
+    return pooling is None and all(isinstance(term, Merges) for term in adding)

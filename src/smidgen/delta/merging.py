@@ -17,8 +17,8 @@ from smidgen.delta.arithmetic.sums import Sum
 from smidgen.delta.attaching import attach, remove
 from smidgen.delta.delta import Delta
 from smidgen.delta.untying import untie
-from smidgen.ports.attached_weights import live
 from smidgen.ports.attachment_record import Attachment, attachment
+from smidgen.ports.in_place.attached_weights import live
 from smidgen.ports.module_port import fold
 from smidgen.sites.new_tensors import keep_note
 

@@ -20,7 +20,7 @@ from smidgen.delta.merging import merge
 from smidgen.planning.plans import Plan
 from smidgen.planning.resolution import resolve
 from smidgen.ports.attachment_record import is_attached, trained_parameters
-from smidgen.ports.module_port import Edit
+from smidgen.ports.edit import Edit
 from smidgen.recipe.recipe import Recipe, Term, as_recipe
 
 NORMS = "LN()"

@@ -19,7 +19,8 @@ from torch.utils.hooks import RemovableHandle
 
 from smidgen.importance.per_example_rules import Call, Tensors, embedding, general
 from smidgen.importance.targets import Target
-from smidgen.ports.module_port import Edit
+from smidgen.ports.edit import Edit
+from smidgen.ports.module_port import ModuleEdit
 
 
 class Recorder:
@@ -46,9 +47,11 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         for module in self.targets:
-            if isinstance(module, Edit):
+            if isinstance(module, ModuleEdit):
                 self._wrap(module)
-            else:  # first of all hooks: what edits and casts make of the output is behind it
+            elif not isinstance(
+                module, Edit
+            ):  # first of all hooks: what edits and casts make of the output is behind it
                 hook = module.register_forward_hook(self._record, prepend=True, with_kwargs=True)
                 self._handles.append(hook)
         return self
@@ -57,7 +60,7 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         for module in self.targets:
-            for name in ("before", "after") if isinstance(module, Edit) else ():
+            for name in ("before", "after") if isinstance(module, ModuleEdit) else ():
                 module.__dict__.pop(name, None)
         self._handles.clear()
 
@@ -106,20 +109,20 @@ class Recorder:
 
         return self._watch(output, targets, Call(module, function, (args[0].detach(),)))
 
-    def _wrap(self, edit: Edit) -> None:
+    def _wrap(self, edit: ModuleEdit) -> None:
         """Shadow an edit's two functions, as far as its method defines them, in the instance's own `__dict__`."""
-        (target,), method = self.targets[edit], edit.method
-        if method.overrides("before"):
+        (target,) = self.targets[edit]
+        if edit.input is not None:
             edit.__dict__["before"] = partial(self._before, edit, target, edit.before)
-        if method.overrides("after") or edit.reads_base:
+        if edit.output is not None or edit.reads_base:
             edit.__dict__["after"] = partial(self._after, edit, target, edit.after)
 
-    def _before(self, edit: Edit, target: Target, plain: Any, x: Tensor) -> Tensor:
+    def _before(self, edit: ModuleEdit, target: Target, plain: Any, x: Tensor) -> Tensor:
         output = plain(x)
-        call = Call(edit, lambda p, x: edit.method.before(edit.tensors() | p, x, edit.site), (x.detach(),))
+        call = Call(edit, lambda p, x: edit.input_formula(edit.tensors() | p, x), (x.detach(),))
         return output if output is x else self._edited(target, call, output)
 
-    def _after(self, edit: Edit, target: Target, plain: Any, x: Tensor, y: Tensor, base: Any = None) -> Tensor:
+    def _after(self, edit: ModuleEdit, target: Target, plain: Any, x: Tensor, y: Tensor, base: Any = None) -> Tensor:
         output = plain(x, y, base)
 
         def function(p: Tensors, x: Tensor, y: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from smidgen.importance.per_example_rules import RULES, Call, Rule, Tensors, general
 from smidgen.ports.attachment_record import attachment
-from smidgen.ports.module_port import Edit
+from smidgen.ports.edit import Edit
 from smidgen.sites.module_kinds import kind_of
 from smidgen.sites.site import SharedSite
 

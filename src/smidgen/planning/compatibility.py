@@ -12,16 +12,15 @@ from transformers import PreTrainedModel
 
 from smidgen.common.errors import PlanError
 from smidgen.methods.base import Method, renewed
-from smidgen.planning.prompt_positions import prompt_length
+from smidgen.methods.capabilities import Grows, ReadsWeight
 from smidgen.planning.row import Row
+from smidgen.planning.site_rules import rules_for
 from smidgen.recipe.recipe import Recipe
-from smidgen.sites.attention_modules import no_interface, without_keys
 from smidgen.sites.discovery import roles_found, shares_layers
-from smidgen.sites.input_embedding import position_limit
 from smidgen.sites.module_calls import without_gradient
 from smidgen.sites.module_kinds import is_norm
 from smidgen.sites.new_tensors import resized
-from smidgen.sites.site import ROLES, InputSite, NormSite, Site, Sublayer
+from smidgen.sites.site import ROLES, NormSite, Site
 from smidgen.sites.sublayers import UNKNOWN
 from smidgen.sites.targeting import LINEAR_ROLES
 
@@ -44,14 +43,8 @@ def no_match(method: Method, model: nn.Module, sites: Sequence[Site]) -> str:
     if any(method.trains(site) for site in sites):
         return f"{method} is left with nothing: the head or another term trains it, or the pooling gives it no effect"
     text = f"{method} matches no site of {name}; roles found: {roles}"
-    if kinds := dict.fromkeys(site.kind for site in sites if isinstance(site, Sublayer)):
-        text += f"; sublayers found: {', '.join(kinds)}"
-    if method.overrides("tokens"):
-        text += "; it does not embed the tokens of one text, so none can be added"
     text += _of_norms(method, model, sites)
-    if method.overrides("keys_values") and (classes := no_interface(model, sites)):
-        text += f"; {', '.join(classes)} does not go through transformers' AttentionInterface, so no keys can be added"
-        text += ": choose a method that adds none"
+    text += "".join(rules.unmatched(method, model, sites) for rules in rules_for(method))
     shut = [p for p in without_gradient(model) if any(True for _ in model.get_submodule(p).parameters())]
     if shut:
         text += f"; no gradient passes through {shut[0] or 'its forward'}, which stands under torch.no_grad"
@@ -116,36 +109,10 @@ def refuse_part(recipe: Recipe, index: int, method: Method) -> None:
         return
     if method.settled() != method:
         raise PlanError(f"{method} saves {method.settled()}, so no part of it can be kept; leave out the Select")
-    if method.overrides("event"):
+    if isinstance(method, Grows):
         raise PlanError(f"{method} grows while it trains, so no part of it can be kept; leave out the Select")
     if why := by.refuses(method):
         raise PlanError(why)
-
-
-def refuse_passed_by(method: Method, model: nn.Module, sites: Sequence[Site], rows: Sequence[Row]) -> None:
-    """Raises PlanError if keys would reach some of a text's attentions only: the others do not ask for any."""
-    if not rows or not method.overrides("keys_values"):
-        return
-    passed = [site for site in without_keys(model, sites) if method.acts(site)]
-    if passed:
-        names = dict.fromkeys(type(model.get_submodule(s.path.rpartition(".")[0])).__name__ for s in passed)
-        here, there = (", ".join(dict.fromkeys(s.stack for s in at)) for at in (passed, [row.site for row in rows]))
-        raise PlanError(
-            f"{method}: {', '.join(names)} in {here} does not go through transformers' AttentionInterface, so keys "
-            f"would reach {there} alone; choose a method that adds none"
-        )
-
-
-def refuse_no_room(model: nn.Module, rows: Sequence[Row]) -> None:
-    """Raises PlanError if a prompt, or several, take all positions that a model has."""
-    prompts = [(row, row.site) for row in rows if isinstance(row.site, InputSite)]
-    limit = position_limit(model, prompts[0][1]) if prompts else None
-    taken = sum(prompt_length(row.method, site) for row, site in prompts)
-    if limit is not None and taken >= limit:
-        raise PlanError(
-            f"{' and '.join(str(row.method) for row, _ in prompts)}: the model has {limit} positions, so {taken} "
-            "vectors leave none for a text; a shorter prompt fits"
-        )
 
 
 def refuse_twice(rows: Sequence[Row], parameters: Mapping[str, nn.Parameter]) -> None:
@@ -198,7 +165,7 @@ def refuse_resized(model: nn.Module, recipe: Recipe) -> None:
 def refuse_unfoldable(rows: Sequence[Row]) -> None:
     """Raises PlanError if a method reads a weight of which an edit before it cannot become a part."""
     for row in rows:
-        if not row.method.overrides("after_with"):
+        if not isinstance(row.method, ReadsWeight):
             continue
         for other in rows:
             below = other.added and other.site.path == row.site.path and other.index < row.index

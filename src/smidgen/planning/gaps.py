@@ -19,7 +19,8 @@ from smidgen.common.errors import PlanError
 from smidgen.methods.base import Method
 from smidgen.planning.compatibility import is_stacked
 from smidgen.planning.row import Row
-from smidgen.sites.attention_modules import interface_path
+from smidgen.planning.rules.attention import keys_at
+from smidgen.planning.site_rules import rules_for, rules_of
 from smidgen.sites.discovery import find_blocks
 from smidgen.sites.module_calls import never_called
 from smidgen.sites.module_kinds import is_linear
@@ -30,7 +31,6 @@ from smidgen.sites.site import (
     CrossAttentionSublayer,
     EmbeddingSite,
     FeedForwardSublayer,
-    KeyValueSite,
     LinearSite,
     NormSite,
     OtherSite,
@@ -46,8 +46,6 @@ STACKED = "weights of several experts or heads stacked in one parameter, which n
 UNCALLED = "maps that are read and never called, so no hook acts"
 OWN = "a forward of its own: no plain map of a weight"
 FUSED = "which rows of the fused map are which is not known"
-INTERFACE = "computes without transformers' AttentionInterface, so no keys can be added"
-HEADS = "how many heads it has is not known"
 RUNNING = "statistics that run, as BatchNorm's"
 SHAPE = "its gain is not one by channel or by head"
 PLACE = "which sublayer the norm belongs to is not known"
@@ -90,7 +88,8 @@ def left_out(
     covered = _Covered(rows)
     found = [_Candidate(s.path, s, (), NAMED) for s in sites if _named(method, s) and s.path not in covered]
     found += [c for c in _candidates(model, sites) if _wants(method, c) and c.path not in covered]
-    found += [c for c in _without_keys(method, model, sites) if c.path not in covered]
+    missed = (m for rules in rules_for(method) for m in rules.missed(method, model, sites))
+    found += [_Candidate(m.path, m.place, (), m.reason) for m in missed if m.path not in covered]
     found += [c for c in _norms(method, model, sites) if c.path not in covered]
     found += [_Candidate(s.path, s, (), NO_GRADIENT) for s in shut if _reaches(method, s)]
     found += _whole_stacks(method, sites, [c.path for c in found], rows)
@@ -116,7 +115,7 @@ class _Covered:
     def __init__(self, rows: Iterable[Row]) -> None:
         rows = list(rows)
         self.around = {path for row in rows for path in _around(row.site.path)}
-        self.whole = {row.site.path for row in rows if isinstance(row.site, Sublayer)}
+        self.whole = {row.site.path for row in rows if rules_of(row.site).holds}
 
     def __contains__(self, path: str) -> bool:
         return path in self.around or any(outer in self.whole for outer in _around(path))
@@ -148,16 +147,11 @@ def _span(cls: type[Sublayer]) -> Sublayer:
     return cls("", frozenset({cls.kind, "block"}), width_in=2, width_out=2)
 
 
-def _keys(place: Site) -> KeyValueSite:
-    """An attention that takes keys, in the place of a site."""
-    return KeyValueSite.beside(place, heads=1, head_dim=2, value_dim=2)
-
-
 WORDS: dict[str, tuple[Site, ...]] = {
     "attention": (
         *(_map(role, "attention") for role in ("query", "key", "value", "attention_out")),
         *(_span(cls) for cls in (AttentionSublayer, CrossAttentionSublayer)),
-        _keys(_map("attention")),
+        keys_at(_map("attention")),
     ),
     "feed_forward": (*(_map(role, "ff") for role in ("ff_in", "ff_out")), _span(FeedForwardSublayer)),
     "linear": (_map(),),
@@ -194,7 +188,7 @@ def _candidates(model: nn.Module, sites: Sequence[Site]) -> Iterator[_Candidate]
     paths = {id(module): path for path, module in model.named_modules()}
     blocks: dict[tuple[str, int | None], list[Site]] = {}
     for site in sites:
-        if site.layer is not None and not isinstance(site, Sublayer | KeyValueSite):
+        if site.layer is not None and isinstance(site, OwnerSite):
             blocks.setdefault((site.stack, site.layer), []).append(site)
     idle = never_called(model)
     stacks = find_blocks(model)
@@ -268,15 +262,6 @@ def _attention(model: nn.Module, root: str, path: str, held: Collection[str] = (
     around = [o for o in _around(path) if within(o, root) and o != root and o not in held]
     named = (o for o in reversed(around) if re.search("attention|attn", type(model.get_submodule(o)).__name__, re.I))
     return next(named, "")
-
-
-def _without_keys(method: Method, model: nn.Module, sites: Sequence[Site]) -> Iterator[_Candidate]:
-    """Known attentions at which a method that adds keys would stand."""
-    for site in sites if method.overrides("keys_values") else ():
-        if not isinstance(site, AttentionSublayer | CrossAttentionSublayer) or not method.acts(_keys(site)):
-            continue
-        asks = interface_path(model, site.entry)
-        yield _Candidate(asks or site.entry.rpartition(".")[0], site, (), HEADS if asks else INTERFACE)
 
 
 def _norms(method: Method, model: nn.Module, sites: Sequence[Site]) -> Iterator[_Candidate]:

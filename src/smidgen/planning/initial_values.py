@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.common.seeding import seeded
+from smidgen.methods.capabilities import StartsFromBase
 from smidgen.planning.row import Row
-from smidgen.sites.weight_view import parameters_of, seen_from
+from smidgen.planning.shared_tensors import fresh_shared
+from smidgen.planning.site_rules import rules_of
 
 
 def initial(row: Row, seed: int, model: nn.Module | None = None) -> dict[str, Tensor]:
@@ -17,12 +19,16 @@ def initial(row: Row, seed: int, model: nn.Module | None = None) -> dict[str, Te
         model: with nothing attached, for methods that start from the base; None where only shapes matter.
     """
     with seeded(seed, row.site.path, row.key):
-        fresh = row.method.shared(row.sites) if row.owns_shared else row.method.init(row.site)
-        if model is None or row.owns_shared or not row.method.overrides("from_base"):
+        fresh = fresh_shared(row.method, row.sites) if row.owns_shared else row.method.init(row.site)
+        method = row.method
+        if model is None or row.owns_shared or not isinstance(method, StartsFromBase):
             return fresh
-        base = seen_from(row.site, *parameters_of(model.get_submodule(row.site.path)))
-        fresh = {k: v.to(base["weight"]) for k, v in fresh.items()}
-        started = row.method.from_base(fresh, base, row.site)
+        base = rules_of(row.site).base_tensors(model, row.site)
+        if base is None:
+            return fresh
+        like = next(iter(base.values()))
+        fresh = {k: v.to(like) for k, v in fresh.items()}
+        started = method.from_base(fresh, base, row.site)
         return {k: v.contiguous() for k, v in started.items()}  # another layout would round differently
 
 

@@ -10,13 +10,12 @@ from transformers import PreTrainedModel
 
 from smidgen.common.errors import PlanError
 from smidgen.common.wrappers import bare
-from smidgen.methods.base import Method
+from smidgen.methods.base import Method, adds, trains_in_place
+from smidgen.methods.capabilities import Shares
 from smidgen.planning.compatibility import (
     no_match,
     refuse_headless,
-    refuse_no_room,
     refuse_part,
-    refuse_passed_by,
     refuse_resized,
     refuse_twice,
     refuse_unfoldable,
@@ -25,16 +24,15 @@ from smidgen.planning.compatibility import (
 from smidgen.planning.gaps import Gap, left_out
 from smidgen.planning.plans import Plan
 from smidgen.planning.row import Row, Shape
+from smidgen.planning.rules.builtin import all_rules
 from smidgen.planning.shared_tensors import with_pools
+from smidgen.planning.site_rules import check_capable, rules_for
 from smidgen.planning.stack_choice import in_stack
 from smidgen.recipe.recipe import Recipe, Term, as_recipe
-from smidgen.sites.attention_modules import find_heads
-from smidgen.sites.discovery import find_sites, find_tables
-from smidgen.sites.input_embedding import find_input
+from smidgen.sites.discovery import find_sites
 from smidgen.sites.module_calls import without_gradient
 from smidgen.sites.roles import within
 from smidgen.sites.site import Site
-from smidgen.sites.sublayers import find_sublayers
 from smidgen.sites.task_head import check_pooling, head_parts, own_pooling, unused_under
 from smidgen.sites.unread_parts import read_sites, unread
 
@@ -64,8 +62,9 @@ def resolve(
     trained = [name for name in names if name not in idle]
     closed = {id(parameters[name]) for name in (*trained, *idle)}
     owners = find_sites(model)
-    sites: list[Site] = [*owners, *find_sublayers(model)]
-    sites += [*find_heads(model, sites), *find_tables(model, sites), *find_input(model)]
+    sites: list[Site] = [*owners]
+    for rules in all_rules():
+        sites += rules.find(model, sites)
     barred = [site for site in sites if any(within(site.path, path) for path in without_gradient(model))]
     sites = [site for site in sites if site not in barred]
     left = _unread(recipe, sites, unread(model))
@@ -74,7 +73,8 @@ def resolve(
         rows = _all_rows(model, recipe, sites, parameters, closed)
     except PlanError as error:
         raise PlanError(f"{error}; {type(model).__name__} never reads {', '.join(left)}") if left else error from None
-    refuse_no_room(model, rows)
+    for rules in all_rules():
+        rules.refuse_together(model, rows)
     refuse_twice(rows, parameters)
     refuse_unfoldable(rows)
     refuse_headless(model, recipe, rows, trained)
@@ -135,10 +135,11 @@ def _all_rows(
         others = [row for rows in found.values() for row in rows if not row.added and not recipe.narrows(row.index)]
         taken = {id(parameters[name]) for row in others for name, _ in row.names()} if method.gives_way() else set()
         here = list(_rows(index, method, near, parameters, closed | taken))
-        if not here and _wants_sites(method):
+        if not here and (adds(type(method)) or trains_in_place(type(method))):
             raise PlanError(no_match(method, model, near))
-        refuse_passed_by(method, model, near, here)
-        found[index] = list(with_pools(here)) if method.overrides("shared") else here
+        for rules in rules_for(method):
+            rules.refuse(method, model, near, here)
+        found[index] = list(with_pools(here)) if isinstance(method, Shares) else here
     return [row for index in sorted(found) for row in found[index]]
 
 
@@ -147,10 +148,6 @@ def _low(sites: Sequence[Site], names: Collection[str]) -> tuple[Site, ...]:
     last = max((i for i, site in enumerate(sites) if site.layer is not None), default=-1)
     owners = {name.rpartition(".")[0] for name in names}
     return tuple(site for site in sites[: last + 1] if site.path in owners and not site.part)
-
-
-def _wants_sites(method: Method) -> bool:
-    return method.overrides("trains") or method.overrides("acts")
 
 
 def _rows(
@@ -167,6 +164,7 @@ def _rows(
             yield Row(index, method, site, tuple((t, tuple(owned[t].shape)) for t in trained), added=False)
         in_head = any(id(p) in closed for p in owned.values())
         if not in_head and method.acts(site):
+            check_capable(method, site)
             with torch.device("meta"):
                 tensors = method.init(site)
                 saved = method.settle(tensors, site) if method.settled() != method else {}

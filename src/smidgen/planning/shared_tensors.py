@@ -6,9 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
+from smidgen.methods.base import Method
+from smidgen.methods.capabilities import Shares
 from smidgen.planning.row import Row
-from smidgen.sites.site import SharedSite
+from smidgen.sites.site import SharedSite, Site
 
 
 def with_pools(rows: Sequence[Row]) -> Iterator[Row]:
@@ -19,11 +22,17 @@ def with_pools(rows: Sequence[Row]) -> Iterator[Row]:
     for name, found in groups.items():
         sites, first = tuple(row.site for row in found), found[0]
         with torch.device("meta"):
-            terms = tuple((symbol, tuple(t.shape)) for symbol, t in first.method.shared(sites).items())
+            terms = tuple((symbol, tuple(t.shape)) for symbol, t in fresh_shared(first.method, sites).items())
         yield Row(first.index, first.method, _owner(name), terms, True, sites=sites)
         for row in found:
             routes = tuple((symbol, tuple(t.shape)) for symbol, t in row.method.routes(row.site, sites).items())
             yield replace(row, sites=sites, routes=routes)
+
+
+def fresh_shared(method: Method, sites: Sequence[Site]) -> dict[str, Tensor]:
+    """Fresh tensors that the sites of a group share."""
+    assert isinstance(method, Shares)  # or there was no row that owns them
+    return method.shared(sites)
 
 
 def _owner(name: str) -> SharedSite:

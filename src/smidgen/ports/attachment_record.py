@@ -9,29 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smidgen.common.dtypes import LOW, master_dtype
+from smidgen.common.dtypes import master_dtype
 from smidgen.common.errors import AttachError
 from smidgen.common.module_modes import renew_caches
 from smidgen.common.wrappers import bare, check_model
 from smidgen.methods.base import Method
 from smidgen.planning.plans import Plan
 from smidgen.planning.row import INDICES, START, Row
-from smidgen.ports.held_state import Held, persistent_buffers
-from smidgen.ports.master_weights import Low
-from smidgen.ports.sparse_values import SparseValues
+from smidgen.ports.in_place.held_state import Held, persistent_buffers
+from smidgen.ports.in_place.master_weights import Low
+from smidgen.ports.in_place.parameter_port import Swap, low_modules, plug_in, take_back
+from smidgen.ports.in_place.sparse_values import SparseValues
 from smidgen.recipe.recipe import Recipe
-from smidgen.sites.site import NormSite, module_at
-
-
-@dataclass
-class Swap:
-    """One existing tensor with a master in its place, at every module that owns it."""
-
-    name: str
-    owners: tuple[str, ...]
-    original: nn.Parameter
-    master: nn.Parameter
-    trained: bool = True
+from smidgen.sites.site import module_at
 
 
 @dataclass
@@ -46,7 +36,6 @@ class Attachment:
     added: dict[str, nn.Parameter] = field(default_factory=dict)
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # name of a tensor -> its owners
     handles: list[Any] = field(default_factory=list)
-    tapped: list[str] = field(default_factory=list)  # paths of modules that hold a tap
     guarded: list[str] = field(default_factory=list)  # paths of modules that may read a child with edits
     held: Held = field(default_factory=lambda: Held([], [], []))
     memory: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)  # of events, by index in the recipe
@@ -55,16 +44,12 @@ class Attachment:
 
     def plug(self, model: nn.Module) -> None:
         """Put the masters in."""
-        for swap in self.swaps:
-            _set(model, swap, swap.master)
+        plug_in(model, self.swaps)
         self._switch(model, True)
 
     def unplug(self, model: nn.Module) -> None:
         """Put the very original Parameters back, moved to where the module now lives."""
-        for swap in self.swaps:
-            if swap.original.device != swap.master.device:
-                swap.original.data = swap.original.data.to(swap.master.device)
-            _set(model, swap, swap.original)
+        take_back(model, self.swaps)
         self._switch(model, False)
 
     def _switch(self, model: nn.Module, on: bool) -> None:
@@ -114,14 +99,7 @@ class Attachment:
 
     def low_modules(self) -> list[Low]:
         """Modules of a low-precision base that hold masters."""
-        norms = {row.site.path for row in self.plan.rows if isinstance(row.site, NormSite)}
-        terms: dict[str, dict[str, torch.dtype]] = {}
-        for swap in self.swaps:
-            if swap.original.dtype in LOW:
-                for owner in swap.owners:
-                    path, _, term = owner.rpartition(".")
-                    terms.setdefault(path, {})[term] = swap.original.dtype
-        return [(path, stored, path in norms) for path, stored in terms.items()]
+        return low_modules(self.plan, self.swaps)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Saved name and master of every trained tensor, head included, in the plan's order."""
@@ -169,12 +147,6 @@ class Attachment:
         for name, parameter in model.named_parameters():
             if name in self.flags:
                 yield name, originals.get(name, parameter)
-
-
-def _set(model: nn.Module, swap: Swap, parameter: nn.Parameter) -> None:
-    for owner in swap.owners:
-        path, _, term = owner.rpartition(".")
-        module_at(model, path)._parameters[term] = parameter
 
 
 def attachment(model: nn.Module) -> Attachment:

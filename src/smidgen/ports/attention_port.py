@@ -14,10 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface
 
 from smidgen.common.errors import AttachError
-from smidgen.ports.module_port import Edit, Edits
+from smidgen.methods.capabilities import AddsKeys
+from smidgen.planning.row import Row
+from smidgen.planning.rules.attention import KeyValueRules
+from smidgen.ports.base import Port
+from smidgen.ports.edit import Edit, Edits, edits_at
 from smidgen.sites.site import Site
 
 NAME = "smidgen"
@@ -25,6 +30,16 @@ CAUSAL = {"sdpa": True, "eager": False}  # whether no mask may mean a causal one
 
 
 Function = Callable[..., Any]
+
+
+class KeyValueEdit(Edit):
+    """Keys and values that one method adds to an attention."""
+
+    def keys_values(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (heads, length, head_dim) and values (heads, length, value_dim), in the dtype of `key`."""
+        assert isinstance(self.method, AddsKeys)  # the plan has seen to it
+        k, v = self.method.keys_values(self.settled(), self.site)
+        return k.to(key.dtype), v.to(key.dtype)
 
 
 class KeyValueEdits(Edits):
@@ -101,14 +116,31 @@ def check_implementation(name: str | None, place: str) -> None:
         )
 
 
-def add_keys(module: Any, key: str, edit: Edit) -> None:
-    """Put an edit on an attention module, behind those that are there."""
-    if not isinstance(getattr(module, "edits", None), KeyValueEdits):
-        module.add_module("edits", KeyValueEdits(module.config, *_looked_up(module)))
-        module.config = copy.copy(module.config)
-        module.config._attn_implementation_internal = NAME
-    edit.train(module.training)
-    module.edits[key] = edit
+class AttentionPort(KeyValueRules, Port):
+    """Attentions that ask transformers' AttentionInterface."""
+
+    edit = KeyValueEdit
+
+    def check(self, model: nn.Module, row: Row) -> None:
+        """Raises AttachError if the attention cannot take more keys."""
+        check_attention(model.get_submodule(row.site.path), row.site)
+
+    def place(self, model: nn.Module, site: Site, key: str, edit: Edit) -> list[RemovableHandle]:
+        """At the attention module, which gets a configuration of its own."""
+        module: Any = model.get_submodule(site.path)
+        if not edits_at(module, KeyValueEdits):
+            module.add_module("edits", KeyValueEdits(module.config, *_looked_up(module)))
+            module.config = copy.copy(module.config)
+            module.config._attn_implementation_internal = NAME
+        module.edits[key] = edit.train(module.training)
+        return []
+
+    def remove(self, model: nn.Module, site: Site) -> None:
+        """Take all edits away; its own configuration comes back."""
+        module: Any = model.get_submodule(site.path)
+        if edits_at(module, KeyValueEdits):
+            module.config = module.edits.config
+            del module._modules["edits"]
 
 
 def _looked_up(module: nn.Module) -> tuple[AttentionInterface, Function | None]:
@@ -117,12 +149,6 @@ def _looked_up(module: nn.Module) -> tuple[AttentionInterface, Function | None]:
     known = {name: forward.__globals__.get(name) for name in forward.__code__.co_names}
     eager = next((f for name, f in known.items() if name.endswith("eager_attention_forward")), None)
     return known["ALL_ATTENTION_FUNCTIONS"], eager
-
-
-def drop_keys(module: Any) -> None:
-    """Take all edits off an attention module; its own configuration comes back."""
-    module.config = module.edits.config
-    del module._modules["edits"]
 
 
 AttentionInterface.register(NAME, attend_with_added_keys)

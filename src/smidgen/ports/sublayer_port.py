@@ -1,59 +1,46 @@
-"""The sublayer port: a tap that carries a sublayer's input to the edit at its end."""
+"""The sublayer port: an edit where a sublayer is left, with a tap if its formula reads what entered."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from smidgen.common.errors import AttachError
+from smidgen.methods.capabilities import EditsInput
+from smidgen.planning.row import Row
+from smidgen.planning.rules.sublayers import SublayerRules
+from smidgen.ports.base import Port
+from smidgen.ports.edit import Edit, drop_edits
+from smidgen.ports.module_port import ModuleEdit, add_edit, check_editable
+from smidgen.ports.tap import add_tap, drop_tap
+from smidgen.sites.site import Site, Sublayer
 
 
-class Tap(nn.Module):
-    """What entered a sublayer, on its way to where it is left; one object without tensors, child of both modules.
+class SublayerPort(SublayerRules, Port):
+    """Attention, cross-attention and feed-forward sublayers."""
 
-    Pegasus-X enters its attention with the text and with global tokens, and leaves with the tokens first: what entered
-    last is left first. At most two are kept: recomputation may stop before a sublayer is left.
-    """
+    edit = ModuleEdit
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.values: tuple[Tensor, ...] = ()
+    def check(self, model: nn.Module, row: Row) -> None:
+        """Raises AttachError if the module at the sublayer's end cannot carry edits."""
+        if isinstance(row.method, EditsInput):
+            raise AttachError(
+                f"{row.method} edits the input of the {row.site.kind} at {row.site.name}, which several maps share"
+            )
+        check_editable(model.get_submodule(row.site.path), row.site)
 
+    def place(self, model: nn.Module, site: Site, key: str, edit: Edit) -> list[RemovableHandle]:
+        """At the sublayer's end, with a tap at its beginning."""
+        assert isinstance(site, Sublayer)
+        assert isinstance(edit, ModuleEdit)
+        module = model.get_submodule(site.path)
+        add_edit(module, key, edit)
+        handle = add_tap(model.get_submodule(site.entry), module) if edit.reads_entry else None
+        return [] if handle is None else [handle]
 
-def keep_input(module: Any, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook of the module that a sublayer is entered by, before its own edits."""
-    if not args:
-        raise AttachError(f"{type(module).__name__} was called without a positional input; its edits need one")
-    module.tap.values = (*module.tap.values[-1:], args[0])
-
-
-def _entered(module: Any, output: Tensor) -> Tensor | None:
-    """What a tap brings, to a module that a sublayer is left by; the one it is entered by may have edits as well."""
-    if not any(edit.reads_entry for edit in module.edits.values()):
-        return None
-    values = module.tap.values
-    value, module.tap.values = values[-1] if values else None, values[:-1]
-    if value is None or value.shape[:-1] != output.shape[:-1]:
-        shape = None if value is None else tuple(value.shape)
-        raise AttachError(
-            f"a sublayer that was entered with {shape} is left with {tuple(output.shape)}: this model calls its parts "
-            "in an order of its own, so what entered cannot be read; an adapter of the form 'sequential' works"
-        )
-    found: Tensor = value
-    return found
-
-
-def add_tap(entry: Any, module: Any) -> RemovableHandle | None:
-    """Let a sublayer's input reach the edits at its end; None if it does already."""
-    if "tap" in module._modules:
-        return None
-    entry.tap = module.tap = Tap()
-    handle: RemovableHandle = entry.register_forward_pre_hook(keep_input, prepend=True)
-    return handle
-
-
-def drop_tap(module: Any) -> None:
-    """Take a tap away from one of its two modules."""
-    module._modules.pop("tap", None)
+    def remove(self, model: nn.Module, site: Site) -> None:
+        """Take all edits and the tap away."""
+        assert isinstance(site, Sublayer)
+        drop_edits(model.get_submodule(site.path))
+        for path in (site.entry, site.path):
+            drop_tap(model.get_submodule(path))

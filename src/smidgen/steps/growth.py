@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from smidgen.common.errors import TrainError
 from smidgen.common.seeding import seeded
 from smidgen.common.wrappers import bare
-from smidgen.methods.base import Method
+from smidgen.methods.capabilities import Grows
 from smidgen.ports.attachment_record import Attachment, attachment, trained_parameters
 
 
@@ -32,7 +32,7 @@ def after_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, to
     """
     record, changed = attachment(model), False
     for index, method in enumerate(record.plan.recipe):
-        if not isinstance(method, Method) or not method.due(step, total):
+        if not isinstance(method, Grows) or not method.due(step, total):
             continue
         rows = record.added_by(index)
         parts = [{term: p.detach() for term, p in record.tensors_of(row).items()} for row in rows]
@@ -70,7 +70,7 @@ def _resize(model: nn.Module, record: Attachment, values: Mapping[str, Tensor]) 
         found = {term: values[row.name(term)] for term, _ in row.terms if row.name(term) in values}
         if found:
             shapes = {**dict(row.terms), **{term: tuple(t.shape) for term, t in found.items()}}
-            if not (row.added and row.method.grown(shapes, row.site)):
+            if not (row.added and isinstance(row.method, Grows) and row.method.grown(shapes, row.site)):
                 raise TrainError(f"{row.method} at {row.site.name} cannot have tensors of the shapes {shapes}")
             module: Any = model.get_submodule(row.site.path)
             for term, value in found.items():

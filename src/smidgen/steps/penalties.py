@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from smidgen.methods.base import Method
+from smidgen.methods.capabilities import Penalises
 from smidgen.ports.attachment_record import attachment
 
 
@@ -13,7 +13,7 @@ def penalty(model: nn.Module) -> Tensor | None:
     record = attachment(model)
     found = None
     for index, method in enumerate(record.plan.recipe):
-        if isinstance(method, Method) and method.overrides("penalty"):
+        if isinstance(method, Penalises):
             rows = record.added_by(index)
             value = method.penalty([record.tensors_of(row) for row in rows], [row.site for row in rows])
             if value is not None:

@@ -13,6 +13,7 @@ from smidgen.common.errors import DeltaError
 from smidgen.delta.arithmetic.merge_rules import Changes
 from smidgen.delta.compatibility import Trained
 from smidgen.methods.base import Method
+from smidgen.methods.capabilities import Joins, Renews
 from smidgen.planning.plans import Plan
 from smidgen.planning.row import INDICES, Row
 from smidgen.recipe.recipe import Narrowing, Recipe
@@ -59,7 +60,7 @@ def check_linear(plan: Plan, how: str) -> None:
     how: "sum", or a rule that looks at single values, for which a method's own sum is no help.
     """
     for row in plan.rows:
-        if any(row.method.renews(name) for name, _ in row.names() if not row.added):
+        if isinstance(row.method, Renews) and any(row.method.renews(n) for n, _ in row.names() if not row.added):
             raise DeltaError(
                 f"{row.method} saves tensors whole, wherever they started, so no change of them is known: leave out "
                 "target= in training to add such deltas up"
@@ -68,7 +69,7 @@ def check_linear(plan: Plan, how: str) -> None:
             continue
         if plan.recipe.narrows(row.index):
             raise DeltaError(f"a part of {row.method} does not add up: sums of parts are for what is trained in place")
-        if not row.method.linear and row.method.joined([row.method]) is None:
+        if not row.method.linear and _joined([row.method]) is None:
             raise DeltaError(
                 f"{row.method} does not add up: what it does is not linear in its tensors, and no method does the same "
                 "as the sum; what is trained in place, IA3, SSF, LoFiT and LoRA add up"
@@ -142,6 +143,7 @@ def join_ranks(plans: Sequence[Plan], weights: Sequence[float], deltas: Sequence
     for rows in zip(*(plan.rows for plan in plans), strict=True):
         first: Row = rows[0]
         if first.added and not first.method.linear:
+            assert isinstance(first.method, Joins)  # or it would not add up
             parts = [
                 {term: d.tensors[row.name(term)].double() for term, _ in row.terms}
                 for row, d in zip(rows, deltas, strict=True)
@@ -165,7 +167,12 @@ def sum_recipe(recipes: Sequence[Recipe], plan: Plan, kept: Changes, own: Change
 
 def _sum_term(methods: Sequence[Any]) -> Method:
     first: Method = methods[0]
-    return first.joined(methods) or first
+    return _joined(methods) or first
+
+
+def _joined(methods: Sequence[Method]) -> Method | None:
+    first = methods[0]
+    return first.joined(methods) if isinstance(first, Joins) else None
 
 
 def _sum_span(span: Narrowing, plan: Plan, kept: Changes, own: Changes) -> Narrowing:

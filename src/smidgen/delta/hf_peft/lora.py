@@ -21,7 +21,7 @@ from smidgen.methods.base import Method
 from smidgen.methods.low_rank.dora import DoRA
 from smidgen.methods.low_rank.lora import LoRA
 from smidgen.methods.low_rank.pissa import PiSSA
-from smidgen.ports.attached_weights import stored
+from smidgen.ports.in_place.attached_weights import stored
 from smidgen.sites.site import ConvSite, Site, TableSite
 
 NAMES = {"A.weight": "A", "B.weight": "B", "magnitude_vector": "m"}  # what follows `lora_` -> symbol

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.common.errors import DeltaError
+from smidgen.methods.capabilities import StartsFromBase
 from smidgen.planning.initial_values import initial
 from smidgen.planning.plans import Plan
 from smidgen.planning.row import Row, Subset
@@ -54,7 +55,7 @@ def _narrowed(row: Row, indices: Mapping[str, Tensor]) -> Iterator[Row]:
     kept = tuple((t, s) for t, s in row.terms if row.added or len(chosen[t]))
     partial = [(t, s) for t, s in kept if len(chosen[t]) < prod(s)]
     fresh = initial(row, 0) if row.added and partial else {}
-    drawn = row.method.overrides("from_base") and not row.owns_shared
+    drawn = isinstance(row.method, StartsFromBase) and not row.owns_shared
     subsets = {t: Subset(chosen[t], s, t in fresh and (drawn or not _constant(fresh[t]))) for t, s in partial}
     yield replace(row, terms=kept, subsets=subsets)
 

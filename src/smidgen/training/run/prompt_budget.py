@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from smidgen.methods.base import Method
+from smidgen.methods.capabilities import AddsTokens
 from smidgen.planning.prompt_positions import prompt_length
 from smidgen.planning.resolution import resolve
 from smidgen.ports.attachment_record import refuse_attached
-from smidgen.ports.prompt_port import check_room
+from smidgen.ports.prompts.prompt_port import check_room
 from smidgen.recipe.recipe import Recipe
 from smidgen.sites.input_embedding import position_limit
 from smidgen.sites.site import InputSite
@@ -24,7 +24,7 @@ def room(model: nn.Module, recipe: Recipe) -> tuple[int | None, int]:
         AttachError: something is attached to the model.
         PlanError: a recipe with a prompt does not fit the model.
     """
-    if not any(isinstance(method, Method) and method.overrides("tokens") for method in recipe):
+    if not any(isinstance(method, AddsTokens) for method in recipe):
         return None, 0
     refuse_attached(model)
     rows = [(row.method, row.site) for row in resolve(model, recipe).rows if isinstance(row.site, InputSite)]

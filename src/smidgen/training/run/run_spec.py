@@ -14,7 +14,7 @@ from smidgen.data.task import Task
 from smidgen.delta.delta import Delta
 from smidgen.delta.saved_selection import Selection
 from smidgen.efficiency.prefix_cache.shared_caches import Kept
-from smidgen.methods.base import Method
+from smidgen.methods.capabilities import Grows
 from smidgen.recipe.recipe import Recipe
 from smidgen.steps.objectives import Objective, reduction_of
 from smidgen.training.run.callbacks import Callback, check_callbacks
@@ -73,7 +73,7 @@ class RunSpec:
             raise TrainError("start= brings its own selection; leave selection= out")
         if s.pooling not in (None, start.pooling):
             raise TrainError(f"start was trained with pooling={start.pooling!r}; leave pooling={s.pooling!r} out")
-        grows = next((m for m in start.recipe if isinstance(m, Method) and m.overrides("event")), None)
+        grows = next((m for m in start.recipe if isinstance(m, Grows)), None)
         if grows is not None:
             raise TrainError(f"{grows} grows by a schedule that a delta does not hold, so nothing goes on from it")
         unnamed = all(name == f"LABEL_{i}" for i, name in enumerate(start.labels))

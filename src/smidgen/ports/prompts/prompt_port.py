@@ -12,6 +12,7 @@ behind that one, else in front.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -19,15 +20,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
 from smidgen.common.errors import AttachError
 from smidgen.methods.base import Method
+from smidgen.methods.capabilities import AddsTokens
 from smidgen.planning.prompt_positions import prompt_length
-from smidgen.ports.module_port import Edit, Edits
-from smidgen.ports.token_insertion import Room
+from smidgen.planning.row import Row
+from smidgen.planning.rules.inputs import InputRules
+from smidgen.ports.base import Port
+from smidgen.ports.edit import Edit, Edits, drop_edits, edits_at
+from smidgen.ports.forward_state import state
+from smidgen.ports.prompts.generation_cache import drop_generation, place_generation, seen_by
+from smidgen.ports.prompts.token_insertion import Room
 from smidgen.sites.input_embedding import _limit, position_limit
-from smidgen.sites.site import InputSite
+from smidgen.sites.site import InputSite, Site
 from smidgen.sites.task_head import own_pooling
 
 # What a model may get for each token beside ids, mask and positions; a prompt gets what the token beside it has.
@@ -59,16 +65,29 @@ UNLABELLED = -100  # what transformers' losses leave out
 CACHES = ("past_key_values", "cache_params", "state")
 
 
-class InputEdits(Edits):
-    """The edits at one embedding: what comes from them in the pass that is under way."""
+class InputEdit(Edit):
+    """Vectors that one method adds to a text."""
 
-    def __init__(self, names: tuple[str, ...], at: int, blank: int, limit: int | None) -> None:
+    def tokens(self, dtype: torch.dtype) -> Tensor:
+        """Vectors (length, width)."""
+        assert isinstance(self.method, AddsTokens)  # the plan has seen to it
+        return self.method.tokens(self.settled(), self.site).to(dtype)
+
+
+class InputEdits(Edits):
+    """The edits at one embedding.
+
+    Attributes:
+        names: arguments of the model that takes token ids.
+        at: number of the text's tokens before the prompt.
+        blank: the id that stands in its place.
+        limit: of positions, None if there is none.
+        taken_out: whether the model's output is given back without the prompt.
+    """
+
+    def __init__(self, names: tuple[str, ...], at: int, blank: int, limit: int | None, taken_out: bool) -> None:
         super().__init__()
-        self.names, self.at, self.blank, self.limit = names, at, blank, limit
-        self.pending: tuple[Tensor, Tensor] | None = None
-        self.mask: Tensor | None = None
-        self.room: Room | None = None
-        self.tokens = 0  # of the text
+        self.names, self.at, self.blank, self.limit, self.taken_out = names, at, blank, limit, taken_out
 
     def prompt(self, dtype: torch.dtype) -> Tensor | None:
         """The vectors of all edits that are on, (n, width)."""
@@ -77,26 +96,57 @@ class InputEdits(Edits):
         return torch.cat(found) if found else None
 
 
-def add_tokens(model: Any, site: InputSite, key: str, edit: Edit) -> list[RemovableHandle]:
-    """Put an edit on the embedding, behind those that are there; gives the hooks that were placed elsewhere."""
-    entry: Any = model.get_submodule(site.entry)
-    module: Any = model.get_submodule(site.path)
-    handles: list[RemovableHandle] = []
-    if not isinstance(getattr(module, "edits", None), InputEdits):
-        names = tuple(signature(entry.forward).parameters)
-        module.add_module(
-            "edits", InputEdits(names, _place(model, entry), _blank(module, model), _limit(entry, module))
-        )
-        module._edit_handles = [module.register_forward_hook(fill_prompts)]
-        handles.append(entry.register_forward_pre_hook(make_room, with_kwargs=True))
-        decoder = _decoder(model, entry)
-        if decoder is not None:
-            handles.append(decoder.register_forward_pre_hook(widen_cross, with_kwargs=True))
-        else:
-            handles.append(entry.register_forward_hook(take_out, with_kwargs=True))
-    edit.train(module.training)
-    module.edits[key] = edit
-    return handles
+@dataclass(eq=False)
+class Prompted:
+    """What a pass knows of the prompt among its tokens.
+
+    Attributes:
+        room: its places.
+        tokens: of the text.
+        mask: of the text, None without one.
+        pending: vectors (n, width) and ids (B, n + T) until they are embedded.
+    """
+
+    room: Room
+    tokens: int
+    mask: Tensor | None = None
+    pending: tuple[Tensor, Tensor] | None = None
+
+
+class PromptPort(InputRules, Port):
+    """The embedding of a text's tokens, and the model around it that takes their ids."""
+
+    edit = InputEdit
+
+    def check(self, model: nn.Module, row: Row) -> None:
+        """Raises AttachError if the embedding cannot take the method's vectors."""
+        assert isinstance(row.site, InputSite)
+        check_tokens(model, row.site, row.method)
+
+    def place(self, model: nn.Module, site: Site, key: str, edit: Edit) -> list[RemovableHandle]:
+        """At the embedding; hooks of the model around it make room and take the prompt out again."""
+        assert isinstance(site, InputSite)
+        module: Any = model.get_submodule(site.path)
+        entry: Any = model.get_submodule(site.entry)
+        handles: list[RemovableHandle] = []
+        if not edits_at(module, InputEdits):
+            decoder, names = _decoder(model, entry), tuple(signature(entry.forward).parameters)
+            place, blank, limit = _place(model, entry), _blank(module, model), _limit(entry, module)
+            module.add_module("edits", InputEdits(names, place, blank, limit, decoder is None))
+            module._edit_handles = [module.register_forward_hook(fill_prompts)]
+            handles.append(entry.register_forward_pre_hook(make_room, with_kwargs=True))
+            if decoder is not None:
+                handles.append(decoder.register_forward_pre_hook(widen_cross, with_kwargs=True))
+            else:
+                handles.append(entry.register_forward_hook(take_out, with_kwargs=True))
+        module.edits[key] = edit.train(module.training)
+        place_generation(model, site.path)
+        return handles
+
+    def remove(self, model: nn.Module, site: Site) -> None:
+        """Take the vectors and the stand-ins for `generate` away."""
+        drop_edits(model.get_submodule(site.path))
+        drop_generation(model)
 
 
 def _place(model: nn.Module, entry: Any) -> int:
@@ -130,7 +180,7 @@ def make_room(
     module = entry.get_input_embeddings()
     edits = module.edits
     prompt = edits.prompt(module.weight.dtype)
-    edits.pending = edits.room = edits.mask = None
+    state().prompts.pop(edits, None)
     given: dict[str, Any] = {**dict(zip(edits.names, args, strict=False)), **kwargs}
     cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
     if prompt is None:
@@ -144,15 +194,6 @@ def make_room(
         raise AttachError(f"a prompt has no room in {wrong[0]}; leave it out, and give an attention_mask if need be")
     _put_in(edits, prompt, given)
     return (), given
-
-
-def seen_by(cache: Any) -> int | Tensor:
-    """How many tokens a cache holds, a prompt included; 1 for some where it does not count them."""
-    if not isinstance(cache, Cache):
-        return 1
-    if any(isinstance(layer, CacheLayerMixin) for layer in cache.layers) or not cache.layers:
-        return cache.get_seq_length()
-    return int(cache.has_previous_state())
 
 
 def _fed(given: Mapping[str, Any]) -> Tensor:
@@ -193,15 +234,14 @@ def _put_in(edits: InputEdits, prompt: Tensor, given: dict[str, Any]) -> None:
         found = f"one of {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise AttachError(f"a prompt needs an attention mask (batch, tokens), found {found}")
     check_room(edits.limit, n, fed.shape[1])
-    room = edits.room = Room.of(mask, n, edits.at, fed.device)
-    edits.tokens = fed.shape[1]
+    room = Room.of(mask, n, edits.at, fed.device)
+    known = state().prompts[edits] = Prompted(room, fed.shape[1], mask)
     if given.get("inputs_embeds") is None:
         given["input_ids"] = room.put_in(fed, fed.new_full((), edits.blank))
-        edits.pending = prompt, given["input_ids"]
+        known.pending = prompt, given["input_ids"]
     else:
         given["inputs_embeds"] = room.fill(room.put_in(fed, fed.new_zeros(())), prompt)
     if mask is not None:
-        edits.mask = mask
         given["attention_mask"] = room.put_in(mask, mask.new_ones(()))
     for name in (*PER_TOKEN, *TEXT):
         if (each := given.get(name)) is not None:
@@ -246,35 +286,38 @@ def check_tokens(model: nn.Module, site: InputSite, method: Method) -> None:
 def fill_prompts(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
     """Forward hook of the embedding: the prompt stands where room was made."""
     edits = module.edits
-    pending, edits.pending = edits.pending, None
-    if pending is None:
+    known = state().prompts.get(edits)
+    if known is None or known.pending is None:
         return None
-    (prompt, wide), ids = pending, args[0]
+    (prompt, wide), ids, room = known.pending, args[0], known.room
+    known.pending = None
+    if not edits.taken_out:
+        del state().prompts[edits]
     if wide.shape == ids.shape[::-1]:  # XLNet embeds (T, B)
-        turned = edits.room.fill(output.transpose(0, 1), prompt).transpose(0, 1)
+        turned: Tensor = room.fill(output.transpose(0, 1), prompt).transpose(0, 1)
         if wide.shape != ids.shape:
             return turned
-        return torch.where((ids == wide).all(), edits.room.fill(output, prompt), turned)
-    return edits.room.fill(output, prompt)
+        return torch.where((ids == wide).all(), room.fill(output, prompt), turned)
+    filled: Tensor = room.fill(output, prompt)
+    return filled
 
 
 def take_out(entry: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of the model that takes token ids: of its hidden states (B, n + T, d), those of the text."""
-    edits = entry.get_input_embeddings().edits
-    room, edits.room = edits.room, None
-    if room is None:
+    known = state().prompts.pop(entry.get_input_embeddings().edits, None)
+    if known is None:
         return None
+    room = known.room
     for name in CACHES:
         if isinstance(cache := getattr(output, name, None), Cache):
             cache.__dict__[HELD] = room.n
     if "attention_mask" in kwargs:  # hooks behind this one pool the text's tokens by it
-        kwargs["attention_mask"] = edits.mask
-    edits.mask = None
+        kwargs["attention_mask"] = known.mask
     if isinstance(output, tuple):
         return (room.take_out(output[0]), *output[1:])
     for name in STATES:
         if output.get(name) is not None:
-            output[name] = _text_of(entry, room, output[name], edits.tokens, kwargs.get("logits_to_keep", 0))
+            output[name] = _text_of(entry, room, output[name], known.tokens, kwargs.get("logits_to_keep", 0))
     if output.get("hidden_states") is not None:
         output["hidden_states"] = tuple(map(room.take_out, output["hidden_states"]))
     return output

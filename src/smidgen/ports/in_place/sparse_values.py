@@ -5,6 +5,8 @@ Never a gradient mask: under weight decay or momentum, masked values drift.
 
 from __future__ import annotations
 
+import threading
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -36,17 +38,25 @@ class SparseValues(nn.Module):
         return flat.view(start.shape)
 
 
+_LOCK = threading.Lock()  # threads see one `__dict__`: what stands there is taken away by the last to leave
+
+
 def compose(module: Any, args: tuple[Any, ...]) -> None:
     """Forward pre-hook: whole tensors stand in the instance's `__dict__`, which look-up reads before `_parameters`."""
-    for term, part in module.subsets.items():
-        if part.enabled:
-            module.__dict__[term] = part.whole(module._parameters[term])
+    with nullcontext() if torch.compiler.is_compiling() else _LOCK:
+        for term, part in module.subsets.items():
+            if part.enabled:
+                module.__dict__[term] = part.whole(module._parameters[term])
+        module._inside = module.__dict__.get("_inside", 0) + 1
 
 
 def clear(module: Any, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook (always called): take them away again."""
-    for term in module.subsets:
-        module.__dict__.pop(term, None)
+    with nullcontext() if torch.compiler.is_compiling() else _LOCK:
+        module._inside = max(module.__dict__.get("_inside", 0) - 1, 0)
+        if not module._inside:
+            for term in module.subsets:
+                module.__dict__.pop(term, None)
 
 
 def composed(module: Any, term: str) -> Tensor:
@@ -87,5 +97,6 @@ def drop_parts(module: Any) -> None:
     """Take all parts and their hooks off a module."""
     for handle in module.__dict__.pop("_subset_handles", ()):
         handle.remove()
+    module.__dict__.pop("_inside", None)
     stand_down(module)
     module._modules.pop("subsets", None)

@@ -10,9 +10,10 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
 
-from smidgen.ports.prompt_port import seen_by
-from smidgen.ports.token_insertion import Room
+from smidgen.ports.prompts.token_insertion import Room
 
 STAND_INS = ("prepare_inputs_for_generation", "_prepare_static_cache")
 
@@ -67,3 +68,12 @@ def _prompt(model: nn.Module, embedding: str) -> tuple[int, int]:
     module: Any = model.get_submodule(embedding)
     prompt = module.edits.prompt(module.weight.dtype)
     return (0 if prompt is None else len(prompt)), module.edits.at
+
+
+def seen_by(cache: Any) -> int | Tensor:
+    """How many tokens a cache holds, a prompt included; 1 for some where it does not count them."""
+    if not isinstance(cache, Cache):
+        return 1
+    if any(isinstance(layer, CacheLayerMixin) for layer in cache.layers) or not cache.layers:
+        return cache.get_seq_length()
+    return int(cache.has_previous_state())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from smidgen.ports.during_call import stand, stand_down
-from smidgen.ports.sparse_values import composed
+from smidgen.ports.in_place.sparse_values import composed
 from smidgen.sites.site import module_at
 
 NATIVE = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from smidgen.common.dtypes import master_dtype
-from smidgen.ports.sparse_values import current
+from smidgen.ports.in_place.sparse_values import current
 from smidgen.sites.weight_view import Pair
 
 

@@ -1,0 +1,17 @@
+"""The library's own ports, made known."""
+
+from __future__ import annotations
+
+from smidgen.ports.attention_port import AttentionPort
+from smidgen.ports.base import Port, port_of, register_port
+from smidgen.ports.module_port import ModulePort
+from smidgen.ports.prompts.prompt_port import PromptPort
+from smidgen.ports.shared_port import SharedPort
+from smidgen.ports.sublayer_port import SublayerPort
+
+BUILTIN: tuple[Port, ...] = (ModulePort(), SublayerPort(), AttentionPort(), PromptPort(), SharedPort())
+
+for _port in BUILTIN:
+    register_port(_port)
+
+__all__ = ["BUILTIN", "port_of"]

@@ -1,0 +1,84 @@
+"""The parameter port: a trained copy stands in `module._parameters` under the base tensor's own name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from smidgen.common.dtypes import LOW, master_dtype
+from smidgen.planning.plans import Plan
+from smidgen.ports.in_place.master_weights import Low
+from smidgen.sites.site import NormSite, module_at
+
+
+@dataclass
+class Swap:
+    """One existing tensor with a master in its place, at every module that owns it."""
+
+    name: str
+    owners: tuple[str, ...]
+    original: nn.Parameter
+    master: nn.Parameter
+    trained: bool = True
+
+
+def swaps(plan: Plan, parameters: Mapping[str, nn.Parameter], owners: Mapping[int, list[str]]) -> list[Swap]:
+    """A master for each tensor that a plan trains whole, and for the terms of norms that stand beside one.
+
+    Args:
+        parameters: name -> parameter.
+        owners: identity of a parameter -> all of its names.
+    """
+    names = [row.name(t) for row in plan.rows if not row.added for t, _ in row.terms if t not in row.subsets]
+    trained = [*names, *(name for name, _ in plan.head)]
+    # A norm in a low-precision base computes in float32 with both of its terms, even if one of them is frozen.
+    norms = {
+        f"{row.site.path}.{term}": None
+        for row in plan.rows
+        if isinstance(row.site, NormSite) and not row.added
+        for term, _ in row.site.terms
+    }
+    frozen = [name for name in norms if name not in trained and parameters[name].element_size() < 4]
+    found = []
+    for name in (*trained, *frozen):
+        original = parameters[name]
+        master = nn.Parameter(
+            original.detach().to(master_dtype(original.dtype), copy=True), requires_grad=name in trained
+        )
+        found.append(Swap(name, tuple(owners[id(original)]), original, master, name in trained))
+    return found
+
+
+def plug_in(model: nn.Module, swaps: Sequence[Swap]) -> None:
+    """Put the masters in."""
+    for swap in swaps:
+        _set(model, swap, swap.master)
+
+
+def take_back(model: nn.Module, swaps: Sequence[Swap]) -> None:
+    """Put the very original Parameters back, moved to where the module now lives."""
+    for swap in swaps:
+        if swap.original.device != swap.master.device:
+            swap.original.data = swap.original.data.to(swap.master.device)
+        _set(model, swap, swap.original)
+
+
+def low_modules(plan: Plan, swaps: Sequence[Swap]) -> list[Low]:
+    """Modules of a low-precision base that hold masters."""
+    norms = {row.site.path for row in plan.rows if isinstance(row.site, NormSite)}
+    terms: dict[str, dict[str, torch.dtype]] = {}
+    for swap in swaps:
+        if swap.original.dtype in LOW:
+            for owner in swap.owners:
+                path, _, term = owner.rpartition(".")
+                terms.setdefault(path, {})[term] = swap.original.dtype
+    return [(path, stored, path in norms) for path, stored in terms.items()]
+
+
+def _set(model: nn.Module, swap: Swap, parameter: nn.Parameter) -> None:
+    for owner in swap.owners:
+        path, _, term = owner.rpartition(".")
+        module_at(model, path)._parameters[term] = parameter

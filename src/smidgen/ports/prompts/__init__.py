@@ -1,0 +1,1 @@
+"""Vectors among the tokens of a text."""

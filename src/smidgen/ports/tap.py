@@ -1,0 +1,58 @@
+"""A tap: what entered a sublayer, carried to the edits at its end by the state of the pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from smidgen.common.errors import AttachError
+from smidgen.ports.forward_state import state
+
+
+class Tap(nn.Module):
+    """The name under which a pass keeps what entered a sublayer; one object without tensors, child of both modules."""
+
+
+def keep_input(module: Any, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of the module that a sublayer is entered by, before its own edits.
+
+    Pegasus-X enters its attention with the text and with global tokens, and leaves with the tokens first: what entered
+    last is left first. At most two are kept: recomputation may stop before a sublayer is left.
+    """
+    if not args:
+        raise AttachError(f"{type(module).__name__} was called without a positional input; its edits need one")
+    taps = state().taps
+    taps[module.tap] = (*taps.get(module.tap, ())[-1:], args[0])
+
+
+def entered(module: Any, output: Tensor) -> Tensor | None:
+    """What a tap brings, to a module that a sublayer is left by; the one it is entered by may have edits as well."""
+    if not any(edit.reads_entry for edit in module.edits.values()):
+        return None
+    taps = state().taps
+    values = taps.get(module.tap, ())
+    value, taps[module.tap] = values[-1] if values else None, values[:-1]
+    if value is None or value.shape[:-1] != output.shape[:-1]:
+        shape = None if value is None else tuple(value.shape)
+        raise AttachError(
+            f"a sublayer that was entered with {shape} is left with {tuple(output.shape)}: this model calls its parts "
+            "in an order of its own, so what entered cannot be read; an adapter of the form 'sequential' works"
+        )
+    found: Tensor = value
+    return found
+
+
+def add_tap(entry: Any, module: Any) -> RemovableHandle | None:
+    """Let a sublayer's input reach the edits at its end; None if it does already."""
+    if "tap" in module._modules:
+        return None
+    entry.tap = module.tap = Tap()
+    handle: RemovableHandle = entry.register_forward_pre_hook(keep_input, prepend=True)
+    return handle
+
+
+def drop_tap(module: Any) -> None:
+    """Take a tap away from one of its two modules."""
+    module._modules.pop("tap", None)
