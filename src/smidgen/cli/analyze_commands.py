@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -71,9 +71,12 @@ def changes_command(
     if (model is None) == (base is None and tuned is None):
         raise ModelError("give --model and --data to fine-tune, or --base and --tuned to compare two models")
     if model is not None:
-        settings: dict[str, Any] = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay, "batch_size": batch_size}
-        settings |= {"max_length": max_length, "pooling": pooling}
-        result = _experiment(model, data or [], limit, out, recipe=wanted, seeds=seeds, **settings)
+        from smidgen.studies.experiments.tuning_changes import analyze_changes
+
+        result = analyze_changes(
+            model, _tasks_named(data, limit), out=out, say=results.note, recipe=wanted, seeds=seeds, epochs=epochs,
+            lr=lr, weight_decay=weight_decay, batch_size=batch_size, max_length=max_length, pooling=pooling,
+        )  # fmt: skip
     else:
         result = _comparison(base, tuned)
     from smidgen.studies.reports.parameter_changes import change_report
@@ -103,9 +106,10 @@ def fisher_command(
     task = open_task(data, text, label, task_kind, metric)
     trained = None if delta is None else sm.Delta.load(delta)
     network, processor = sm.load(model, task=task, delta=trained, seed=seed)
-    options: dict[str, Any] = {"split": split, "seed": seed, "batch_size": batch_size, "max_length": max_length}
-    options |= {"processor": processor, "pooling": pooling}
-    found = fisher(network, task, recipe, trained, examples, kind, **options)
+    found = fisher(
+        network, task, recipe, trained, examples, kind, split=split, seed=seed, processor=processor,
+        batch_size=batch_size, max_length=max_length, pooling=pooling,
+    )  # fmt: skip
     info = {"examples": getattr(found, "examples", examples), "split": split, "recipe": recipe, "delta": delta}
     result = FisherMass.of(network, found, task=task.name, kind=kind, info=info)
     _show(fisher_report(result, _command(context)), FISHER, out, as_json)
@@ -129,9 +133,10 @@ def transfer_command(
     from smidgen.studies.reports.selection_transfer import transfer_report
 
     tasks = [open_task(source, limit=limit) for source in data or []]
-    settings: dict[str, Any] = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "max_length": max_length}
-    settings |= {"pooling": pooling, "how": how, "seeds": seeds, "split": split, "targets": target or None}
-    result = measure_transfer(model, tasks, sm.parse(recipe), out=out, say=results.note, **settings)
+    result = measure_transfer(
+        model, tasks, sm.parse(recipe), out=out, say=results.note, how=how, seeds=seeds, split=split,
+        targets=target or None, epochs=epochs, lr=lr, batch_size=batch_size, max_length=max_length, pooling=pooling,
+    )  # fmt: skip
     _show(transfer_report(result, _command(context)), TRANSFER, out, as_json)
 
 
@@ -148,8 +153,10 @@ def select_command(
     from smidgen.studies.experiments.selection_transfer import choose_on
 
     tasks = [open_task(source, limit=limit) for source in data or []]
-    settings: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "pooling": pooling}
-    chosen = choose_on(model, tasks, sm.parse(recipe), how=how, seed=seed, **settings)
+    chosen = choose_on(
+        model, tasks, sm.parse(recipe), how=how, seed=seed, batch_size=batch_size, max_length=max_length,
+        pooling=pooling,
+    )  # fmt: skip
     chosen.save(out)
     report = {"recipe": recipe, "kept": chosen.kept, "candidates": chosen.candidates, "out": str(out)}
     results.show({**report, "files": results.sizes(out)}, analyses.selection_view(chosen, out), as_json)
@@ -171,20 +178,17 @@ def trust_command(
     from smidgen.studies.reports.fisher_stability import trust_report
 
     task = open_task(data, text, label, task_kind, metric)
-    options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "pooling": pooling}
     result = measure_stability(
-        model, task, sm.parse(recipe), counts=count or COUNTS, seeds=seeds, say=results.note, **options
-    )
+        model, task, sm.parse(recipe), counts=count or COUNTS, seeds=seeds, say=results.note, batch_size=batch_size,
+        max_length=max_length, pooling=pooling,
+    )  # fmt: skip
     _show(trust_report(result, _command(context)), TRUST, out, as_json)
 
 
-def _experiment(model: str, data: list[str], limit: int | None, out: Path | None, **options: Any) -> Changes:
-    from smidgen.studies.experiments.tuning_changes import analyze_changes
-
+def _tasks_named(data: list[str] | None, limit: int | None) -> list[sm.Task]:
     if not data:
         raise ModelError("give at least one --data to fine-tune on")
-    tasks = [open_task(source, limit=limit) for source in data]
-    return analyze_changes(model, tasks, out=out, say=results.note, **options)
+    return [open_task(source, limit=limit) for source in data]
 
 
 def _comparison(base: str | None, tuned: str | None) -> Changes:

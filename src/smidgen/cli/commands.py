@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -52,6 +52,9 @@ from smidgen.common.argument_spelling import FIELDS, as_options
 from smidgen.common.errors import DataError, DeltaError, SmidgenError
 from smidgen.common.folder_lock import folder_lock_held
 from smidgen.common.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that this typer uses
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -138,13 +141,14 @@ def tune(
 
     wanted, task = sm.parse(recipe), open_task(data, text, label, kind, metric, limit)
     network, processor = sm.load(model, task=task, dtype=dtype_of(dtype, out), seed=seed)
-    settings: dict[str, Any] = {"seed": seed, "epochs": epochs, "lr": lr, "head_lr": head_lr}
-    settings |= {"batch_size": batch_size, "max_length": max_length, "pooling": pooling, "batching": batching.value}
-    settings |= {"cache": cache, "batch_tokens": batch_tokens, "only_read": only_read, "max_memory": max_memory}
-    settings |= {"recompute": recompute, "selection": open_selection(selection, network) if selection else None}
+    kept = open_selection(selection, network) if selection else None
     already = RunFolder(out).finished
     try:
-        delta = sm.fit(network, wanted, task, out=out, processor=processor, **settings)
+        delta = sm.fit(
+            network, wanted, task, out=out, processor=processor, selection=kept, seed=seed, epochs=epochs, lr=lr,
+            head_lr=head_lr, batch_size=batch_size, batch_tokens=batch_tokens, max_length=max_length, pooling=pooling,
+            batching=batching.value, cache=cache, only_read=only_read, max_memory=max_memory, recompute=recompute,
+        )  # fmt: skip
     except KeyboardInterrupt:
         state = RunFolder(out, writer=False).resume()
         step = state.progress.step if state else 0
@@ -168,10 +172,11 @@ def evaluate_command(
     """Metrics of a delta on a split of a task."""
     trained, network, processor = open_delta(delta, model, dtype)
     task = open_task(data, text, label, kind, metric, limit and {split: limit})
-    options: dict[str, Any] = {"processor": processor, "batch_size": batch_size, "max_length": max_length}
-    result = sm.evaluate(network, task, delta=trained, split=split, **options)
-    report: dict[str, Any] = {"delta": delta, "data": data, "split": split, "metric": result.metric}
-    report |= {"scores": result.values, "examples": len(result.references), "truncated": result.truncated}
+    result = sm.evaluate(
+        network, task, delta=trained, split=split, processor=processor, batch_size=batch_size, max_length=max_length
+    )
+    report = {"delta": delta, "data": data, "split": split, "metric": result.metric, "scores": result.values,
+              "examples": len(result.references), "truncated": result.truncated}  # fmt: skip
     results.show(report, results.evaluated(result, trained, task.name, split), as_json)
 
 
@@ -191,8 +196,7 @@ def predict_command(
         raise DataError("give --file, or --text and --pair, not both")
     trained, network, processor = open_delta(delta, model, dtype)
     texts, pairs = read_texts(file, trained) if file else (text or [], pair)
-    options: dict[str, Any] = {"pairs": pairs, "max_new_tokens": max_new_tokens}
-    rows = predict(network, texts, delta=trained, processor=processor, **options)
+    rows = predict(network, texts, delta=trained, processor=processor, pairs=pairs, max_new_tokens=max_new_tokens)
     results.show({"predictions": [asdict(row) for row in rows]}, results.predictions(rows), as_json)
 
 
@@ -209,8 +213,8 @@ def merge_command(
         raise DeltaError(f"{out} is not empty; choose another --out")
     with folder_lock_held(out):
         trained, network, processor = open_delta(delta, model)
-        merged: Any = sm.merge(network, trained, dtype=getattr(torch, dtype) if dtype else None)
-        merged.save_pretrained(out)
+        merged = sm.merge(network, trained, dtype=getattr(torch, dtype) if dtype else None)
+        cast("PreTrainedModel", merged).save_pretrained(out)
         processor.save_pretrained(out)
     report = {"class": type(merged).__name__, "out": str(out), "files": results.sizes(out)}
     results.show(report, results.listing(out), as_json)
@@ -247,7 +251,7 @@ def inspect(delta: Annotated[str, typer.Argument(help="folder or hub id")], as_j
     results.show(report, results.inspected(trained, Path(delta)), as_json)
 
 
-def _summary(delta: sm.Delta) -> dict[str, Any]:
+def _summary(delta: sm.Delta) -> dict[str, object]:
     kept = {key: delta.info.get(key) for key in ("scores", "best_epoch", "steps")}
     return {"recipe": str(delta.recipe), "trained": delta.trained, "head_values": delta.head_values, **kept}
 

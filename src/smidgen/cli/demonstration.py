@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -23,7 +22,7 @@ from smidgen.training.run.run_folder import RUN
 
 MODEL, DATA = "minilm", "bbc-news"
 LIMIT = {"train": 480, "validation": 100, "test": 300}
-SETTINGS: dict[str, Any] = {"epochs": 3, "max_length": 64}
+EPOCHS, LENGTH = 3, 64
 ARMS = (("LN()", "mean"), ("Head()", "mean"), ("Head()", "first"))
 INTRO = f"""
     {MODEL} (22.7 million values) learns to sort BBC news into 5 topics from {LIMIT["train"]} articles and is tested
@@ -57,7 +56,7 @@ class Demonstration:
     predictions: list[Prediction]
     remark: str = NOISE
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain data."""
         return asdict(self)
 
@@ -84,7 +83,7 @@ def _arm(model: PreTrainedModel, task: Task, recipe: str, pooling: str, out: str
     plan = resolve(model, as_recipe(recipe), pooling)
     begun = out is not None and (Path(out) / RUN).exists()
     start = time.perf_counter()
-    delta = fit(model, recipe, task, out=out, pooling=pooling, **SETTINGS)
+    delta = fit(model, recipe, task, out=out, pooling=pooling, epochs=EPOCHS, max_length=LENGTH)
     seconds = None if begun else time.perf_counter() - start
     accuracy = evaluate(model, task, delta=delta).values["accuracy"]
     return Arm(f"{recipe}, {pooling}", accuracy, plan.trained, plan.head_values, plan.file_bytes, seconds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,12 @@ import smidgen as sm
 from smidgen.cli.views import results
 from smidgen.common.argument_spelling import KINDS
 from smidgen.common.errors import DeltaError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from smidgen.data.processor import Processor
+    from smidgen.data.task import Limit as DataLimit
 
 Option = typer.Option
 
@@ -47,7 +53,7 @@ Json = Annotated[bool, Option("--json", help="one JSON object on stdout")]
 
 def open_task(
     data: str, text: list[str] | None = None, label: str | None = None, kind: str | None = None,
-    metric: str | None = None, limit: Any = None,
+    metric: str | None = None, limit: DataLimit = None,
 ) -> sm.Task:  # fmt: skip
     """The task that the options name, described in one line on stderr."""
     task = sm.Task.load(data, text=text or None, label=label, kind=kind, metric=metric, limit=limit)
@@ -82,14 +88,14 @@ def dtype_of(choice: str, out: Path) -> str:
     return str(found.dtype)[6:]
 
 
-def open_selection(source: str, network: Any) -> sm.Selection:
+def open_selection(source: str, network: PreTrainedModel) -> sm.Selection:
     """The selection in a folder: one that was saved, or that of a delta."""
     if (Path(source) / "delta.json").is_file():
         return sm.selection_of(network, sm.Delta.load(source))
     return sm.Selection.load(source)
 
 
-def open_delta(delta: str, model: str | None, dtype: str | None = None) -> tuple[sm.Delta, Any, Any]:
+def open_delta(delta: str, model: str | None, dtype: str | None = None) -> tuple[sm.Delta, PreTrainedModel, Processor]:
     """A delta with its base, that is where the delta says unless `model` is given, and its processor."""
     trained = sm.Delta.load(delta)
     name = model or trained.base.name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -53,18 +53,13 @@ def run_search(
     wanted, seeds = sm.parse(recipe), seed or [0]
     task = open_task(data, text, label, kind, metric, limit)
     network, processor = sm.load(model, task=task, dtype=dtype_of(dtype, out), seed=seeds[0])
-    settings: dict[str, Any] = {
-        "epochs": epochs,
-        "head_lr": head_lr,
-        "batch_size": batch_size,
-        "cache": cache,
-        "only_read": only_read,
-    }
-    settings |= {"max_length": max_length, "pooling": pooling, "batching": batching.value}
-    settings |= {"lr": lr or None, "seeds": seeds, "trials": trials, "jobs": jobs, "say": results.note}
-    settings["progress"] = None if sys.stderr.isatty() else False  # a line per trial is enough for a file
+    progress = None if sys.stderr.isatty() else False  # a line per trial is enough for a file
     try:
-        found = sm.search(network, wanted, task, out=out, processor=processor, **settings)
+        found = sm.search(
+            network, wanted, task, out=out, processor=processor, lr=lr or None, seeds=seeds, trials=trials, jobs=jobs,
+            say=results.note, progress=progress, epochs=epochs, head_lr=head_lr, batch_size=batch_size,
+            max_length=max_length, pooling=pooling, batching=batching.value, cache=cache, only_read=only_read,
+        )  # fmt: skip
     except KeyboardInterrupt:
         results.note("stopped; the same command goes on from there")
         raise typer.Exit(130) from None

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -46,7 +45,7 @@ def renew_caches(model: nn.Module) -> None:
             _set(modes)
 
 
-def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+def copied(model: nn.Module, memo: dict[int, Tensor] | None = None) -> nn.Module:
     """A deep copy of a model. `memo`: id of an object -> what stands for it in the copy, as deepcopy takes it."""
     renew_caches(model)  # a cache with a graph cannot be copied
     return copy.deepcopy(model, memo)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Protocol, TypeGuard, TypeVar, cast
 
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from transformers import AutoBackbone, AutoModel
+from transformers import AutoBackbone, AutoModel, PretrainedConfig
 
 from smidgen.common.errors import AttachError
+
+_Model = TypeVar("_Model")
 
 SCRIPT = "is compiled by torch.jit, which runs no hooks; pass the model that it was made of"
 WRAPPED = "is wrapped by {name}, which knows the old parameters; attach to the model inside it first, then wrap it"
@@ -25,18 +27,25 @@ OFFLOADED = (
 )
 
 
-def bare(model: Any) -> Any:
+class _Compiled(Protocol):
+    """What `torch.compile` gives for a model."""
+
+    _orig_mod: object
+
+
+def bare(model: _Model) -> _Model:
     """The model inside of `torch.compile`, DataParallel and DistributedDataParallel, which share its modules with it.
 
     What is attached to it acts in the wrapper too. Anything else is given back as it is.
     """
+    inside: object = model
     while True:
-        if _compiled(model):
-            model = model._orig_mod
-        elif isinstance(model, DataParallel | DistributedDataParallel):
-            model = model.module
+        if _compiled(inside):
+            inside = inside._orig_mod
+        elif isinstance(inside, DataParallel | DistributedDataParallel):
+            inside = inside.module
         else:
-            return model
+            return cast(_Model, inside)
 
 
 def is_plain(model: nn.Module) -> bool:
@@ -44,13 +53,13 @@ def is_plain(model: nn.Module) -> bool:
 
     DINOv3's and Sapiens2's names their inner encoder.
     """
-    config: Any = type(getattr(model, "config", None))
-    known: list[Any] = [auto._model_mapping.get(config, ()) for auto in (AutoModel, AutoBackbone)]
+    config = cast(type[PretrainedConfig], type(getattr(model, "config", None)))
+    known = [auto._model_mapping.get(config, ()) for auto in (AutoModel, AutoBackbone)]
     classes = [cls for found in known for cls in (found if isinstance(found, tuple | list) else (found,))]
     return "For" not in type(model).__name__ and type(model) in classes
 
 
-def check_model(model: Any) -> None:
+def check_model(model: object) -> None:
     """Raises AttachError if nothing can be attached to a model: it is none, has no values, or a wrapper in the way."""
     if not isinstance(model, nn.Module):
         raise AttachError(f"the model is of type {type(model).__name__}, {model!r:.40}; smidgen.load gives one")
@@ -82,7 +91,7 @@ def _elsewhere(model: nn.Module) -> str | None:
     return OFFLOADED.format(first=empty) if hooked else None
 
 
-def _compiled(model: Any) -> bool:
+def _compiled(model: object) -> TypeGuard[_Compiled]:
     """Whether a model came from `torch.compile`, whose module is not imported for the question."""
-    frame: Any = sys.modules.get("torch._dynamo.eval_frame")
+    frame = sys.modules.get("torch._dynamo.eval_frame")
     return frame is not None and isinstance(model, frame.OptimizedModule)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any
+from typing import SupportsFloat, TypeVar
 
 from datasets import ClassLabel, Dataset, Value
 
@@ -25,6 +25,8 @@ TARGETS = ("label", "labels", "target", "score", "category", "class", "intent", 
 
 
 CLASSES = 20  # so many whole numbers written as 0.0, 1.0, ... are still labels
+
+_Name = TypeVar("_Name", str, tuple[str, ...])
 
 COUNTED = " (rows are counted from 0)"
 
@@ -55,7 +57,7 @@ def known_columns(there: Sequence[str], names: Sequence[str]) -> list[str]:
     return [name for name in names if name in there]
 
 
-def only_column(found: Sequence[Any], there: Sequence[str], what: str) -> Any:
+def only_column(found: Sequence[_Name], there: Sequence[str], what: str) -> _Name:
     """The one that was found. Raises DataError if there is none, or more than one."""
     if len(found) != 1:
         names = ["+".join(one) if isinstance(one, tuple) else one for one in found]
@@ -126,10 +128,10 @@ def _refuse_stray(values: Sequence[str | None], name: str) -> None:
                         f"give kind='classification'{COUNTED}")  # fmt: skip
 
 
-def reads_as_number(value: Any) -> bool:
+def reads_as_number(value: object) -> bool:
     """Whether a cell holds a finite number, or the text of one."""
     try:
-        return math.isfinite(float(value))
+        return isinstance(value, str | SupportsFloat) and math.isfinite(float(value))
     except (TypeError, ValueError):
         return False
 
@@ -139,7 +141,7 @@ def and_more(count: int) -> str:
     return f" and {count - 1} more" if count > 1 else ""
 
 
-def _mixed(feature: Any) -> bool:
+def _mixed(feature: object) -> bool:
     return type(feature).__name__ == "Json"  # what datasets makes of a column whose rows differ in type
 
 

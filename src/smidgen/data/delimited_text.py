@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
-from typing import Any
+from typing import Literal
 
 from datasets import Dataset, Features, Value
 
@@ -37,15 +37,19 @@ class DelimitedTable:
 
 @dataclass(frozen=True)
 class _Form:
-    """A way to read delimited text: the options of csv.reader, and what it means in words."""
+    """A way to read delimited text: the options of csv.reader, and what is to be said of them."""
 
     separator: str
     note: str
-    options: Mapping[str, Any]
+    skips_spaces: bool = False
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL
 
     def records(self, text: str) -> Iterator[tuple[int, list[str]]]:
         """(number of the first line, fields) of each record that is not blank. Raises csv.Error."""
-        reader = csv.reader(StringIO(text, newline=""), delimiter=self.separator, strict=True, **self.options)
+        lines = StringIO(text, newline="")
+        reader = csv.reader(
+            lines, delimiter=self.separator, strict=True, skipinitialspace=self.skips_spaces, quoting=self.quoting
+        )
         line = 1
         try:
             for fields in reader:
@@ -83,11 +87,11 @@ def _forms(header: str, expected: str) -> Iterator[_Form]:
     there = [sep for sep in (expected, *SEPARATORS) if sep in header] or [expected]
     for sep in dict.fromkeys(sorted(there, key=lambda sep: (sep != expected, -header.count(sep)))):
         said = [] if sep == expected else [f"parts its columns by {SEPARATORS[sep]}"]
-        ways: list[tuple[str, dict[str, Any]]] = [("", {}), ("", {"skipinitialspace": True})]
+        yield _Form(sep, "".join(said))
+        yield _Form(sep, "".join(said), skips_spaces=True)
         if sep == "\t":  # where texts need no quotes, and often have unpaired ones of their own, as in GLUE
-            ways.append(("has quotes that are part of its texts", {"quoting": csv.QUOTE_NONE}))
-        for note, options in ways:
-            yield _Form(sep, " and ".join(filter(None, [*said, note])), options)
+            note = " and ".join([*said, "has quotes that are part of its texts"])
+            yield _Form(sep, note, quoting=csv.QUOTE_NONE)
 
 
 def _table(form: _Form, text: str, name: str) -> DelimitedTable:
@@ -164,6 +168,6 @@ def _kind(cells: Iterable[str]) -> str:
     return kind
 
 
-def _converted(cells: list[str | None], kind: str) -> list[Any]:
+def _converted(cells: list[str | None], kind: str) -> Sequence[str | float | None]:
     make = {"int64": int, "float64": float}.get(kind)
     return cells if make is None else [None if cell is None else make(cell) for cell in cells]

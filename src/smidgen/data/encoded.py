@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast, overload
+
+Example = dict[str, object]  # plain lists for texts; for images and sounds what their collator reads
+Column = list[Any]  # cells of one column, whose type its Dataset alone knows
+Cells = dict[str, Column]
 
 
-class Encoded(Sequence[dict[str, Any]]):
+class Encoded(Sequence[Example]):
     """Examples as dicts, of plain lists for texts: input_ids, attention_mask, token_type_ids if the tokenizer has them,
     labels; images and sounds are what their collator reads.
 
@@ -20,23 +24,34 @@ class Encoded(Sequence[dict[str, Any]]):
 
     def __init__(
         self,
-        examples: Sequence[dict[str, Any]],
+        examples: Sequence[Example],
         max_length: int | None,
         truncated: int = 0,
         dropped: int = 0,
         lengths: Sequence[int] | None = None,
     ) -> None:
         self._examples, self.max_length, self.truncated, self.dropped = examples, max_length, truncated, dropped
-        self.lengths = [len(e["input_ids"]) for e in examples] if lengths is None else list(lengths)
+        self.lengths = [len(tokens_of(e)) for e in examples] if lengths is None else list(lengths)
 
     def __len__(self) -> int:
         return len(self._examples)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
         return self._examples[index]
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Example]:
         return iter(self._examples)
 
     def __repr__(self) -> str:
         return f"Encoded({len(self)} examples, max_length={self.max_length}, truncated={self.truncated})"
+
+
+def tokens_of(example: Mapping[str, object], key: str = "input_ids") -> Sequence[int]:
+    """The whole numbers that an example of a text has under a key."""
+    return cast("Sequence[int]", example[key])

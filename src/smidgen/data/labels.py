@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any
 
 from datasets import ClassLabel, Dataset
 
 from smidgen.common.errors import DataError
 from smidgen.data.columns import COUNTED, Columns, and_more, reads_as_number
+from smidgen.data.encoded import Column
 
 UNLABELLED = (None, -1)
 
@@ -30,7 +30,7 @@ class LabelPlace(Enum):
 class Labels:
     """Label values in id order, and the names they go by. Both are empty where labels are no names."""
 
-    values: tuple[Any, ...] = ()
+    values: tuple[str | float, ...] = ()
     names: tuple[str, ...] = ()
 
 
@@ -54,22 +54,22 @@ def named_labels(rows: Dataset, columns: Columns, *, tags: bool = False) -> Labe
     return Labels(tuple(found), tuple(str(int(v)) if isinstance(v, float) else str(v) for v in found))
 
 
-def label_values(rows: Dataset, label: str) -> list[Any]:
+def label_values(rows: Dataset, label: str) -> Column:
     """The label column; spaces around a name are no part of it, and a name of spaces is none."""
     return [_stripped(value) for value in rows[label][:]]
 
 
-def _stripped(value: Any) -> Any:
+def _stripped(value: object) -> object:
     if isinstance(value, list):
         return [_stripped(tag) for tag in value]
     return value if not isinstance(value, str) else value.strip() or None
 
 
-def _ignored(tag: Any) -> bool:
+def _ignored(tag: object) -> bool:
     return tag in (IGNORED, str(IGNORED))
 
 
-def _distinct(values: Sequence[Any], columns: Columns, tags: bool) -> list[Any]:
+def _distinct(values: Column, columns: Columns, tags: bool) -> list[str | float]:
     if tags and not all(isinstance(value, list) for value in values):
         raise DataError(f"label column {columns.label!r} must hold a list of tags in every row for kind 'tokens'")
     flat = [tag for value in values for tag in value if not _ignored(tag)] if tags else values
@@ -95,7 +95,7 @@ def is_unlabelled(rows: Dataset, columns: Columns, labels: Labels) -> bool:
     return all(value in UNLABELLED and value not in labels.values for value in label_values(rows, columns.label))
 
 
-def present_labels(rows: Dataset, split: str, columns: Columns) -> list[Any]:
+def present_labels(rows: Dataset, split: str, columns: Columns) -> Column:
     """The labels of a split. Raises DataError if one is missing."""
     assert columns.label is not None
     values = label_values(rows, columns.label)
@@ -120,10 +120,10 @@ def tag_ids(rows: Dataset, split: str, columns: Columns, labels: Labels) -> list
     return [[IGNORED if _ignored(tag) else lookup(tag) for tag in tags] for tags in values]
 
 
-def _lookup(split: str, labels: Labels) -> Callable[[Any], int]:
+def _lookup(split: str, labels: Labels) -> Callable[[str | float], int]:
     ids = {value: i for i, value in enumerate(labels.values)}
 
-    def lookup(value: Any) -> int:
+    def lookup(value: str | float) -> int:
         try:
             return ids[value]
         except (KeyError, TypeError):

@@ -19,7 +19,7 @@ from scipy import stats
 from seqeval.metrics import f1_score as seqeval_f1
 from sklearn import metrics as sk
 
-Values = Sequence[Any]
+Values = Sequence[Any]  # one of each example, of the type that a kind of task gives its metrics
 BIO = re.compile(r"O|[BI]-.+")
 
 
@@ -67,7 +67,7 @@ def spearman(predictions: Values, references: Values) -> float:
     return _correlation(stats.spearmanr, predictions, references)
 
 
-def _correlation(function: Callable[..., Any], predictions: Values, references: Values) -> float:
+def _correlation(function: Callable[..., Sequence[float]], predictions: Values, references: Values) -> float:
     x, y = np.asarray(predictions, float), np.asarray(references, float)
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0 or not (np.isfinite(x).all() and np.isfinite(y).all()):
         return math.nan

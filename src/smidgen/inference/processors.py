@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import transformers
 from torch import nn
@@ -38,7 +37,7 @@ def load_processor(
     folder, options = _locate(os.fspath(name))
     told = BY_INPUT.get(getattr(model, "main_input_name", ""), TaskKind.processor_class)
     cls = getattr(transformers, told if kind is None else kind.processor_class)
-    processor: Any = _guarded(str(name), lambda: cls.from_pretrained(folder, **options))
+    processor = _guarded(str(name), lambda: cls.from_pretrained(folder, **options))
     if hasattr(processor, "pad_token") and processor.pad_token is None:
         processor.pad_token = processor.eos_token
     return processor

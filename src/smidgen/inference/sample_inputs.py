@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ SAMPLES, FRAMES = 16_000, 100  # a second of sound, and of its features
 Inputs = dict[str, Tensor]
 
 
-def fitting_inputs(model: nn.Module, given: Mapping[str, Any] | None = None) -> Inputs:
+def fitting_inputs(model: nn.Module, given: Mapping[str, Tensor] | None = None) -> Inputs:
     """Inputs that the model takes: `given`, or the first of those made here that it runs on.
 
     Raises:
@@ -46,7 +46,7 @@ def input_candidates(model: nn.Module, rows: int = ROWS, length: int = LENGTH) -
         rows, length: of token ids, (rows, length) each; images and sound have the size that the model's configuration
             names, or a usual one.
     """
-    config: Any = getattr(model, "config", None)
+    config = getattr(model, "config", None)
     names = list(inspect.signature(model.forward).parameters)
     if not isinstance(config, PretrainedConfig):
         yield from [{"input_ids": torch.zeros(rows, length, dtype=torch.long)}] if "input_ids" in names else []
@@ -100,11 +100,11 @@ def _images(config: PretrainedConfig, names: list[str], rows: int) -> Iterator[I
     yield {"pixel_values": _noise(rows, frames, channels, high, wide)}
 
 
-def _sides(size: Any) -> tuple[int, int]:
+def _sides(size: dict[str, int] | Sequence[int] | int) -> tuple[int, int]:
     """Height and width, as configurations write them."""
     if isinstance(size, dict):
         return int(size["height"]), int(size["width"])
-    return (int(size[-2]), int(size[-1])) if isinstance(size, list | tuple) else (int(size), int(size))
+    return (int(size[-2]), int(size[-1])) if isinstance(size, Sequence) else (int(size), int(size))
 
 
 def _sounds(config: PretrainedConfig, names: list[str], rows: int) -> Iterator[Inputs]:

@@ -14,21 +14,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 from smidgen.common.errors import RecipeError, nearest
 from smidgen.recipe.named_recipes import NAMED
 
 OPTIONAL = "optional"  # in a field's metadata: saved where it is set, and files without it can be read
+SavedTerm = dict[str, object]  # a name and fields; {"narrow": terms, "by": filter} for terms that are narrowed
 
 
 class Term:
     """One registered part of a recipe. Subclasses are frozen dataclasses with a docstring."""
 
     registry: ClassVar[dict[str, type[Term]]] = {}
-    later: ClassVar[Mapping[str, Any]] = {}  # fields that files of earlier versions lack -> what these meant
+    later: ClassVar[Mapping[str, object]] = {}  # fields that files of earlier versions lack -> what these meant
 
-    def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
+    def __init_subclass__(cls, abstract: bool = False, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if abstract:
             return
@@ -51,7 +52,7 @@ class Term:
         shown = [f"{f.name}={getattr(self, f.name)!r}" for f in fields if getattr(self, f.name) != f.default]
         return f"{type(self).__name__}({', '.join(shown)})"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> SavedTerm:
         """Every field, so that a changed default never changes a saved file; optional ones only where they are set."""
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
         left_out = {f.name for f in fields if f.metadata.get(OPTIONAL) and getattr(self, f.name) == f.default}
@@ -59,7 +60,7 @@ class Term:
         return {"name": type(self).__name__} | {k: v for k, v in values.items() if k not in left_out}
 
     @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Term:
+    def from_json(data: Mapping[str, object]) -> Term:
         """The inverse of `to_json`. Raises RecipeError on an unknown name or a wrong set of fields."""
         fields = {k: _frozen(v) for k, v in data.items() if k != "name"}
         later = registry()[name].later if (name := str(data.get("name"))) in registry() else {}
@@ -75,7 +76,7 @@ class Term:
 class Filter(Term, abstract=True):
     """A term that narrows what stands before `|`; it trains nothing by itself."""
 
-    def refuses(self, term: Any) -> str | None:
+    def refuses(self, term: Term) -> str | None:
         """Why no part of what a term trains can be chosen so; None if it can."""
         return None
 
@@ -153,7 +154,7 @@ class Recipe:
             return parts[0]
         return " + ".join(f"({part})" if by else part for part, (_, by) in zip(parts, groups, strict=True))
 
-    def to_json(self) -> list[dict[str, Any]]:
+    def to_json(self) -> list[SavedTerm]:
         """A list of terms, every field of each spelled out; what is narrowed as {"narrow": terms, "by": filter}."""
         return [
             terms[0].to_json() if by is None else {"narrow": [t.to_json() for t in terms], "by": by.to_json()}
@@ -161,10 +162,10 @@ class Recipe:
         ]
 
     @classmethod
-    def from_json(cls, data: Sequence[Mapping[str, Any]]) -> Recipe:
+    def from_json(cls, data: Sequence[Mapping[str, object]]) -> Recipe:
         """The inverse of `to_json`."""
         parts = [
-            cls.from_json(entry["narrow"]) | Term.from_json(entry["by"])
+            cls.from_json(cast(list[SavedTerm], entry["narrow"])) | Term.from_json(cast(SavedTerm, entry["by"]))
             if "narrow" in entry
             else as_recipe(Term.from_json(entry))
             for entry in data
@@ -204,7 +205,7 @@ def registry() -> dict[str, type[Term]]:
     return Term.registry
 
 
-def build(name: str, args: tuple[Any, ...], fields: Mapping[str, Any]) -> Term:
+def build(name: str, args: tuple[object, ...], fields: Mapping[str, object]) -> Term:
     """Make the registered term `name`; unknown names and fields are errors that name the nearest."""
     cls = (known := registry()).get(name)
     if name in NAMED:
@@ -248,13 +249,13 @@ def _term(node: ast.expr) -> Term:
     raise RecipeError(f"{text!r} is not understood in a recipe; only + between methods is, and | Select(...)")
 
 
-def _literal(node: ast.expr) -> Any:
+def _literal(node: ast.expr) -> object:
     try:
         return _frozen(ast.literal_eval(node))
     except (ValueError, TypeError, SyntaxError):
         raise RecipeError(f"{ast.unparse(node)!r} is not a number, a string, a tuple, True, False or None") from None
 
 
-def _frozen(value: Any) -> Any:
+def _frozen(value: object) -> object:
     """Lists become tuples, so that terms stay hashable and JSON round trips."""
     return tuple(_frozen(v) for v in value) if isinstance(value, list | tuple) else value

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +41,12 @@ class Case:
     def __post_init__(self) -> None:
         self.base = self.run()
 
-    def run(self, model: Any = None) -> Tensor:
+    def run(self, model: nn.Module | None = None) -> Tensor:
         """Logits without gradient, in eval mode."""
         model = self.model if model is None else model
         with torch.no_grad():
-            return model.eval()(**self.inputs).logits
+            logits: Tensor = model.eval()(**self.inputs).logits
+            return logits
 
     def attach(self, perturb: float = 0.0) -> nn.Module:
         """Attach; with `perturb`, add noise to every trained tensor."""
@@ -75,7 +75,7 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def shake(parameters: Any, scale: float = 0.1, seed: int = 1) -> None:
+def shake(parameters: Iterable[Tensor], scale: float = 0.1, seed: int = 1) -> None:
     """Add Gaussian noise in place."""
     generator = _generator(seed)
     with torch.no_grad():
@@ -87,48 +87,70 @@ def _bert() -> nn.Module:
     """A tiny BERT with random values."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-        "num_labels": 3,
-    }
-    return BertForSequenceClassification(
-        BertConfig(**sizes, vocab_size=61, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    config = BertConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        vocab_size=61,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
+    config.num_labels = 3
+    return BertForSequenceClassification(config)
 
 
 def _llama() -> nn.Module:
     """A tiny Llama with random values."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-    }
-    return LlamaForCausalLM(
-        LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=61, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    config = LlamaConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        vocab_size=61,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
     )
+    return LlamaForCausalLM(config)
 
 
 def _gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    drops: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    tokens: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=32, vocab_size=61, **drops, **tokens))
+    config = GPT2Config(
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=32,
+        vocab_size=61,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return GPT2LMHeadModel(config)
 
 
 def _t5() -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    sizes: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    return T5ForConditionalGeneration(
-        T5Config(**sizes, vocab_size=61, dropout_rate=0.0, feed_forward_proj="gated-gelu")
+    config = T5Config(
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        vocab_size=61,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
     )
+    return T5ForConditionalGeneration(config)
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"bert": _bert, "llama": _llama, "gpt2": _gpt2, "t5": _t5}

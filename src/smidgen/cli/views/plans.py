@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def plan_view(result: Plan, every: bool = False) -> RenderableType:
     """A plan: its sites grouped by place in the block (or every tensor), its sums, its costs."""
     if every:
-        rows: Any = [(name, _shape(shape)) for row in result.rows for name, shape in row.names()]
+        rows = [(name, _shape(shape)) for row in result.rows for name, shape in row.names()]
         sites = table(("tensor", "shape"), rows)
     else:
         sites = table(("method", "place", "role", "#sites", "tensors", "#values"), _grouped(result.rows))
@@ -72,11 +72,11 @@ def _shape(shape: Sequence[int]) -> str:
     return "x".join(str(n) for n in shape) or "1"
 
 
-def _costs(costs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _costs(costs: Mapping[str, float | str]) -> Iterator[tuple[str, str]]:
     for key, value in costs.items():
         if key == "unknown":
             yield "memory", f"not estimated ({value})"
-        elif key.endswith("_bytes"):
+        elif key.endswith("_bytes") and isinstance(value, int | float):
             yield f"{key[:-6]} memory", size(value)
         elif "flops" in key and isinstance(value, int | float):
             yield key, f"{value / 1e6:,.1f} M"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 from rich import box
@@ -33,7 +33,7 @@ PLAN = ("plan", "--model", "minilm", "--recipe", "LN() + LoRA(rank=8)")
 TUNE = ("tune", "--model", "minilm", "--data", "your.csv", "--out", "run")
 
 
-def show(data: Any, view: RenderableType, as_json: bool) -> None:
+def show(data: Mapping[str, object], view: RenderableType, as_json: bool) -> None:
     """The one result of a command on stdout: a JSON object, or what a person reads."""
     if as_json:
         print(json.dumps(plain(data), ensure_ascii=False))
@@ -56,7 +56,7 @@ def error(text: object) -> None:
 def one_line_warnings() -> Iterator[None]:
     """Warnings meant for a user become one line each; those for developers are left out."""
 
-    def line(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    def line(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
         note(f"note: {message}")
 
     with warnings.catch_warnings():
@@ -75,7 +75,7 @@ def size(count: float) -> str:
     return f"{count:,.0f} bytes"
 
 
-def number(value: Any) -> str:
+def number(value: object) -> str:
     """A score or a count."""
     return str(value) if not isinstance(value, int | float) else f"{value:{',' if type(value) is int else '.4f'}}"
 

@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import datasets
 import torch
@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import nn
 
 from smidgen.common.errors import DataError
-from smidgen.data.encoded import Encoded
+from smidgen.data.encoded import Encoded, Example
 from smidgen.data.kinds.base import Batch, Collate
 from smidgen.data.kinds.media_kind import MediaClassification
 from smidgen.data.media.class_folders import MediaForm
@@ -49,7 +49,7 @@ class AudioClassification(MediaClassification):
         """Files, their lengths in samples at the model's rate, and labels. Warns of those at another rate."""
         found = super().encode(rows, processor, text, label, max_length)
         wanted = _rate(feature_extractor_in(processor, self.name))
-        headers = [sound_header(example["audio"]) for example in found]
+        headers = [sound_header(MediaFile.of(example["audio"])) for example in found]
         others = Counter(rate for _, rate in headers if rate != wanted)
         if others:
             rates = ", ".join(f"{count:,} at {rate:,} Hz" for rate, count in sorted(others.items()))
@@ -59,16 +59,18 @@ class AudioClassification(MediaClassification):
         examples = [{**example, "samples": n} for example, n in zip(found, lengths, strict=True)]
         return Encoded(examples, None, lengths=lengths)
 
-    def length(self, example: Mapping[str, Any]) -> int:
+    def length(self, example: Mapping[str, object]) -> int:
         """Samples at the model's rate."""
-        return int(example["samples"])
+        samples = example["samples"]
+        assert isinstance(samples, int)
+        return samples
 
     def collator(self, processor: Processor, multiple: int = 1, model: nn.Module | None = None) -> Collate:
         """What the feature extractor makes of the sounds, padded to the longest where it has no length of its own."""
         extractor = feature_extractor_in(processor, self.name)
-        return SoundCollator(extractor, _rate(extractor))
+        return SoundCollator(cast(Processor, extractor), _rate(extractor))
 
-    def as_file(self, value: Any, name: str) -> MediaFile:
+    def as_file(self, value: object, name: str) -> MediaFile:
         """A new input: a path, bytes, or a pair of values (samples,) or (samples, channels) and their rate."""
         if isinstance(value, tuple) and len(value) == 2:
             return MediaFile(name, as_wav(*value))
@@ -84,23 +86,21 @@ class SoundCollator:
         rate: samples a second that it takes.
     """
 
-    extractor: Any
+    extractor: Processor
     rate: int
 
-    def __call__(self, examples: list[dict[str, Any]]) -> Batch:
+    def __call__(self, examples: list[Example]) -> Batch:
         """The extractor's tensors, and labels (B,) if the examples have them. Raises DataError, naming the file."""
-        sounds = [read_sound(example["audio"], self.rate) for example in examples]
-        options: dict[str, Any] = {"sampling_rate": self.rate, "return_tensors": "pt"}
+        sounds = [read_sound(MediaFile.of(example["audio"]), self.rate) for example in examples]
         padding = inspect.signature(self.extractor.__call__).parameters.get("padding")
-        if padding is not None and padding.default is False:
-            options["padding"] = True
-        batch: Batch = dict(self.extractor(sounds, **options))
+        options = {"padding": True} if padding is not None and padding.default is False else {}
+        batch = dict(self.extractor(sounds, sampling_rate=self.rate, return_tensors="pt", **options))
         if "labels" in examples[0]:
             batch["labels"] = torch.tensor([example["labels"] for example in examples])
         return batch
 
 
-def _rate(extractor: Any) -> int:
+def _rate(extractor: object) -> int:
     rate = getattr(extractor, "sampling_rate", None)
     if not isinstance(rate, int):
         raise DataError(f"{type(extractor).__name__} does not say how many samples a second its model takes")

@@ -7,23 +7,38 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, Protocol, cast
 
 import torch
 from datasets import Dataset, Value
 from torch import Tensor, nn
+from transformers import BatchEncoding, PreTrainedModel
 
 from smidgen.common.errors import DataError, nearest
 from smidgen.data.columns import Columns, check_inputs
-from smidgen.data.encoded import Encoded
+from smidgen.data.encoded import Cells, Column, Encoded, Example, tokens_of
 from smidgen.data.labels import IGNORED, LabelPlace, Labels
 from smidgen.data.metrics import METRICS, Metric
 from smidgen.data.processor import Processor
 from smidgen.data.readers import Raw
 
 Batch = dict[str, Tensor]
-Collate = Callable[[list[Any]], Batch]
-Run = Callable[[dict[str, list[Any]]], list[tuple[Tensor, Tensor | None]]]
+Collate = Callable[[list[Example]], Batch]
+Run = Callable[[Cells], list[tuple[Tensor, Tensor | None]]]
+Pair = tuple[object, object]  # what a metric takes: prediction, reference
+
+
+class Outputs(Protocol):
+    """What a model says of a batch."""
+
+    logits: Tensor
+    loss: Tensor | None
+
+
+class _Generating(Protocol):
+    """A model that writes."""
+
+    def generate(self, **options: object) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -38,12 +53,12 @@ class Question:
         model, processor, max_new_tokens, max_length: for kinds that encode or generate themselves.
     """
 
-    inputs: list[Any]
-    seconds: list[Any] | None
+    inputs: Column
+    seconds: Column | None
     columns: tuple[str, ...]
     names: tuple[str, ...]
     run: Run
-    model: Any
+    model: PreTrainedModel
     processor: Processor
     max_new_tokens: int
     max_length: int | None = None
@@ -54,7 +69,7 @@ class Answer:
     """What a model says about one input: the input in words, the answer, and label -> probability where there are."""
 
     text: str
-    answer: Any
+    answer: object
     probabilities: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -107,7 +122,7 @@ class TaskKind:
     unpackable: ClassVar[str | None] = "its examples are no runs of tokens"
     general: ClassVar[bool] = False
 
-    def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
+    def __init_subclass__(cls, abstract: bool = False, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if abstract:
             return
@@ -157,11 +172,11 @@ class TaskKind:
         """The labels that occur in the split to learn from; none where labels are no names."""
         return Labels()
 
-    def label_ids(self, rows: Dataset, split: str, columns: Columns, labels: Labels) -> list[Any]:
+    def label_ids(self, rows: Dataset, split: str, columns: Columns, labels: Labels) -> Sequence[object]:
         """The label column as ids or numbers. Raises DataError if a label is missing or unknown."""
         raise DataError(f"a {self.name} task has no label column: leave out label={columns.label!r}")
 
-    def label_feature(self) -> Any:
+    def label_feature(self) -> object:
         """The type of that column in the task's splits."""
         return Value("int64")
 
@@ -170,7 +185,7 @@ class TaskKind:
         texts = [rows[name][:] for name in columns.text]
         return [[v if isinstance(v, str) else json.dumps(v) for v in row] for row in zip(*texts, strict=True)]
 
-    def digest(self, row: Mapping[str, Any]) -> bytes:
+    def digest(self, row: Mapping[str, object]) -> bytes:
         """A row's content, for the task's fingerprint."""
         return json.dumps(row, sort_keys=True, default=str).encode()
 
@@ -198,16 +213,16 @@ class TaskKind:
             DataError: the processor is of another kind, or does not fit the model.
         """
 
-    def length(self, example: Mapping[str, Any]) -> int:
+    def length(self, example: Mapping[str, object]) -> int:
         """Size of an example, by which those of a batch are put together."""
-        return len(example.get("input_ids", ()))
+        return len(tokens_of(example)) if "input_ids" in example else 0
 
     def parted(self, batch: Mapping[str, Tensor]) -> tuple[Batch, Tensor | None]:
         """A batch as inputs and labels, which are None if it has none."""
         inputs = dict(batch)
         return inputs, inputs.pop("labels", None)
 
-    def loss_weights(self, batch: Mapping[str, Any], rows: int) -> list[int]:
+    def loss_weights(self, batch: Mapping[str, Tensor], rows: int) -> list[int]:
         """What each row contributes to the mean that the loss is: 1, or the number of its labels."""
         labels = batch.get("labels")
         if self.labels_at is LabelPlace.EXAMPLE or labels is None or labels.ndim != 2:
@@ -216,23 +231,23 @@ class TaskKind:
 
     # The model
 
-    def head_options(self, labels: Sequence[str]) -> dict[str, Any]:
+    def head_options(self, labels: Sequence[str]) -> dict[str, object]:
         """Options of `from_pretrained` that shape the head."""
         names = dict(enumerate(labels))
         return {"id2label": names, "label2id": {name: i for i, name in names.items()}} if labels else {}
 
-    def forward(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
         """The model's outputs: `logits`, and `loss` if the batch has labels."""
         return model(**batch)
 
-    def model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def model_inputs(self, batch: Mapping[str, Tensor]) -> Batch:
         """What `forward` calls the model with; of several calls, with the first."""
         return dict(batch)
 
     # Outputs
 
     @abstractmethod
-    def pairs(self, outputs: Any, labels: Tensor | None, names: Sequence[str]) -> list[tuple[Any, Any]]:
+    def pairs(self, outputs: Outputs, labels: Tensor | None, names: Sequence[str]) -> Sequence[Pair]:
         """(prediction, reference) of each example of a batch, as metrics take them; reference None without labels.
 
         Args:
@@ -240,7 +255,7 @@ class TaskKind:
             names: label names in id order.
         """
 
-    def told(self, pair: tuple[Any, Any], example: Mapping[str, Any]) -> tuple[Any, Any]:
+    def told(self, pair: Pair, example: Mapping[str, object]) -> Pair:
         """A pair of `pairs` as metrics take it, for kinds that need the example beside it."""
         return pair
 
@@ -258,7 +273,7 @@ class TaskKind:
         """Those of a task's input columns that a new input has."""
         return tuple(columns)
 
-    def read_inputs(self, path: Path) -> list[Any] | None:
+    def read_inputs(self, path: Path) -> Column | None:
         """New inputs from a file or folder of a form that only this kind has; None to read rows or lines."""
         return None
 
@@ -279,15 +294,21 @@ def kind_named(name: str) -> TaskKind:
     return TaskKind.registry[name]
 
 
-def named_columns(question: Question) -> dict[str, list[Any]]:
+def continued(question: Question, batch: BatchEncoding, **options: object) -> Tensor:
+    """Ids (1, T) that a question's model writes for one encoded text, greedily; `options` of its `generate`."""
+    inputs = {key: value for key, value in batch.to(question.model.device).items() if key != "token_type_ids"}
+    model = cast(_Generating, question.model)
+    with torch.inference_mode():
+        return model.generate(**inputs, **options, max_new_tokens=question.max_new_tokens, do_sample=False)
+
+
+def named_columns(question: Question) -> Cells:
     """The inputs of a question as columns for `Question.run`."""
     seconds = {} if question.seconds is None else {"pair": question.seconds}
     return {"text": question.inputs, **seconds}
 
 
-def label_answers(
-    question: Question, shown: Sequence[str], columns: dict[str, list[Any]] | None = None
-) -> list[Answer]:
+def label_answers(question: Question, shown: Sequence[str], columns: Cells | None = None) -> list[Answer]:
     """The most probable label of each input, with all probabilities; without names the number that is given.
 
     Args:
@@ -305,7 +326,7 @@ def label_answers(
     return found
 
 
-def class_pairs(logits: Tensor, labels: Tensor | None) -> list[tuple[Any, Any]]:
+def class_pairs(logits: Tensor, labels: Tensor | None) -> Sequence[Pair]:
     """(id predicted, id) of each example; logits: (B, C)."""
     predicted = logits.argmax(-1).tolist()
     references = [None] * len(predicted) if labels is None else labels.tolist()

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
-import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
 
 from smidgen.data.columns import TARGETS, Columns, check_text_types, known_columns, only_column
 from smidgen.data.encoded import Encoded
-from smidgen.data.kinds.base import Answer, Collate, Question, TaskKind
+from smidgen.data.kinds.base import Answer, Collate, Outputs, Pair, Question, TaskKind, continued
 from smidgen.data.labels import IGNORED, LabelPlace
 from smidgen.data.metrics import LOSS, PERPLEXITY
 from smidgen.data.processor import Processor, tokenizer_in
-from smidgen.data.text.causal_lm import language
+from smidgen.data.text.causal_lm import Message, language
 from smidgen.data.text.collate import Collator
 from smidgen.data.text.encoding import text_length
 
@@ -74,7 +73,7 @@ class CausalLM(TaskKind):
             tokenizer_in(processor, self.name), self.label_dtype, multiple=multiple, model=model, masked=True
         )
 
-    def pairs(self, outputs: Any, labels: Tensor | None, names: Sequence[str]) -> list[tuple[Any, Any]]:
+    def pairs(self, outputs: Outputs, labels: Tensor | None, names: Sequence[str]) -> Sequence[Pair]:
         """Summed negative log-likelihood, and number of predicted tokens; logits (B, T, V)."""
         if labels is None:
             return [(row, None) for row in outputs.logits.argmax(-1).tolist()]
@@ -96,16 +95,13 @@ class CausalLM(TaskKind):
         return [_continued(question, text, chat) for text in question.inputs]
 
 
-def _continued(question: Question, text: Any, chat: bool) -> Answer:
+def _continued(question: Question, text: str | list[Message], chat: bool) -> Answer:
     tokenizer = tokenizer_in(question.processor, CausalLM.name)
     said = text if isinstance(text, list) else [{"role": "user", "content": text}]
     turn = [{k: v for k, v in message.items() if v is not None} for message in said]  # None: of another message
     turn = turn[:-1] if len(turn) > 1 and turn[-1].get("role") == "assistant" else turn
-    prompt: Any = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) if chat else text
-    batch: Any = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(question.model.device)
-    batch.pop("token_type_ids", None)
-    batch["pad_token_id"] = tokenizer.pad_token_id
-    with torch.inference_mode():
-        ids = question.model.generate(**batch, max_new_tokens=question.max_new_tokens, do_sample=False)
+    prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) if chat else text
+    batch = tokenizer(cast(str, prompt), return_tensors="pt", add_special_tokens=not chat)
+    ids = continued(question, batch, pad_token_id=tokenizer.pad_token_id)
     answer = tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return Answer(text if isinstance(text, str) else str(turn[-1].get("content", "")), answer)

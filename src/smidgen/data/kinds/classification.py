@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from datasets import Dataset
 from torch import Tensor
 
 from smidgen.data.columns import Columns, LabelType
-from smidgen.data.kinds.base import class_pairs
+from smidgen.data.kinds.base import Outputs, Pair, class_pairs
 from smidgen.data.kinds.text_kind import TextKind
 from smidgen.data.labels import Labels, class_ids, named_labels
 from smidgen.data.metrics import ACCURACY, F1, F1_MACRO, MATTHEWS
@@ -30,14 +29,14 @@ class Classification(TextKind):
         """Declared names, else those that occur."""
         return named_labels(rows, columns)
 
-    def label_ids(self, rows: Dataset, split: str, columns: Columns, labels: Labels) -> list[Any]:
+    def label_ids(self, rows: Dataset, split: str, columns: Columns, labels: Labels) -> Sequence[object]:
         """Ids of labels."""
         return class_ids(rows, split, columns, labels)
 
-    def head_options(self, labels: Sequence[str]) -> dict[str, Any]:
+    def head_options(self, labels: Sequence[str]) -> dict[str, object]:
         """One output for each label."""
         return {**super().head_options(labels), **({"problem_type": "single_label_classification"} if labels else {})}
 
-    def pairs(self, outputs: Any, labels: Tensor | None, names: Sequence[str]) -> list[tuple[Any, Any]]:
+    def pairs(self, outputs: Outputs, labels: Tensor | None, names: Sequence[str]) -> Sequence[Pair]:
         """Ids; logits (B, C)."""
         return class_pairs(outputs.logits, labels)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from smidgen.common.errors import DataError
-from smidgen.data.kinds.base import Batch, Collate
+from smidgen.data.encoded import Example
+from smidgen.data.kinds.base import Batch, Collate, Outputs
 from smidgen.data.kinds.media_kind import MediaClassification
 from smidgen.data.media.class_folders import MediaForm
 from smidgen.data.media.image_arrays import read_idx, read_npz
@@ -55,7 +55,7 @@ class ImageClassification(MediaClassification):
             raise DataError(f"images have 1, 3 or 4 channels, the model takes {channels}")
         return ImageCollator(image_processor_in(processor, self.name), channels)
 
-    def forward(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
         """As the model does. Raises DataError if it takes images of another size than its processor makes."""
         try:
             return model(**batch)
@@ -64,7 +64,7 @@ class ImageClassification(MediaClassification):
             said = " ".join(str(error).split())
             raise DataError(f"the model takes no pixel_values {shape}, which its processor makes: {said}") from error
 
-    def as_file(self, value: Any, name: str) -> MediaFile:
+    def as_file(self, value: object, name: str) -> MediaFile:
         """A new input: a path, bytes, an image of Pillow's, an array of bytes (H, W) or (H, W, C)."""
         if hasattr(value, "save") or isinstance(value, np.ndarray):
             return MediaFile(name, as_png(value))
@@ -80,16 +80,16 @@ class ImageCollator:
         channels: 1, 3 or 4, that images are turned into.
     """
 
-    processor: Any
+    processor: Processor
     channels: int = 3
 
-    def __call__(self, examples: list[dict[str, Any]]) -> Batch:
+    def __call__(self, examples: list[Example]) -> Batch:
         """pixel_values (B, C, H, W), and labels (B,) if the examples have them. Raises DataError, naming the file."""
-        images = [open_image(example["image"], self.channels) for example in examples]
+        images = [open_image(MediaFile.of(example["image"]), self.channels) for example in examples]
         options = {"input_data_format": "channels_first"} if self.channels == 1 else {}
         pixels = [np.asarray(image)[None] for image in images] if self.channels == 1 else images
         try:
-            batch: Batch = dict(self.processor(images=pixels, return_tensors="pt", **options))
+            batch = dict(self.processor(images=pixels, return_tensors="pt", **options))
         except ValueError as error:
             what = f"{self.channels} channel{'s' * (self.channels > 1)}"
             said = " ".join(str(error).split())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from smidgen.common.errors import DataError
 from smidgen.data.columns import Columns, check_text_types, find_texts
-from smidgen.data.encoded import Encoded
-from smidgen.data.kinds.base import Answer, Collate, Question, TaskKind
+from smidgen.data.encoded import Encoded, Example
+from smidgen.data.kinds.base import Answer, Collate, Outputs, Pair, Question, TaskKind
 from smidgen.data.labels import IGNORED, LabelPlace
 from smidgen.data.metrics import LOSS, PERPLEXITY
 from smidgen.data.processor import Processor, tokenizer_in
@@ -67,8 +66,8 @@ class MaskedLM(TaskKind):
                 f"masked-lm needs a fast tokenizer, which cuts blocks; {type(tokenizer).__name__} is not one"
             )
         length = text_length(tokenizer, max_length)
-        options: dict[str, Any] = {"truncation": True, "max_length": length, "return_overflowing_tokens": True}
-        blocks = tokenizer(rows[text[0]][:], **options)["input_ids"]
+        texts = rows[text[0]][:]
+        blocks = tokenizer(texts, truncation=True, max_length=length, return_overflowing_tokens=True)["input_ids"]
         examples = [_hidden(block, tokenizer) for block in blocks]
         if not examples:
             raise DataError("the texts have no tokens to learn from")
@@ -78,7 +77,7 @@ class MaskedLM(TaskKind):
         """Pads to the longest."""
         return Collator.of(tokenizer_in(processor, self.name), None, multiple=multiple, model=model)
 
-    def pairs(self, outputs: Any, labels: Tensor | None, names: Sequence[str]) -> list[tuple[Any, Any]]:
+    def pairs(self, outputs: Outputs, labels: Tensor | None, names: Sequence[str]) -> Sequence[Pair]:
         """Summed negative log-likelihood, and number of hidden tokens; logits (B, T, V)."""
         return likelihood_pairs(outputs.logits, labels)
 
@@ -87,7 +86,7 @@ class MaskedLM(TaskKind):
         return [_filled(question, str(text)) for text in question.inputs]
 
 
-def likelihood_pairs(logits: Tensor, labels: Tensor | None) -> list[tuple[Any, Any]]:
+def likelihood_pairs(logits: Tensor, labels: Tensor | None) -> Sequence[Pair]:
     """(summed negative log-likelihood, number of labels) of each example; logits (B, T, V), labels (B, T)."""
     if labels is None:
         return [(row, None) for row in logits.argmax(-1).tolist()]
@@ -95,7 +94,7 @@ def likelihood_pairs(logits: Tensor, labels: Tensor | None) -> list[tuple[Any, A
     return list(zip(nll.tolist(), (labels != IGNORED).sum(1).tolist(), strict=True))
 
 
-def _hidden(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _hidden(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Example:
     """An example of which some tokens are hidden, at least one; chosen by its ids alone."""
     values = np.array(ids)
     random = np.random.RandomState(zlib.crc32(values.astype("<i8").tobytes()))
@@ -112,7 +111,7 @@ def _hidden(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any
 
 def _filled(question: Question, text: str) -> Answer:
     tokenizer = tokenizer_in(question.processor, MaskedLM.name)
-    batch: Any = tokenizer(text, return_tensors="pt").to(next(question.model.parameters()).device)
+    batch = tokenizer(text, return_tensors="pt").to(next(question.model.parameters()).device)
     masked = batch["input_ids"][0] == tokenizer.mask_token_id
     if not masked.any():
         raise DataError(f"{text[:40]!r} has no {tokenizer.mask_token} to fill in")

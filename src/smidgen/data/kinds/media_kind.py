@@ -7,15 +7,15 @@ import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from datasets import Dataset, Features, Value
 from torch import Tensor
 
 from smidgen.common.errors import DataError
 from smidgen.data.columns import Columns, check_inputs, label_column, only_column
-from smidgen.data.encoded import Encoded
-from smidgen.data.kinds.base import Answer, Question, TaskKind, class_pairs, label_answers
+from smidgen.data.encoded import Column, Encoded, Example
+from smidgen.data.kinds.base import Answer, Outputs, Pair, Question, TaskKind, class_pairs, label_answers
 from smidgen.data.labels import Labels, class_ids, named_labels
 from smidgen.data.media.class_folders import MediaForm, read_media
 from smidgen.data.media.media_file import CELL, MediaFile
@@ -77,7 +77,7 @@ class MediaClassification(TaskKind, abstract=True):
         """Declared names, else those that occur."""
         return named_labels(rows, columns)
 
-    def label_ids(self, rows: Dataset, split: str, columns: Columns, labels: Labels) -> list[Any]:
+    def label_ids(self, rows: Dataset, split: str, columns: Columns, labels: Labels) -> Sequence[object]:
         """Ids of labels."""
         return class_ids(rows, split, columns, labels)
 
@@ -85,7 +85,7 @@ class MediaClassification(TaskKind, abstract=True):
         """By content."""
         return [[MediaFile.of(cell).digest()] for cell in rows[columns.text[0]][:]]
 
-    def digest(self, row: Mapping[str, Any]) -> bytes:
+    def digest(self, row: Mapping[str, object]) -> bytes:
         """The content of files, not where they lie."""
         plain = {k: MediaFile.of(v).digest() if isinstance(v, Mapping) else v for k, v in row.items()}
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).digest()
@@ -98,7 +98,7 @@ class MediaClassification(TaskKind, abstract=True):
         if max_length is not None:
             raise DataError(f"{self.form.what} have no tokens to cut: leave out max_length={max_length}")
         files = [MediaFile.of(cell, f"{self.form.column} {i}") for i, cell in enumerate(rows[text[0]][:])]
-        labels = [{}] * len(files) if label is None else [{"labels": value} for value in rows[label][:]]
+        labels: list[Example] = [{}] * len(files) if label is None else [{"labels": value} for value in rows[label][:]]
         examples = [{self.form.column: file, **value} for file, value in zip(files, labels, strict=True)]
         return Encoded(examples, None, lengths=[1] * len(examples))
 
@@ -106,19 +106,19 @@ class MediaClassification(TaskKind, abstract=True):
     def check_processor(self, processor: Processor) -> None:
         """Raises DataError if a processor does not read such files."""
 
-    def length(self, example: Mapping[str, Any]) -> int:
+    def length(self, example: Mapping[str, object]) -> int:
         """All are alike."""
         return 1
 
-    def head_options(self, labels: Sequence[str]) -> dict[str, Any]:
+    def head_options(self, labels: Sequence[str]) -> dict[str, object]:
         """One output for each label."""
         return {**super().head_options(labels), **({"problem_type": "single_label_classification"} if labels else {})}
 
-    def pairs(self, outputs: Any, labels: Tensor | None, names: Sequence[str]) -> list[tuple[Any, Any]]:
+    def pairs(self, outputs: Outputs, labels: Tensor | None, names: Sequence[str]) -> Sequence[Pair]:
         """Ids; logits (B, C)."""
         return class_pairs(outputs.logits, labels)
 
-    def read_inputs(self, path: Path) -> list[Any] | None:
+    def read_inputs(self, path: Path) -> Column | None:
         """A file, or all those in a folder."""
         if path.is_dir():
             found = [str(p) for p in sorted(path.rglob("*")) if p.is_file() and self.form.holds(p.name)]
@@ -132,6 +132,6 @@ class MediaClassification(TaskKind, abstract=True):
         files = [self.as_file(value, f"{self.form.column} {i}") for i, value in enumerate(question.inputs)]
         return label_answers(question, [file.name for file in files], {"text": [file.cell() for file in files]})
 
-    def as_file(self, value: Any, name: str) -> MediaFile:
+    def as_file(self, value: object, name: str) -> MediaFile:
         """A new input: a path, bytes, or a cell of a column."""
         return MediaFile.of(value, name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch.nn.functional as F
 from datasets import Dataset, Value
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from smidgen.common.errors import DataError
 from smidgen.data.columns import Columns, label_column, reads_as_number
+from smidgen.data.kinds.base import Outputs, Pair
 from smidgen.data.kinds.two_towers import TowerOutput, TwoTowers
 from smidgen.data.labels import Labels, label_numbers
 from smidgen.data.metrics import MSE, PEARSON, SPEARMAN
@@ -39,21 +39,21 @@ class Pairs(TwoTowers):
         """No names; least and greatest number as values."""
         return Labels(_range(rows, str(columns.label)))
 
-    def label_ids(self, rows: Dataset, split: str, columns: Columns, labels: Labels) -> list[Any]:
+    def label_ids(self, rows: Dataset, split: str, columns: Columns, labels: Labels) -> Sequence[object]:
         """Numbers from 0 to 1, or as they are where they lie between -1 and 1."""
-        numbers, (low, high) = label_numbers(rows, split, columns), labels.values
+        numbers, (low, high) = label_numbers(rows, split, columns), map(float, labels.values)
         return numbers if _fits(low, high) else [(number - low) / (high - low) for number in numbers]
 
-    def label_feature(self) -> Any:
+    def label_feature(self) -> object:
         """Double precision."""
         return Value("float64")
 
-    def loss(self, outputs: TowerOutput, batch: Mapping[str, Any]) -> Tensor | None:
+    def loss(self, outputs: TowerOutput, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Mean squared error of the cosine."""
         labels = batch.get("labels")
         return None if labels is None else F.mse_loss(outputs.logits.squeeze(-1), labels.to(outputs.logits.dtype))
 
-    def pairs(self, outputs: Any, labels: Tensor | None, names: Sequence[str]) -> list[tuple[Any, Any]]:
+    def pairs(self, outputs: Outputs, labels: Tensor | None, names: Sequence[str]) -> Sequence[Pair]:
         """Cosines."""
         predicted = outputs.logits.squeeze(-1).tolist()
         return list(zip(predicted, [None] * len(predicted) if labels is None else labels.tolist(), strict=True))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from datasets import Dataset, Value
 from torch import Tensor
 
 from smidgen.data.columns import Columns, LabelType
+from smidgen.data.kinds.base import Outputs, Pair
 from smidgen.data.kinds.text_kind import TextKind
 from smidgen.data.labels import Labels, label_numbers
 from smidgen.data.metrics import MSE, PEARSON, SPEARMAN
@@ -27,11 +27,11 @@ class Regression(TextKind):
     holds = LabelType.NUMBERS
     label_dtype = torch.float32
 
-    def label_ids(self, rows: Dataset, split: str, columns: Columns, labels: Labels) -> list[Any]:
+    def label_ids(self, rows: Dataset, split: str, columns: Columns, labels: Labels) -> Sequence[object]:
         """Finite numbers."""
         return label_numbers(rows, split, columns)
 
-    def label_feature(self) -> Any:
+    def label_feature(self) -> object:
         """Double precision."""
         return Value("float64")
 
@@ -39,11 +39,11 @@ class Regression(TextKind):
         """One number."""
         return 1
 
-    def head_options(self, labels: Sequence[str]) -> dict[str, Any]:
+    def head_options(self, labels: Sequence[str]) -> dict[str, object]:
         """One output."""
         return {"num_labels": 1, "problem_type": "regression"}
 
-    def pairs(self, outputs: Any, labels: Tensor | None, names: Sequence[str]) -> list[tuple[Any, Any]]:
+    def pairs(self, outputs: Outputs, labels: Tensor | None, names: Sequence[str]) -> Sequence[Pair]:
         """Numbers; logits (B, 1)."""
         predicted = outputs.logits.squeeze(-1).tolist()
         return list(zip(predicted, [None] * len(predicted) if labels is None else labels.tolist(), strict=True))

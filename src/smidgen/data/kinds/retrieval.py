@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from smidgen.common.errors import DataError
 from smidgen.data.columns import TARGETS, Columns, known_columns
+from smidgen.data.kinds.base import Outputs, Pair
 from smidgen.data.kinds.two_towers import TowerOutput, TwoTowers
 from smidgen.data.labels import Labels, present_labels
 from smidgen.data.ranking import MRR, RECALL_AT_1, RECALL_AT_10, RankedPair
@@ -43,7 +44,7 @@ class Retrieval(TwoTowers):
         ]
         return Columns(self.name, texts, label or (known[0] if len(known) == 1 else None))
 
-    def label_ids(self, rows: Dataset, split: str, columns: Columns, labels: Labels) -> list[Any]:
+    def label_ids(self, rows: Dataset, split: str, columns: Columns, labels: Labels) -> Sequence[object]:
         """1 for a right pair, 0 for a wrong one. Raises DataError for any other label."""
         values = present_labels(rows, split, columns)
         odd = [i for i, value in enumerate(values) if str(value) not in ("0", "1", "0.0", "1.0")]
@@ -52,7 +53,7 @@ class Retrieval(TwoTowers):
                             "wrong one); kind='pairs' takes numbers that say how alike two texts are")  # fmt: skip
         return [int(float(value)) for value in values]
 
-    def loss(self, outputs: TowerOutput, batch: Mapping[str, Any]) -> Tensor | None:
+    def loss(self, outputs: TowerOutput, batch: Mapping[str, Tensor]) -> Tensor | None:
         """InfoNCE over the batch; 0 where it has no wrong answers."""
         scores = outputs.vectors[:, 0] @ outputs.vectors[:, 1].T / self.temperature  # (B, B)
         same = (outputs.keys[:, None] == outputs.keys[None]).any(-1)  # an equal first or second text
@@ -62,8 +63,9 @@ class Retrieval(TwoTowers):
         losses = F.cross_entropy(scores, torch.arange(len(scores), device=scores.device), reduction="none")
         return (losses * right).sum() / right.sum().clamp(min=1)
 
-    def pairs(self, outputs: Any, labels: Tensor | None, names: Sequence[str]) -> list[tuple[Any, Any]]:
+    def pairs(self, outputs: Outputs, labels: Tensor | None, names: Sequence[str]) -> Sequence[Pair]:
         """Vectors and keys; 1 for a right pair, which all are without labels."""
+        assert isinstance(outputs, TowerOutput)
         vectors, keys = outputs.vectors.float().cpu().numpy(), outputs.keys.tolist()
         found = [RankedPair(*vector, *key) for vector, key in zip(vectors, keys, strict=True)]
         return list(zip(found, [1] * len(found) if labels is None else map(int, labels.tolist()), strict=True))

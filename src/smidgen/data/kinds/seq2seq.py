@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
 from smidgen.data.columns import Columns, check_text_types, only_column
-from smidgen.data.encoded import Encoded
-from smidgen.data.kinds.base import Answer, Batch, Collate, Question, TaskKind
+from smidgen.data.encoded import Cells, Encoded, Example
+from smidgen.data.kinds.base import Answer, Batch, Collate, Outputs, Pair, Question, TaskKind, continued
 from smidgen.data.kinds.masked_lm import likelihood_pairs
 from smidgen.data.labels import LabelPlace
 from smidgen.data.metrics import LOSS, PERPLEXITY
 from smidgen.data.processor import Processor, tokenizer_in
 from smidgen.data.text.collate import Collator
-from smidgen.data.text.encoding import as_examples, encode_chunks, text_length
+from smidgen.data.text.encoding import Part, as_examples, encode_chunks, text_length
 
 KNOWN = (("source", "target"), ("prompt", "completion"), ("document", "summary"), ("article", "highlights"))
 
@@ -54,7 +52,7 @@ class Seq2Seq(TaskKind):
         tokenizer = tokenizer_in(processor, self.name)
         length = text_length(tokenizer, max_length)
 
-        def encode(cells: dict[str, list[Any]]) -> tuple[list[dict[str, Any]], int, int]:
+        def encode(cells: Cells) -> Part:
             long = sum(len(ids) > length for ids in tokenizer(cells[text[0]], verbose=False)["input_ids"])
             examples = as_examples(tokenizer(cells[text[0]], truncation=True, max_length=length))
             if len(text) == 2:
@@ -69,7 +67,7 @@ class Seq2Seq(TaskKind):
         pad = Collator.of(tokenizer_in(processor, self.name), None, multiple=multiple, model=model)
         shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
 
-        def collate(examples: list[Any]) -> Batch:
+        def collate(examples: list[Example]) -> Batch:
             batch = pad(examples)
             if shift is not None and "labels" in batch:
                 labels = batch["labels"].to(next(model.parameters()).device) if model is not None else batch["labels"]
@@ -78,7 +76,7 @@ class Seq2Seq(TaskKind):
 
         return collate
 
-    def pairs(self, outputs: Any, labels: Tensor | None, names: Sequence[str]) -> list[tuple[Any, Any]]:
+    def pairs(self, outputs: Outputs, labels: Tensor | None, names: Sequence[str]) -> Sequence[Pair]:
         """Summed negative log-likelihood, and number of tokens to write; logits (B, T, V)."""
         return likelihood_pairs(outputs.logits, labels)
 
@@ -90,9 +88,6 @@ class Seq2Seq(TaskKind):
         """Greedy, one text at a time."""
         tokenizer, found = tokenizer_in(question.processor, self.name), []
         for text in map(str, question.inputs):
-            batch: Any = tokenizer(text, return_tensors="pt", truncation=True).to(question.model.device)
-            batch.pop("token_type_ids", None)
-            with torch.inference_mode():
-                ids = question.model.generate(**batch, max_new_tokens=question.max_new_tokens, do_sample=False)
+            ids = continued(question, tokenizer(text, return_tensors="pt", truncation=True))
             found.append(Answer(text, tokenizer.decode(ids[0], skip_special_tokens=True)))
         return found

@@ -6,27 +6,36 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, List, Value
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from smidgen.common.errors import DataError
 from smidgen.data.columns import COUNTED, Columns, check_text_types
-from smidgen.data.encoded import Encoded
-from smidgen.data.kinds.base import Answer, Batch, Collate, Question, TaskKind, named_columns
+from smidgen.data.encoded import Cells, Encoded, Example
+from smidgen.data.kinds.base import Answer, Batch, Collate, Outputs, Pair, Question, TaskKind, named_columns
 from smidgen.data.labels import LabelPlace, Labels
 from smidgen.data.processor import Processor, tokenizer_in
 from smidgen.data.readers import Raw, decode
 from smidgen.data.spans import EXACT_MATCH, SPAN_F1
 from smidgen.data.text.collate import Collator
-from smidgen.data.text.encoding import encode_chunks, text_length
+from smidgen.data.text.encoding import Part, encode_chunks, text_length
 
 LONGEST = 30  # tokens of an answer
+Spans = Sequence[tuple[int, int] | None]  # of each token of a text, in characters; None outside of the context
 TENSORS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+class RightAnswers(TypedDict):
+    """The right answers to a question, and where each begins in its context."""
+
+    text: list[str]
+    answer_start: list[int]
 
 
 @dataclass
@@ -61,7 +70,7 @@ class SpanQA(TaskKind):
         with path.open("rb") as file:
             if b'"paragraphs"' not in file.read(4096):
                 return None
-        rows: dict[str, list[Any]] = {"question": [], "context": [], "answers": []}
+        rows: Cells = {"question": [], "context": [], "answers": []}
         for article in json.loads(decode(path))["data"]:
             for paragraph in article["paragraphs"]:
                 for asked in paragraph["qas"]:
@@ -81,7 +90,7 @@ class SpanQA(TaskKind):
         check_text_types(rows, self.name, found)
         return Columns(self.name, found, label)
 
-    def label_ids(self, rows: Dataset, split: str, columns: Columns, labels: Labels) -> list[Any]:
+    def label_ids(self, rows: Dataset, split: str, columns: Columns, labels: Labels) -> Sequence[object]:
         """{"text": [...], "answer_start": [...]} in characters. Raises DataError if one does not stand there."""
         contexts = rows[columns.text[1]][:]
         found = []
@@ -96,7 +105,7 @@ class SpanQA(TaskKind):
             found.append({"text": list(value["text"]), "answer_start": list(value["answer_start"])})
         return found
 
-    def label_feature(self) -> Any:
+    def label_feature(self) -> object:
         """Texts and places."""
         return {"text": List(Value("string")), "answer_start": List(Value("int64"))}
 
@@ -115,15 +124,12 @@ class SpanQA(TaskKind):
             )
         length = text_length(tokenizer, max_length)
 
-        def encode(cells: dict[str, list[Any]]) -> tuple[list[dict[str, Any]], int, int]:
+        def encode(cells: Cells) -> Part:
             questions, contexts = cells[text[0]], cells[text[1]]
             long = sum(len(i) > length for i in tokenizer(questions, contexts, verbose=False)["input_ids"])
-            options: dict[str, Any] = {
-                "truncation": "only_second",
-                "max_length": length,
-                "return_offsets_mapping": True,
-            }
-            found = tokenizer(questions, contexts, **options)
+            found = tokenizer(
+                questions, contexts, truncation="only_second", max_length=length, return_offsets_mapping=True
+            )
             examples = []
             for i, context in enumerate(contexts):
                 inside = [number == 1 for number in found.sequence_ids(i)]
@@ -142,17 +148,17 @@ class SpanQA(TaskKind):
         """Pads to the longest; labels (B, 2)."""
         pad = Collator.of(tokenizer_in(processor, self.name), self.label_dtype, multiple=multiple, model=model)
 
-        def collate(examples: list[Any]) -> Batch:
+        def collate(examples: list[Example]) -> Batch:
             keys = [key for key in (*TENSORS, "labels") if key in examples[0]]
             return pad([{key: example[key] for key in keys} for example in examples])
 
         return collate
 
-    def model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def model_inputs(self, batch: Mapping[str, Tensor]) -> Batch:
         """Without labels."""
         return self.parted(batch)[0]
 
-    def forward(self, model: nn.Module, batch: Mapping[str, Any]) -> SpanOutput:
+    def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> SpanOutput:
         """Both ends side by side, lowest at padding, and the loss."""
         inputs, labels = self.parted(batch)
         found = model(**inputs)
@@ -162,13 +168,13 @@ class SpanQA(TaskKind):
         loss = None if labels is None else F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
         return SpanOutput(logits, loss)
 
-    def pairs(self, outputs: Any, labels: Tensor | None, names: Sequence[str]) -> list[tuple[Any, Any]]:
+    def pairs(self, outputs: Outputs, labels: Tensor | None, names: Sequence[str]) -> Sequence[Pair]:
         """Logits (2, T); `told` makes text of them."""
         return [(row, None) for row in outputs.logits.cpu().numpy()]
 
-    def told(self, pair: tuple[Any, Any], example: Mapping[str, Any]) -> tuple[Any, Any]:
+    def told(self, pair: Pair, example: Mapping[str, object]) -> Pair:
         """The answer's text, and the right ones."""
-        return _said(pair[0], example), example.get("answers")
+        return _said(cast(NDArray[np.float32], pair[0]), example), example.get("answers")
 
     def answers(self, question: Question) -> list[Answer]:
         """The part of each second text that answers the first."""
@@ -180,7 +186,7 @@ class SpanQA(TaskKind):
         return [Answer(str(asked), answer) for asked, answer in zip(question.inputs, said, strict=True)]
 
 
-def _ends(answers: Mapping[str, Any], spans: Sequence[tuple[int, int] | None]) -> list[int]:
+def _ends(answers: RightAnswers, spans: Spans) -> list[int]:
     """Numbers of the first and the last token of the first answer; 0 and 0 if it is cut off, or there is none."""
     if not answers["text"]:
         return [0, 0]
@@ -192,13 +198,14 @@ def _ends(answers: Mapping[str, Any], spans: Sequence[tuple[int, int] | None]) -
     return [covered[0], covered[-1]]
 
 
-def _said(logits: Any, example: Mapping[str, Any]) -> str:
+def _said(logits: NDArray[np.float32], example: Mapping[str, object]) -> str:
     """The text between the most probable pair of ends within the context, at most 30 tokens long."""
-    spans = example["spans"]
-    places = [i for i, span in enumerate(spans) if span is not None]
-    if not places:
+    spans = cast(Spans, example["spans"])
+    context, places = str(example["context"]), [i for i, span in enumerate(spans) if span is not None]
+    inside = [span for span in spans if span is not None]
+    if not inside:
         return ""
     scores = logits[0][places][:, None] + logits[1][places][None]  # first, last
     allowed = np.triu(np.ones_like(scores)) - np.triu(np.ones_like(scores), LONGEST)
     first, last = np.unravel_index(np.where(allowed > 0, scores, -np.inf).argmax(), scores.shape)
-    return str(example["context"][spans[places[first]][0] : spans[places[last]][1]])
+    return context[inside[int(first)][0] : inside[int(last)][1]]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from datasets import Dataset, List, Value
 from torch import Tensor
 
 from smidgen.data.columns import Columns, LabelType
 from smidgen.data.encoded import Encoded
-from smidgen.data.kinds.base import Answer, Question
+from smidgen.data.kinds.base import Answer, Outputs, Pair, Question
 from smidgen.data.kinds.text_kind import TextKind
 from smidgen.data.labels import IGNORED, LabelPlace, Labels, named_labels, tag_ids
 from smidgen.data.metrics import ENTITY_F1, TOKEN_ACCURACY
@@ -38,11 +37,11 @@ class Tagging(TextKind):
         """Declared names, else those that occur."""
         return named_labels(rows, columns, tags=True)
 
-    def label_ids(self, rows: Dataset, split: str, columns: Columns, labels: Labels) -> list[Any]:
+    def label_ids(self, rows: Dataset, split: str, columns: Columns, labels: Labels) -> Sequence[object]:
         """Lists of ids, one for each word."""
         return tag_ids(rows, split, columns, labels)
 
-    def label_feature(self) -> Any:
+    def label_feature(self) -> object:
         """Lists of whole numbers."""
         return List(Value("int64"))
 
@@ -56,7 +55,7 @@ class Tagging(TextKind):
             rows, length, partial(encode_words, tokenizer=tokenizer, text=text, label=label, length=length)
         )
 
-    def pairs(self, outputs: Any, labels: Tensor | None, names: Sequence[str]) -> list[tuple[Any, Any]]:
+    def pairs(self, outputs: Outputs, labels: Tensor | None, names: Sequence[str]) -> Sequence[Pair]:
         """Names of the words' tags; logits (B, T, C)."""
         predicted = outputs.logits.argmax(-1)
         if labels is None:

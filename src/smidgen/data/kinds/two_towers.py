@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from smidgen.common.errors import DataError
 from smidgen.data.columns import PAIRS, check_text_types, only_column
-from smidgen.data.encoded import Encoded
+from smidgen.data.encoded import Cells, Encoded, Example, tokens_of
 from smidgen.data.kinds.base import Answer, Batch, Collate, Question, TaskKind, label_answers
 from smidgen.data.processor import Processor, tokenizer_in
 from smidgen.data.text.collate import Collator
-from smidgen.data.text.encoding import encode_chunks, encode_texts, text_length
+from smidgen.data.text.encoding import Part, encode_chunks, encode_texts, text_length
 
 SECOND = "second_"  # before the keys of the second text
 KNOWN = (*PAIRS, ("anchor", "positive"), ("query", "passage"), ("question", "answer"), ("query", "document"))
@@ -65,7 +65,7 @@ class TwoTowers(TaskKind, abstract=True):
         """One cosine."""
         return 1
 
-    def head_options(self, labels: Sequence[str]) -> dict[str, Any]:
+    def head_options(self, labels: Sequence[str]) -> dict[str, object]:
         """There is no head."""
         return {}
 
@@ -76,7 +76,7 @@ class TwoTowers(TaskKind, abstract=True):
         tokenizer = tokenizer_in(processor, self.name)
         length = text_length(tokenizer, max_length)
 
-        def both(cells: dict[str, list[Any]]) -> tuple[list[dict[str, Any]], int, int]:
+        def both(cells: Cells) -> Part:
             first, cut, _ = encode_texts(cells, tokenizer, text[:1], label, length)
             second, also, _ = encode_texts(cells, tokenizer, text[1:], None, length)
             named = ({SECOND + key: value for key, value in example.items()} for example in second)
@@ -85,20 +85,20 @@ class TwoTowers(TaskKind, abstract=True):
         found = encode_chunks(rows, length, both)
         return Encoded(list(found), length, found.truncated, lengths=[self.length(example) for example in found])
 
-    def length(self, example: Mapping[str, Any]) -> int:
+    def length(self, example: Mapping[str, object]) -> int:
         """Tokens of the longer text."""
-        return max(len(example["input_ids"]), len(example[f"{SECOND}input_ids"]))
+        return max(len(tokens_of(example)), len(tokens_of(example, f"{SECOND}input_ids")))
 
     def collator(self, processor: Processor, multiple: int = 1, model: nn.Module | None = None) -> Collate:
         """Pads first texts and second texts, each to their longest."""
         tokenizer = tokenizer_in(processor, self.name)
         return TowerCollator(Collator.of(tokenizer, self.label_dtype, multiple=multiple, model=model))
 
-    def model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def model_inputs(self, batch: Mapping[str, Tensor]) -> Batch:
         """The first texts."""
         return {key: value for key, value in batch.items() if key != "labels" and not key.startswith(SECOND)}
 
-    def forward(self, model: nn.Module, batch: Mapping[str, Any]) -> TowerOutput:
+    def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> TowerOutput:
         """Vectors, their cosine, what tells texts apart, and the loss."""
         second = {key.removeprefix(SECOND): value for key, value in batch.items() if key.startswith(SECOND)}
         vectors = torch.stack([mean_vector(model, self.model_inputs(batch)), mean_vector(model, second)], 1)
@@ -108,7 +108,7 @@ class TwoTowers(TaskKind, abstract=True):
         return outputs
 
     @abstractmethod
-    def loss(self, outputs: TowerOutput, batch: Mapping[str, Any]) -> Tensor | None:
+    def loss(self, outputs: TowerOutput, batch: Mapping[str, Tensor]) -> Tensor | None:
         """The loss of a batch, None without the labels that it needs."""
 
     def answers(self, question: Question) -> list[Answer]:
@@ -122,21 +122,21 @@ class TowerCollator:
 
     collate: Collator
 
-    def __call__(self, examples: list[dict[str, Any]]) -> Batch:
+    def __call__(self, examples: list[Example]) -> Batch:
         """A batch, labels (B,) among it if the examples have them."""
         first = [{k: v for k, v in example.items() if not k.startswith(SECOND)} for example in examples]
         second = [{k.removeprefix(SECOND): v for k, v in e.items() if k.startswith(SECOND)} for e in examples]
         return {**self.collate(first), **{SECOND + key: value for key, value in self.collate(second).items()}}
 
 
-def mean_vector(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+def mean_vector(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """The mean of the last hidden states over tokens that are no padding, of length 1, in float32: (B, d)."""
     states = model(**inputs).last_hidden_state.float()
     mask = inputs["attention_mask"][..., None].to(states.dtype)
     return F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
 
 
-def _key(batch: Mapping[str, Any], start: str) -> Tensor:
+def _key(batch: Mapping[str, Tensor], start: str) -> Tensor:
     """(B,), equal for equal texts, however they are padded."""
     ids, mask = batch[f"{start}input_ids"], batch[f"{start}attention_mask"]
     place = mask.cumsum(1) * mask  # 1, 2, ... at tokens, whatever side is padded

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
 
 from smidgen.common.errors import DataError
 from smidgen.data.media.class_folders import MediaForm, as_rows
@@ -20,6 +21,8 @@ PLAIN = (("images", "labels"), ("image", "label"), ("x", "y"), ("data", "labels"
 SPLIT = {"train": ("x_train", "y_train"), "test": ("x_test", "y_test")}
 PACKED = ("blob", "offsets", "label")
 IDX = {"train": "train", "test": "t10k"}
+
+Array = NDArray[np.generic]
 
 
 def read_npz(path: Path, form: MediaForm) -> Raw | None:
@@ -74,7 +77,7 @@ def _idx_file(folder: Path, name: str) -> Path | None:
     return next((folder / n for n in (name, f"{name}.gz") if (folder / n).is_file()), None)
 
 
-def _idx(path: Path) -> Any:
+def _idx(path: Path) -> NDArray[np.uint8]:
     """Two zero bytes, the type (8: bytes), the number of sizes, the sizes as big-endian 32 bit, the values."""
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     if data[:3] != b"\0\0\x08":
@@ -83,23 +86,25 @@ def _idx(path: Path) -> Any:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
 
 
-def _pngs(images: Any, name: str) -> list[MediaFile]:
+def _pngs(images: Array, name: str) -> list[MediaFile]:
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise DataError(f"{name} holds images of shape {images.shape} and type {images.dtype}; expected bytes, "
                         "(N, H, W) or (N, H, W, C)")  # fmt: skip
     return [MediaFile(f"image {i} of {name}", as_png(image)) for i, image in enumerate(images)]
 
 
-def _parted(path: Path, form: MediaForm, files: Sequence[MediaFile], labels: Any, names: Any, is_test: Any) -> Raw:
+def _parted(
+    path: Path, form: MediaForm, files: Sequence[MediaFile], labels: Array, names: Array | None, is_test: Array | None
+) -> Raw:
     if is_test is None:
         return Raw(path.stem, {"train": _rows(path, form, files, labels, names)})
-    masks: Mapping[str, Any] = {"train": ~is_test.astype(bool), "test": is_test.astype(bool)}
+    masks = {"train": ~is_test.astype(bool), "test": is_test.astype(bool)}
     kept = {split: np.flatnonzero(mask).tolist() for split, mask in masks.items() if mask.any()}
     rows = {s: _rows(path, form, [files[i] for i in places], labels[places], names) for s, places in kept.items()}
     return Raw(path.stem, rows)
 
 
-def _rows(path: Path, form: MediaForm, files: Sequence[MediaFile], labels: Any, names: Any) -> Any:
+def _rows(path: Path, form: MediaForm, files: Sequence[MediaFile], labels: Array, names: Array | None) -> Dataset:
     if len(files) != len(labels):
         raise DataError(f"{path} holds {len(files)} images and {len(labels)} labels")
     told = [str(value if names is None else names[int(value)]) for value in np.asarray(labels).reshape(-1).tolist()]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from smidgen.common.errors import DataError
 from smidgen.data.media.media_file import MediaFile
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of so many channels
 
 
-def pillow() -> Any:
+def pillow() -> ModuleType:
     """Pillow's module Image. Raises DataError if it is not installed."""
     try:
         from PIL import Image
@@ -20,13 +24,14 @@ def pillow() -> Any:
     return Image
 
 
-def open_image(file: MediaFile, channels: int = 3) -> Any:
+def open_image(file: MediaFile, channels: int = 3) -> Image:
     """The decoded image, with so many channels. Raises DataError, naming the file, if it cannot be read."""
     image = pillow()
     data = file.read_bytes()
     try:
         with image.open(io.BytesIO(data)) as found:
-            return found.convert(MODES[channels])
+            decoded: Image = found.convert(MODES[channels])
+            return decoded
     except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as error:
         raise _broken(file, error) from None
 
@@ -48,7 +53,7 @@ def _broken(file: MediaFile, error: Exception) -> DataError:
     return DataError(f"cannot read the image {file.name}: {said}; mend or remove it")
 
 
-def as_png(values: Any) -> bytes:
+def as_png(values: object) -> bytes:
     """An array of bytes (H, W) or (H, W, C), or an image of Pillow's, as a PNG file."""
     found = values if hasattr(values, "save") else pillow().fromarray(values)
     buffer = io.BytesIO()

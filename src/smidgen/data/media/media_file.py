@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from datasets import Features, Value
 
@@ -30,7 +29,7 @@ class MediaFile:
     path: str | None = None
 
     @classmethod
-    def of(cls, value: Any, name: str = "an input") -> MediaFile:
+    def of(cls, value: object, name: str = "an input") -> MediaFile:
         """From a path, bytes, or a cell of a column {"bytes", "path"}.
 
         Raises:
@@ -46,7 +45,7 @@ class MediaFile:
             return cls(str(value.get("path") or name), value.get("bytes"), value.get("path"))
         raise DataError(f"{name} is {type(value).__name__}; expected a path, bytes, or a column of images or sounds")
 
-    def cell(self) -> dict[str, Any]:
+    def cell(self) -> dict[str, bytes | str | None]:
         """As a cell of a column."""
         return {"bytes": self.data, "path": self.path if self.path is not None else self.name}
 

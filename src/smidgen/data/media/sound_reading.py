@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import io
 import math
-from typing import Any
+from types import ModuleType
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from scipy.signal import resample_poly
 
 from smidgen.common.errors import DataError
 from smidgen.data.media.media_file import MediaFile
+
+Sound = NDArray[np.float32]
 
 
 class ResampledWarning(UserWarning):
     """Sounds are at another rate than the model's, and are resampled to it."""
 
 
-def soundfile() -> Any:
+def soundfile() -> ModuleType:
     """The module soundfile. Raises DataError if it is not installed."""
     try:
         import soundfile as module
@@ -39,7 +42,7 @@ def sound_header(file: MediaFile) -> tuple[int, int]:
     return int(found.frames), int(found.samplerate)
 
 
-def read_sound(file: MediaFile, rate: int) -> Any:
+def read_sound(file: MediaFile, rate: int) -> Sound:
     """The mean of all channels, float32 (samples,), at `rate` samples a second.
 
     Raises:
@@ -54,15 +57,16 @@ def read_sound(file: MediaFile, rate: int) -> Any:
     return resampled(values.mean(1), int(own), rate)
 
 
-def resampled(values: Any, rate: int, wanted: int) -> Any:
+def resampled(values: Sound, rate: int, wanted: int) -> Sound:
     """Sound (samples,) at another rate, by a polyphase filter; as it is where the rates are equal."""
     if rate == wanted:
         return values
     common = math.gcd(rate, wanted)
-    return resample_poly(values, wanted // common, rate // common).astype(np.float32)
+    found: Sound = resample_poly(values, wanted // common, rate // common).astype(np.float32)
+    return found
 
 
-def as_wav(values: Any, rate: int) -> bytes:
+def as_wav(values: ArrayLike, rate: int) -> bytes:
     """Sound (samples,) or (samples, channels) as a .wav file of float32."""
     buffer = io.BytesIO()
     soundfile().write(buffer, np.asarray(values, np.float32), rate, format="WAV", subtype="FLOAT")

@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import cast
 
 from datasets import Dataset
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from smidgen.common.errors import DataError
+from smidgen.data.encoded import Example
 from smidgen.data.labels import IGNORED
+from smidgen.data.text.encoding import Part
 
 Pair = tuple[list[int], list[int]]
+Message = dict[str, str]
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 
-def language(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, text: tuple[str, ...], length: int
-) -> tuple[list[dict[str, Any]], int, int]:
+def language(rows: Dataset, tokenizer: PreTrainedTokenizerBase, text: tuple[str, ...], length: int) -> Part:
     """Examples of at most `length` tokens, the number cut, and the number dropped as no label was left.
 
     One column of text: documents joined by the end token and cut into blocks without overlap; a last block of
@@ -46,11 +47,11 @@ def language(
     return kept, 0, 0
 
 
-def _example(ids: list[int], labels: list[int]) -> dict[str, Any]:
+def _example(ids: list[int], labels: list[int]) -> Example:
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
-def _cut(pairs: Iterable[Pair], length: int) -> tuple[list[dict[str, Any]], int, int]:
+def _cut(pairs: Iterable[Pair], length: int) -> Part:
     examples, truncated, dropped = [], 0, 0
     for ids, labels in pairs:
         truncated += len(ids) > length
@@ -95,7 +96,7 @@ def _completions(prompts: list[str], completions: list[str], tokenizer: PreTrain
         yield before + after, [IGNORED] * len(before) + after
 
 
-def _conversations(rows: list[list[dict[str, Any]]], tokenizer: PreTrainedTokenizerBase) -> Iterable[Pair]:
+def _conversations(rows: list[list[Message]], tokenizer: PreTrainedTokenizerBase) -> Iterable[Pair]:
     if not tokenizer.chat_template:
         raise DataError("the tokenizer has no chat template, which messages need; use one that has, or give "
                         "the data as prompt and completion")  # fmt: skip
@@ -113,14 +114,15 @@ def _conversations(rows: list[list[dict[str, Any]]], tokenizer: PreTrainedTokeni
             raise DataError(f"the chat template refuses row {number}: {' '.join(str(error).split())}") from error
 
 
-def _marked(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, number: int) -> Pair:
+def _marked(messages: list[Message], tokenizer: PreTrainedTokenizerBase, number: int) -> Pair:
     """Assistant turns as the template itself marks them."""
-    out: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    marked = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    out = cast(BatchEncoding, marked)
     ids, mask = list(out["input_ids"]), out["assistant_masks"]
     return ids, [token if said else IGNORED for token, said in zip(ids, mask, strict=True)]
 
 
-def _by_prefix(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, number: int) -> Pair:
+def _by_prefix(messages: list[Message], tokenizer: PreTrainedTokenizerBase, number: int) -> Pair:
     """Assistant turns as what rendering one more message adds, checked to be nothing but an addition."""
     whole = _render(messages, tokenizer)
     spans = []
@@ -143,5 +145,6 @@ def _within(ids: list[int], offsets: Sequence[tuple[int, int]], spans: Sequence[
     return [token if any(a <= at < b for a, b in spans) and end > at else IGNORED for token, (at, end) in pairs]
 
 
-def _render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+def _render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool = False) -> str:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    return str(text)

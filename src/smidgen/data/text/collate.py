@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from smidgen.common.errors import DataError
+from smidgen.data.encoded import Example, tokens_of
 from smidgen.data.labels import IGNORED
 from smidgen.sites.task_head import own_pooling, reads_end, takes_positions
 
@@ -71,17 +72,17 @@ class Collator:
         left = reads_end(model)
         return replace(found, left=left, positions=left and takes_positions(model))
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """A batch. Raises KeyError if the examples differ in their keys."""
         batch = {}
         for key in examples[0]:
-            values = [example[key] for example in examples]
             if key == "labels" and self.label_dtype is not None:
-                batch[key] = torch.tensor(values, dtype=self.label_dtype)
+                batch[key] = torch.tensor([example[key] for example in examples], dtype=self.label_dtype)
             else:
+                values = [tokens_of(example, key) for example in examples]
                 batch[key] = self.padded(values, IGNORED if key == "labels" else self.pads[key])
         if self.positions:
-            batch["position_ids"] = self.padded([range(len(example["input_ids"])) for example in examples], 0)
+            batch["position_ids"] = self.padded([range(len(tokens_of(example))) for example in examples], 0)
         return batch
 
     def padded(self, values: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
@@ -97,8 +98,7 @@ def _check_padding(model: nn.Module, pad: int) -> None:
     """Raises DataError if a classifier that reads the last token which is not padding takes another for padding."""
     if own_pooling(model) != "last":
         return
-    config: Any = model.config
-    known = config.get_text_config().pad_token_id
+    known = cast(PretrainedConfig, model.config).get_text_config().pad_token_id
     if known != pad:
         raise DataError(
             f"{type(model).__name__} reads the last token that is not its padding (config.pad_token_id={known}), and "

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from smidgen.common.errors import DataError
-from smidgen.data.encoded import Encoded
+from smidgen.data.encoded import Cells, Encoded, Example
 from smidgen.data.labels import IGNORED
 
 _CHUNK = 1000
-Part = tuple[list[dict[str, Any]], int, int]  # examples, number cut, number dropped
-Cells = dict[str, list[Any]]
+Part = tuple[list[Example], int, int]  # examples, number cut, number dropped
 
 
 def text_length(tokenizer: PreTrainedTokenizerBase, wanted: int | None) -> int:
@@ -33,7 +31,7 @@ def text_length(tokenizer: PreTrainedTokenizerBase, wanted: int | None) -> int:
 
 def encode_chunks(rows: Dataset, length: int, encode: Callable[[Cells], Part]) -> Encoded:
     """Encode rows, a thousand at a time."""
-    examples, truncated, dropped = list[dict[str, Any]](), 0, 0
+    examples, truncated, dropped = list[Example](), 0, 0
     for start in range(0, len(rows), _CHUNK):
         part, cut, lost = encode(rows[start : start + _CHUNK])
         examples += part
@@ -59,7 +57,7 @@ def encode_texts(
     return examples, len(long), 0
 
 
-def as_examples(encoded: Any) -> list[dict[str, Any]]:
+def as_examples(encoded: BatchEncoding) -> list[Example]:
     """What a tokenizer gives for many texts, text by text."""
     keys = list(encoded.keys())
     return [dict(zip(keys, values, strict=True)) for values in zip(*(encoded[k] for k in keys), strict=True)]
@@ -76,18 +74,18 @@ def encode_words(
     if not tokenizer.is_fast:
         raise DataError(f"tokens need a fast tokenizer, which knows the words; {type(tokenizer).__name__} is not one")
     words, tags = rows[text[0]], rows[label or ""]
-    options: dict[str, Any] = {"is_split_into_words": True, "verbose": False}
     try:
-        long = sum(len(ids) > length for ids in tokenizer(words, truncation=False, **options)["input_ids"])
-        encoded = tokenizer(words, truncation=True, max_length=length, **options)
+        whole = tokenizer(words, truncation=False, is_split_into_words=True, verbose=False)
+        encoded = tokenizer(words, truncation=True, max_length=length, is_split_into_words=True, verbose=False)
     except AssertionError as error:
         raise DataError(
             f"the tokenizer takes no lists of words; load it with add_prefix_space=True ({error})"
         ) from error
+    long = sum(len(ids) > length for ids in whole["input_ids"])
     examples, lost = as_examples(encoded), 0
     for i, example in enumerate(examples):
-        example["labels"] = _first_only(encoded.word_ids(i), tags[i])
-        lost += sum(tag != IGNORED for tag in tags[i]) - sum(value != IGNORED for value in example["labels"])
+        example["labels"] = labels = _first_only(encoded.word_ids(i), tags[i])
+        lost += sum(tag != IGNORED for tag in tags[i]) - sum(value != IGNORED for value in labels)
     return examples, long, lost
 
 

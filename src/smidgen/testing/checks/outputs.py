@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import cast
 
 import torch
+from torch import nn
 
 from smidgen.common.errors import AttachError
 from smidgen.delta.attaching import detach, disabled
@@ -70,14 +72,14 @@ def compiled_sees_attach_and_detach(case: Case) -> None:
     """On a frozen model that was compiled and run before: attach and detach show. (On a trainable one, the guards on
     requires_grad hide the fault.)"""
     case.model.requires_grad_(False)
-    compiled = torch.compile(case.model, backend="eager")
-    close: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
-    torch.testing.assert_close(case.run(compiled), case.base, **close)
+    compiled = cast(nn.Module, torch.compile(case.model, backend="eager"))
+    same = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
+    same(case.run(compiled), case.base)
     case.attach(perturb=0.3)
-    torch.testing.assert_close(case.run(compiled), case.run(), **close)
+    same(case.run(compiled), case.run())
     assert not torch.allclose(case.run(compiled), case.base), "the compiled model does not see the edits"
     detach(case.model)
-    torch.testing.assert_close(case.run(compiled), case.base, **close)
+    same(case.run(compiled), case.base)
 
 
 @check
