@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import overload
 
 
-@overload
-def plain(value: Mapping[str, object]) -> dict[str, object]: ...
+def plain(data: Mapping[str, object]) -> dict[str, object]:
+    """The data as JSON has it: numbers that are not finite become null."""
+    return {str(key): _plain(entry) for key, entry in data.items()}
 
 
-@overload
-def plain(value: object) -> object: ...
-
-
-def plain(value: object) -> object:
-    """The value as JSON has it: numbers that are not finite become null."""
+def _plain(value: object) -> object:
     if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
+        return plain(value)
     if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
+        return [_plain(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -119,6 +119,7 @@ def _llama() -> nn.Module:
 
 
 def _gpt2() -> nn.Module:
+    """A tiny GPT-2 with random values."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -138,6 +139,7 @@ def _gpt2() -> nn.Module:
 
 
 def _t5() -> nn.Module:
+    """A tiny T5 with random values."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
