@@ -143,7 +143,7 @@ class Given(nn.Module):
         self.pair = pair
 
     def keys_values(self, key):
-        return self.pair
+        return tuple(x[None] for x in self.pair)
 
 
 def draw(*shape, seed=0):

@@ -19,6 +19,7 @@ from .delta import Sum as Sum
 from .delta import UntiedWarning as UntiedWarning
 from .delta import attach as attach
 from .delta import attached as attached
+from .delta import attached_rows as attached_rows
 from .delta import average as average
 from .delta import dare as dare
 from .delta import detach as detach
@@ -57,6 +58,9 @@ from .planning import Plan as Plan
 from .planning import Select as Select
 from .planning import SelectionWarning as SelectionWarning
 from .planning import combine as combine
+from .ports import Port as Port
+from .ports import register_port as register_port
+from .ports import rows_from as rows_from
 from .recipe import Recipe as Recipe
 from .recipe import Term as Term
 from .recipe import parse as parse

@@ -10,6 +10,7 @@ from .attaching import print_trainable_parameters as print_trainable_parameters
 from .delta import Delta as Delta
 from .merging import RoundingWarning as RoundingWarning
 from .merging import merge as merge
+from .mixing import attached_rows as attached_rows
 from .saved_selection import Selection as Selection
 from .switcher import Deltas as Deltas
 from .untying import UntiedWarning as UntiedWarning

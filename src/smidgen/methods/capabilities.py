@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
+from smidgen.methods.token_map import TokenMap
 from smidgen.sites.site import Site
 
 if TYPE_CHECKING:
@@ -59,6 +60,42 @@ class AddsTokens(Protocol[At]):
 
     def tokens(self, p: Tensors, site: At) -> Tensor:
         """Vectors (length, width_out) that stand among the embedded tokens of the input."""
+
+
+@runtime_checkable
+class EditsStates(Protocol[At]):
+    """Changes the hidden states that leave a block."""
+
+    def states(self, p: Tensors, x: Tensor, tokens: TokenMap, site: At) -> Tensor:
+        """The new hidden states. x: (B, T, width)."""
+
+
+@runtime_checkable
+class ShortensText(Protocol[At]):
+    """Lets the blocks above compute fewer tokens."""
+
+    def shorten(self, p: Tensors, x: Tensor, tokens: TokenMap, site: At) -> tuple[Tensor, Tensor]:
+        """The hidden states that go on, and where each token went.
+
+        Args:
+            x: (B, T, width).
+            tokens: which of the text's tokens these are, and which are no padding.
+
+        Returns:
+            (B, S, width) with S <= T, and (B, T) int64 in [0, S): the place of each of the T. Every place has one.
+        """
+
+
+@runtime_checkable
+class RunsBeside(Protocol[At]):
+    """Is a network of its own that reads a stack's hidden states and takes the place of what leaves it."""
+
+    def beside(self, p: Tensors, states: Sequence[Tensor], tokens: TokenMap, site: At) -> Tensor:
+        """What leaves the stack, (B, T, width).
+
+        Args:
+            states: (B, T, width) each, without gradient: what entered the stack, then what left each block.
+        """
 
 
 @runtime_checkable
@@ -151,6 +188,9 @@ CAPABILITIES: tuple[type, ...] = (
     ReadsWeight,
     AddsKeys,
     AddsTokens,
+    EditsStates,
+    ShortensText,
+    RunsBeside,
     Shares,
     StartsFromBase,
     Grows,

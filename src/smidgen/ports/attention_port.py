@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface
 
+from smidgen.common.dtypes import master_dtype
 from smidgen.common.errors import AttachError
-from smidgen.methods.capabilities import AddsKeys
+from smidgen.methods.capabilities import AddsKeys, Tensors
 from smidgen.planning.row import Row
 from smidgen.planning.rules.attention import KeyValueRules
 from smidgen.ports.base import Port
@@ -36,10 +37,15 @@ class KeyValueEdit(Edit):
     """Keys and values that one method adds to an attention."""
 
     def keys_values(self, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (heads, length, head_dim) and values (heads, length, value_dim), in the dtype of `key`."""
-        assert isinstance(self.method, AddsKeys)  # the plan has seen to it
-        k, v = self.method.keys_values(self.settled(), self.site)
-        return k.to(key.dtype), v.to(key.dtype)
+        """Keys (B or 1, heads, length, head_dim) and values (.., value_dim) for keys (B, ...), in their dtype."""
+        method = self.method
+        assert isinstance(method, AddsKeys)  # the plan has seen to it
+
+        def function(p: Tensors, *rows: Tensor) -> tuple[Tensor, Tensor]:
+            k, v = method.keys_values(method.settle(p, self.site), self.site)
+            return k.to(key.dtype)[None], v.to(key.dtype)[None]
+
+        return self.by_row(function, master_dtype(key.dtype), key)
 
 
 class KeyValueEdits(Edits):
@@ -64,7 +70,7 @@ def attend_with_added_keys(
     found = [edit.keys_values(key) for edit in edits.values() if edit.enabled]
     if found:
         check_implementation(name, type(module).__name__)
-        count = sum(k.shape[1] for k, _ in found)
+        count = sum(k.shape[2] for k, _ in found)
         is_causal = kwargs.get("is_causal") if CAUSAL[name] else False
         attention_mask = _widened(module, query, key, attention_mask, count, is_causal)
         if kwargs.get("position_bias") is not None:
@@ -141,6 +147,10 @@ class AttentionPort(KeyValueRules, Port):
         if edits_at(module, KeyValueEdits):
             module.config = module.edits.config
             del module._modules["edits"]
+
+    def why_no_rows(self, edit: Edit) -> str | None:
+        """Each row has keys and values of its own."""
+        return None
 
 
 def _looked_up(module: nn.Module) -> tuple[AttentionInterface, Function | None]:

@@ -44,6 +44,13 @@ class Port(SiteRules, ABC):
     def remove(self, model: nn.Module, site: Site) -> None:
         """Take all edits off a site's module, and whatever else `place` left; nothing where there are none."""
 
+    def why_no_rows(self, edit: Edit) -> str | None:
+        """Why the rows of one batch cannot have different tensors of an edit, in a few words; None if they can.
+
+        They can where an edit's tensors come in by `Edit.by_row` alone.
+        """
+        return "its port has no form by row"
+
 
 PORTS: dict[type[Site], Port] = {}
 

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from smidgen.ports.attention_port import AttentionPort
 from smidgen.ports.base import Port, port_of, register_port
+from smidgen.ports.block_port import BlockPort
 from smidgen.ports.module_port import ModulePort
 from smidgen.ports.prompts.prompt_port import PromptPort
 from smidgen.ports.shared_port import SharedPort
+from smidgen.ports.side_network_port import SideNetworkPort
 from smidgen.ports.sublayer_port import SublayerPort
 
-BUILTIN: tuple[Port, ...] = (ModulePort(), SublayerPort(), AttentionPort(), PromptPort(), SharedPort())
+BUILTIN: tuple[Port, ...] = (
+    ModulePort(),
+    SublayerPort(),
+    AttentionPort(),
+    PromptPort(),
+    BlockPort(),
+    SideNetworkPort(),
+    SharedPort(),
+)
 
 for _port in BUILTIN:
     register_port(_port)

@@ -6,14 +6,19 @@ the base's state_dict names stay as they are. What is computed with them belongs
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from smidgen.methods.base import Method
+from smidgen.methods.capabilities import Tensors
+from smidgen.ports.forward_state import check_rows, state
 from smidgen.ports.in_place.sparse_values import SparseValues
 from smidgen.sites.site import Site
+
+Result = TypeVar("Result", Tensor, tuple[Tensor, Tensor])
 
 
 class Edit(nn.Module):
@@ -30,6 +35,7 @@ class Edit(nn.Module):
         self.method, self.site, self.enabled = method, site, True
         self.symbols, self.subsets = (*tensors, *(f"{s}0" for s in method.keeps)), nn.ModuleDict()
         self.pool: tuple[Edit, ...] = ()  # in a tuple, so that the pool is not registered here as well
+        self.tables: dict[str, Tensor] = {}  # symbol -> (n, ...), of n results for the rows of mixed batches
         for symbol in method.keeps:
             self.register_buffer(f"{symbol}0", tensors[symbol].clone())
         for symbol, tensor in tensors.items():
@@ -63,13 +69,38 @@ class Edit(nn.Module):
         found: nn.Parameter = parts[symbol].values if symbol in parts else getattr(self, symbol)
         return found
 
-    def cast(self, x: Tensor) -> dict[str, Tensor]:
+    def cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Matrices enter a matrix product, so they take the activations' dtype; vectors stay masters."""
-        return {k: v.to(x.dtype) if v.ndim > 1 else v for k, v in self.tensors().items()}
+        return {k: _cast(v, dtype, v.ndim) for k, v in self.tensors().items()}
+
+    def by_row(self, function: Callable[..., Result], dtype: torch.dtype, *inputs: Tensor) -> Result:
+        """A function of this edit's tensors, matrices in a dtype, and of inputs (B, ...).
+
+        In a mixed batch it is called under `torch.vmap`, with a batch of one row and the tensors of that row.
+
+        Raises:
+            AttachError: an input has not one part for each row, or nothing says which result a row belongs to.
+        """
+        if not self.tables:
+            return function(self.cast(dtype), *inputs)
+        rows, place = state().batch_rows(), f"{self.method} at {self.site.name}"
+        for x in inputs:
+            check_rows(x, rows, place)
+        each = {k: _cast(v, dtype, v.ndim - 1)[rows] for k, v in self.tables.items()}
+
+        def one(p: Tensors, *row: Tensor) -> Result:
+            found = function(p, *(x[None] for x in row))
+            return tuple(f[0] for f in found) if isinstance(found, tuple) else found[0]  # type: ignore[return-value]
+
+        return torch.vmap(one)(each, *inputs)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.method} at {self.site.name}"
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, ndim: int) -> Tensor:
+    return tensor.to(dtype) if ndim > 1 else tensor
 
 
 class Edits(nn.ModuleDict):

@@ -7,13 +7,35 @@ do not see each other's. A `contextvars.ContextVar` would do the same, but torch
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from smidgen.common.errors import AttachError
+from smidgen.methods.token_map import TokenMap
+
+
+@dataclass(eq=False)
+class Stream:
+    """The hidden states that go through one stack of blocks.
+
+    Attributes:
+        mask: (B, T), which tokens are no padding, as the model around the stack was called with; None for all.
+        positions: as it was called with; None if it counts itself.
+        cached: how many tokens a cache held before.
+        tokens: those that are left; None before the first block that asks.
+        states: what was tapped, without gradient.
+    """
+
+    mask: Tensor | None = None
+    positions: Tensor | None = None
+    cached: int = 0
+    tokens: TokenMap | None = None
+    states: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -23,31 +45,41 @@ class ForwardState:
     Attributes:
         owner: the model whose pass it is; None for modules that are called by themselves.
         outer: the state of the pass around it.
-        mask: (B, T), which tokens of the text are no padding, as the model was called with; None for all.
-        positions: (B, T), as the model was called with; None if it counts itself.
         rows: (B,) int64, which of several tensors each row of the batch is computed with; None where there is one.
         inputs: of modules with edits, what came to each edit's level.
         taps: what entered a sublayer.
         prompts: of embeddings with edits, what is known of the vectors among the text.
-        streams: of stacks of blocks, the tokens that are left and what was tapped.
+        streams: of stacks of blocks, by path: mask and positions, the tokens that are left, what was tapped.
         called: which of the modules ran whose owner may read their tensors instead.
     """
 
     owner: nn.Module | None = None
     outer: ForwardState | None = None
-    mask: Tensor | None = None
-    positions: Tensor | None = None
     rows: Tensor | None = None
     inputs: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
     taps: dict[nn.Module, tuple[Tensor, ...]] = field(default_factory=dict)
     prompts: dict[nn.Module, Any] = field(default_factory=dict)
-    streams: dict[str, Any] = field(default_factory=dict)
+    streams: dict[str, Stream] = field(default_factory=dict)
     called: dict[nn.Module, bool] = field(default_factory=dict)
 
-    @property
-    def lengths(self) -> Tensor | None:
-        """Tokens of each row's text, (B,); None without a mask."""
-        return None if self.mask is None else (self.mask != 0).sum(1)
+    def batch_rows(self) -> Tensor:
+        """`rows`, of a model on which several results stand.
+
+        Raises:
+            AttachError: nothing says which result a row belongs to.
+        """
+        if self.rows is None:
+            raise AttachError("several results are attached; say which one each row has, in `with rows_from(index):`")
+        return self.rows
+
+
+def check_rows(x: Tensor, rows: Tensor, place: str) -> None:
+    """Raises AttachError if a tensor has not one part for each row of a mixed batch."""
+    if len(x) != len(rows):
+        raise AttachError(
+            f"{place} gets {tuple(x.shape)} in a mixed batch of {len(rows)} rows, so which part belongs to which row "
+            "is not known; run such results one at a time"
+        )
 
 
 class _Thread(threading.local):
@@ -68,21 +100,16 @@ def state() -> ForwardState:
     return _THREAD.current
 
 
-def open_pass(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def open_pass(model: nn.Module, args: tuple[Any, ...]) -> None:
     """Forward pre-hook of an attached model. Compiled passes have the thread's one state: they are not nested."""
     outer = _THREAD.current
     if not torch.compiler.is_compiling():
-        _THREAD.current = ForwardState(model, outer, rows=None if outer is None else outer.rows)
-    mask, now = kwargs.get("attention_mask"), state()
-    now.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-    now.positions = kwargs.get("position_ids")
+        _THREAD.current = ForwardState(model, outer, None if outer is None else outer.rows)
 
 
 def close_pass(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook of an attached model (always called)."""
-    if torch.compiler.is_compiling():
-        state().mask = state().positions = None
-    elif _THREAD.current is not None and _THREAD.current.owner is model:
+    if not torch.compiler.is_compiling() and _THREAD.current is not None and _THREAD.current.owner is model:
         _THREAD.current = _THREAD.current.outer
 
 
@@ -102,10 +129,10 @@ def end_turn(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 
 @contextmanager
-def rows_from(index: Tensor) -> Iterator[None]:
-    """Inside, row b of a batch is computed with the tensors `index[b]` of what is placed for several."""
+def rows_from(index: Tensor | Sequence[int]) -> Iterator[None]:
+    """Inside, row b of a batch is computed with result `index[b]` of those that are attached (`attached_rows`)."""
     outer = _THREAD.current
-    _THREAD.current = ForwardState(outer=outer, rows=index)
+    _THREAD.current = ForwardState(outer=outer, rows=torch.as_tensor(index, dtype=torch.long))
     try:
         yield
     finally:

@@ -49,7 +49,7 @@ class ModuleEdit(Edit):
         """The edited input, in the dtype of x."""
         if self.input is None:
             return x
-        return self.input_formula(self.cast(x), x)
+        return self.by_row(self.input_formula, x.dtype, x)
 
     def input_formula(self, p: Tensors, x: Tensor) -> Tensor:
         """`before` of the given tensors, a pure function."""
@@ -65,7 +65,7 @@ class ModuleEdit(Edit):
         x = x.to(y.dtype) if x.is_floating_point() else x
         p = self.method.input_dropout() if x.is_floating_point() else 0.0  # not of the numbers of rows
         x = F.dropout(x, p) if p and self.training else x
-        return self.formula(self.cast(y), x, y, base)
+        return self.by_row(lambda p, x, y: self.formula(p, x, y, base), y.dtype, x, y)
 
     def formula(self, p: Tensors, x: Tensor, y: Tensor, base: Tensors | None) -> Tensor:
         """`after` of the given tensors, a pure function."""
@@ -158,6 +158,19 @@ class ModulePort(ModuleRules, Port):
     def remove(self, model: nn.Module, site: Site) -> None:
         """Take all edits and their hooks off the module."""
         drop_edits(model.get_submodule(site.path))
+
+    def why_no_rows(self, edit: Edit) -> str | None:
+        """None where a formula reads the site's own tensors, its input and its output."""
+        return why_no_module_rows(edit)
+
+
+def why_no_module_rows(edit: Edit) -> str | None:
+    """Why an edit of what enters or leaves a module has no form by row."""
+    if isinstance(edit.method, ReadsWeight):
+        return "it reads the weight, with what stands before it folded in"
+    if edit.pool:
+        return "its sites share tensors"
+    return None
 
 
 def check_editable(module: Any, site: Site) -> None:

@@ -95,7 +95,7 @@ def _around_passes(model: nn.Module, one_at_a_time: bool) -> list[RemovableHandl
     """Hooks at the beginning of each pass of the whole model, and at its end."""
     before, after = model.register_forward_pre_hook, model.register_forward_hook
     handles = [before(refuse_cast), before(refuse_changed), after(keep_buffers, always_call=True)]
-    handles += [before(open_pass, prepend=True, with_kwargs=True), after(close_pass, always_call=True)]
+    handles += [before(open_pass, prepend=True), after(close_pass, always_call=True)]
     if one_at_a_time:
         handles += [before(take_turn, prepend=True), after(end_turn, always_call=True)]
     return handles

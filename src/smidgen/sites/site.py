@@ -8,6 +8,8 @@
     |- TableSite       an embedding as a linear map of one-hot vectors
     |- Sublayer        AttentionSublayer, CrossAttentionSublayer, FeedForwardSublayer
     |- KeyValueSite    an attention that takes more keys and values
+    |- BlockSite       a block of a stack
+    |- StackSite       a stack of blocks
     |- InputSite       where tokens of a text become vectors
     |- SharedSite      the model itself, which owns what several sites share
 
@@ -277,6 +279,38 @@ class InputSite(Site):
     entry: str = ""
 
     kind: ClassVar[str] = "input"
+
+
+@dataclass(frozen=True)
+class BlockSite(Site):
+    """A block of a stack, by the hidden states that leave it.
+
+    Attributes:
+        width: of the hidden states.
+        blocks: paths of all blocks of the stack, in order.
+    """
+
+    width: int = 0
+    blocks: tuple[str, ...] = ()
+
+    kind: ClassVar[str] = "block"
+
+
+@dataclass(frozen=True)
+class StackSite(Site):
+    """A stack of blocks, by the hidden states that enter it, go from block to block, and leave it.
+
+    `path` is the last block's; the layer is 0, since all blocks are read.
+
+    Attributes:
+        width: of the hidden states.
+        blocks: paths of its blocks, in order.
+    """
+
+    width: int = 0
+    blocks: tuple[str, ...] = ()
+
+    kind: ClassVar[str] = "stack"
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from smidgen.efficiency.first_token.single_query_attention import Maps, attend_o
 from smidgen.efficiency.prefix_cache.cut_point import irregular
 from smidgen.efficiency.prefix_cache.equivalence_check import check_logits
 from smidgen.efficiency.prefix_cache.recorded_pass import Batch, entering, in_eval_mode, result_of
+from smidgen.planning.site_rules import rules_of
+from smidgen.ports.attachment_record import attachment, is_attached
 from smidgen.sites.discovery import find_blocks, find_sites
 from smidgen.sites.site import LinearSite
 
@@ -54,6 +56,9 @@ class FirstRow:
         why = irregular(model)
         if why is not None:
             raise TrainError(why)
+        places = attachment(model).plan.places if is_attached(model) else ()
+        if reading := [site for site in places if not rules_of(site).keeps_tokens]:
+            raise TrainError(f"what is attached at {reading[0].name} reads the hidden states of all tokens")
         blocks = next(iter(find_blocks(model).values()))
         if getattr(blocks[-1], "gradient_checkpointing", False):
             raise TrainError(f"{type(blocks[-1]).__name__} is computed a second time in the backward pass")

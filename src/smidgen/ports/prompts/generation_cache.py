@@ -67,7 +67,7 @@ def _prompt(model: nn.Module, embedding: str) -> tuple[int, int]:
     """Vectors that are on, and tokens before them."""
     module: Any = model.get_submodule(embedding)
     prompt = module.edits.prompt(module.weight.dtype)
-    return (0 if prompt is None else len(prompt)), module.edits.at
+    return (0 if prompt is None else prompt.shape[1]), module.edits.at
 
 
 def seen_by(cache: Any) -> int | Tensor:

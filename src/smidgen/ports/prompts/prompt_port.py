@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
+from smidgen.common.dtypes import master_dtype
 from smidgen.common.errors import AttachError
 from smidgen.methods.base import Method
-from smidgen.methods.capabilities import AddsTokens
+from smidgen.methods.capabilities import AddsTokens, Tensors
 from smidgen.planning.prompt_positions import prompt_length
 from smidgen.planning.row import Row
 from smidgen.planning.rules.inputs import InputRules
@@ -69,9 +70,14 @@ class InputEdit(Edit):
     """Vectors that one method adds to a text."""
 
     def tokens(self, dtype: torch.dtype) -> Tensor:
-        """Vectors (length, width)."""
-        assert isinstance(self.method, AddsTokens)  # the plan has seen to it
-        return self.method.tokens(self.settled(), self.site).to(dtype)
+        """Vectors (1, length, width), or (B, length, width) in a mixed batch."""
+        method = self.method
+        assert isinstance(method, AddsTokens)  # the plan has seen to it
+
+        def function(p: Tensors) -> Tensor:
+            return method.tokens(method.settle(p, self.site), self.site).to(dtype)[None]
+
+        return self.by_row(function, master_dtype(dtype))
 
 
 class InputEdits(Edits):
@@ -90,10 +96,10 @@ class InputEdits(Edits):
         self.names, self.at, self.blank, self.limit, self.taken_out = names, at, blank, limit, taken_out
 
     def prompt(self, dtype: torch.dtype) -> Tensor | None:
-        """The vectors of all edits that are on, (n, width)."""
+        """The vectors of all edits that are on, (1, n, width), or (B, n, width) in a mixed batch."""
         edits: list[Any] = list(self.values())
         found = [edit.tokens(dtype) for edit in edits if edit.enabled]
-        return torch.cat(found) if found else None
+        return torch.cat(found, 1) if found else None
 
 
 @dataclass(eq=False)
@@ -104,7 +110,7 @@ class Prompted:
         room: its places.
         tokens: of the text.
         mask: of the text, None without one.
-        pending: vectors (n, width) and ids (B, n + T) until they are embedded.
+        pending: vectors (B or 1, n, width) and ids (B, n + T) until they are embedded.
     """
 
     room: Room
@@ -134,7 +140,7 @@ class PromptPort(InputRules, Port):
             place, blank, limit = _place(model, entry), _blank(module, model), _limit(entry, module)
             module.add_module("edits", InputEdits(names, place, blank, limit, decoder is None))
             module._edit_handles = [module.register_forward_hook(fill_prompts)]
-            handles.append(entry.register_forward_pre_hook(make_room, with_kwargs=True))
+            handles.append(entry.register_forward_pre_hook(make_room, with_kwargs=True, prepend=True))
             if decoder is not None:
                 handles.append(decoder.register_forward_pre_hook(widen_cross, with_kwargs=True))
             else:
@@ -147,6 +153,10 @@ class PromptPort(InputRules, Port):
         """Take the vectors and the stand-ins for `generate` away."""
         drop_edits(model.get_submodule(site.path))
         drop_generation(model)
+
+    def why_no_rows(self, edit: Edit) -> str | None:
+        """Each row has vectors of its own."""
+        return None
 
 
 def _place(model: nn.Module, entry: Any) -> int:
@@ -188,8 +198,8 @@ def make_room(
             raise AttachError("the cache holds a prompt, which is off now; begin with an empty cache")
         return None
     if cache is not None and (seen := seen_by(cache)):
-        _check_cache(given, len(prompt), seen, getattr(cache, HELD, 0))
-        return (), _went_on(given, len(prompt), edits.at)
+        _check_cache(given, prompt.shape[1], seen, getattr(cache, HELD, 0))
+        return (), _went_on(given, prompt.shape[1], edits.at)
     if wrong := [name for name in NO_ROOM if given.get(name) is not None]:
         raise AttachError(f"a prompt has no room in {wrong[0]}; leave it out, and give an attention_mask if need be")
     _put_in(edits, prompt, given)
@@ -229,7 +239,7 @@ def _check_cache(given: Mapping[str, Any], n: int, seen: int | Tensor, held: int
 
 def _put_in(edits: InputEdits, prompt: Tensor, given: dict[str, Any]) -> None:
     """Room in whatever has a place for each token."""
-    n, fed, mask = len(prompt), _fed(given), given.get("attention_mask")
+    n, fed, mask = prompt.shape[1], _fed(given), given.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         found = f"one of {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise AttachError(f"a prompt needs an attention mask (batch, tokens), found {found}")

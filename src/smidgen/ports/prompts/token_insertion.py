@@ -38,7 +38,7 @@ class Room:
         return torch.where(column < start, ahead, torch.where(column < start + self.n, inside, behind))
 
     def fill(self, x: Tensor, vectors: Tensor) -> Tensor:
-        """(B, T + n, d) with vectors (n, d) at the places."""
+        """(B, T + n, d) with vectors (n, d), or (B or 1, n, d), at the places."""
         rows = torch.arange(len(x), device=x.device)[:, None]
         places = self._start(x[..., 0]) + torch.arange(self.n, device=x.device)
         return x.index_put((rows, places), vectors.to(x.dtype).expand(len(x), -1, -1))

@@ -1,0 +1,3 @@
+from .base import Port as Port
+from .base import register_port as register_port
+from .forward_state import rows_from as rows_from
