@@ -10,6 +10,7 @@ from torch import nn
 import smidgen as sm
 from smidgen.ports.attachment_record import trained_parameters
 from smidgen.ports.in_place import master_weights as casts
+from smidgen.ports.in_place.stored_view import StoredView, rounded
 from smidgen.testing.cases import shake
 from tests import helpers as h
 
@@ -107,6 +108,141 @@ def test_output_and_gradients_are_those_of_the_base_in_float32(kind, recipe, dty
     wanted, wide_gradient = gradients(wide, wide_inputs, recipe)
     torch.testing.assert_close(found.float(), wanted, rtol=0.05, atol=0.05 * float(wanted.abs().max()))
     assert float(torch.cosine_similarity(gradient, wide_gradient, dim=0)) > 0.99
+
+
+class Inner(nn.Module):
+    """A part that is called, and one of whose weights is used outside of it as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.map = nn.Embedding(20, 8), nn.Linear(8, 8)
+
+    def forward(self, ids):
+        return torch.tanh(self.map(self.table(ids)))
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Inner()
+
+    def forward(self, ids):
+        return self.inner(ids)
+
+
+class Afar(nn.Module):
+    """Uses a table, and asks for dtypes, from further away than the module above."""
+
+    def __init__(self):
+        super().__init__()
+        self.outer, self.told = Outer(), []
+
+    def forward(self, ids):
+        weight = self.outer.inner.table.weight
+        self.told = [weight.dtype, weight.device, weight.shape, len(weight), next(self.parameters()).dtype]
+        if self.training:
+            self.outer.inner.map.weight.data.clamp_(-0.1, 0.1)
+        return self.outer(ids) @ weight.T
+
+
+def afar(dtype, recipe="Full()"):
+    torch.manual_seed(0)
+    model = Afar().to(dtype).eval()
+    sm.attach(model, recipe)
+    shake(trained_parameters(model).values(), 0.02)
+    return model
+
+
+@pytest.mark.parametrize("recipe", ["Full()", "Full(target='outer.inner.table')"])
+def test_a_weight_used_from_afar_counts_with_its_gradient(recipe):
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = afar(dtype, recipe)
+        (model(IDS).float() * drawn(2, 6, 20)).sum().backward()
+        assert model.told == [dtype, torch.device("cpu"), (20, 8), 20, dtype]
+        found.append(torch.cat([p.grad.flatten() for p in trained_parameters(model).values()]))
+        assert next(model.parameters()).dtype == torch.float32 or recipe != "Full()", (
+            "and outside of a call the masters"
+        )
+    assert float(torch.cosine_similarity(*found, dim=0)) > 0.999
+
+
+def test_data_seen_from_afar_is_the_master_s():
+    """Gemma3n limits a weight in training, in place."""
+    model = afar(torch.bfloat16)
+    before = trained_parameters(model)["outer.inner.map.weight"].detach().clone()
+    model.train()(IDS)
+    assert before.abs().max() > 0.1
+    assert torch.equal(trained_parameters(model)["outer.inner.map.weight"], before.clamp(-0.1, 0.1))
+
+
+def test_nothing_of_it_stays():
+    model = afar(torch.bfloat16)
+    model(IDS)
+    assert not any({"weight", "parameters"} & set(module.__dict__) for module in model.modules())
+    sm.detach(model)
+    assert not any({"_reads", "_shown", "_casting"} & set(module.__dict__) for module in model.modules())
+
+
+def test_a_view_gives_no_values_to_what_hides_them():
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * 2
+
+    model = afar(torch.bfloat16)
+    view = StoredView.of(model.outer.inner.table, "weight")
+    assert torch.equal(view + 0, rounded(model.outer.inner.table, "weight"))
+    with torch._C.DisableTorchFunctionSubclass(), pytest.raises(TypeError, match="load the base in float32"):
+        torch.mul(view, 2)
+    assert torch.equal(Double.apply(view), 2 * rounded(model.outer.inner.table, "weight"))
+    with pytest.raises(TypeError, match="load the base in float32"):
+        Double.apply(view).sum().backward()
+
+
+class Wide(nn.Module):
+    """A float32 stream beside low-precision tensors, and a norm of two outputs (Zaya; experts of Kimi-Linear)."""
+
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(drawn(8))
+
+        def forward(self, x, share):
+            return (x + self.bias) * share
+
+    class TwoNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(1 + 0.1 * drawn(8))
+
+        def forward(self, q, k):
+            q, k = (x / x.norm(dim=-1, keepdim=True).clamp_min(1e-6) for x in (q, k))
+            return q, k * self.weight
+
+    def __init__(self):
+        super().__init__()
+        self.map, self.scale, self.norm = nn.Linear(8, 8), self.Scale(), self.TwoNorm()
+
+    def forward(self, x):
+        x = self.map(x)
+        scaled = self.scale(x.float(), torch.full((), 1 / 3))
+        q, k = self.norm(x, x)
+        return scaled, q, k
+
+
+@pytest.mark.parametrize("recipe", ["Full()", "BitFit()"])
+def test_inputs_and_outputs_keep_the_dtypes_of_the_base(recipe):
+    model = Wide().bfloat16()
+    before = model(drawn(2, 8).bfloat16())
+    sm.attach(model, recipe)
+    after = model(drawn(2, 8).bfloat16())
+    assert [t.dtype for t in after] == [t.dtype for t in before] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    assert torch.equal(after[0], before[0]), "float32 that enters is not rounded"
 
 
 @pytest.mark.parametrize("kind", ["mamba", "nemotron_h"])

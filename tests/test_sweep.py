@@ -74,6 +74,22 @@ SAMPLE = (
     "llava/LlavaForConditionalGeneration",
     "qwen2_vl/Qwen2VLForConditionalGeneration",
 )
+# In bfloat16: what asks for its own dtype while it runs, uses a weight far from its module, has norms of two outputs or
+# a float32 stream, or chooses experts by less than rounding.
+LOW = {
+    "dinov3_vit/DINOv3ViTModel": ("Full()",),
+    "fsmt/FSMTForConditionalGeneration": ("Full()",),
+    "gemma3n_text/Gemma3nForCausalLM": ("Full()",),
+    "ibert/IBertForMaskedLM": ("LN()", "Full()"),
+    "kimi_linear/KimiLinearForCausalLM": ("Full()",),
+    "lxmert/LxmertModel": ("Full()",),
+    "openai-gpt/OpenAIGPTForSequenceClassification": ("Full()",),
+    "perceiver/PerceiverForMaskedLM": ("Full()",),
+    "qwen3_5_moe/Qwen3_5MoeForConditionalGeneration": ("LN()", "Full()"),
+    "smolvlm/SmolVLMForConditionalGeneration": ("Full()",),
+    "vits/VitsModel": ("Full()",),
+    "zaya/ZayaForCausalLM": ("LN()", "BitFit()", "Full()"),
+}
 TURN = 6  # recipes for each: LN(), and five others in turn
 # what is wrong today -> pair -> recipes; one that is mended must leave the list
 KNOWN_BY_REASON: dict[str, dict[str, tuple[str, ...]]] = {}
@@ -114,6 +130,29 @@ def test_no_method_is_wrong_and_none_breaks(name, pairs):
             assert failed, f"{recipe} on {name} is mended ({reason}): take it from KNOWN_BY_REASON"
         else:
             assert not failed, f"{recipe} on {name}: {verdict}"
+
+
+@pytest.mark.parametrize("name", LOW)
+def test_none_is_wrong_in_low_precision(name, pairs):
+    found = subject(pairs[name], torch.bfloat16)
+    for recipe in LOW[name]:
+        assert verdicts.judge(found, recipe) == {"outcome": "ok"}, recipe
+
+
+def test_a_start_that_is_off_by_more_than_rounding_is_seen(pairs, monkeypatch):
+    """Rounding moves a dense model's output by less than a wrong start; a near tie between experts, by more."""
+    dense, experts = (
+        subject(pairs[name], torch.bfloat16)
+        for name in ("llama/LlamaForCausalLM", "qwen3_5_moe/Qwen3_5MoeForConditionalGeneration")
+    )
+    assert dense.rounding < verdicts.LOW < experts.rounding < 0.5
+
+    def off(model, recipe):
+        ATTACH(model, recipe)
+        verdicts.shake(verdicts.trained_parameters(model).values(), 0.3)
+
+    monkeypatch.setattr(sm, "attach", off)
+    assert "the start is off by" in verdicts.judge(dense, "LN()")["why"]
 
 
 def test_the_sample_is_spread_over_types_and_methods(pairs):

@@ -1,37 +1,47 @@
 """float32 masters in a low-precision base: what enters and leaves their modules is cast, and what others read of them.
 
-Three kinds of readers see a master. A norm computes with it in float32. Any other module computes with it rounded to
-the dtype of the tensor that it stands for. And so does whoever reads it without a call of its module: Mamba's mixer
-reads the bias of its convolution, its block the dtype of a norm. Rounded tensors stand in the instance's `__dict__`,
-which attribute look-up reads before `_parameters`, for the length of a call.
+Four kinds of readers see a master. A norm computes with it in float32. Any other module computes with it rounded to
+the dtype of the tensor that it stands for, and so does the nearest module above that is called: Mamba's mixer reads the
+bias of its convolution, its block the dtype of a norm. From further above (a block, a model of transformers, the whole
+model) it is seen by a view that is rounded when it is used. Rounded tensors and views stand in the instance's
+`__dict__`, which attribute look-up reads before `_parameters`, for the length of a call; so does what a model answers
+when it is asked for its `parameters()`, and so for its `dtype`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from smidgen.ports.during_call import stand, stand_down
-from smidgen.ports.in_place.sparse_values import composed
+from smidgen.ports.in_place.stored_view import StoredView, as_stored, rounded
 from smidgen.sites.site import module_at
 
 NATIVE = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+ENTRANCES = (PreTrainedModel, GradientCheckpointingLayer)
 
 
 Low = tuple[str, Mapping[str, torch.dtype], bool]  # path of a module, stored dtype of each master, whether it is a norm
 
 
-def rounded(module: Any, term: str) -> Tensor:
-    """A module's tensor as its base stores it: chosen values put in, in the stored dtype."""
-    return composed(module, term).to(module._stored_dtypes[term])
+@dataclass
+class Reads:
+    """What a module reads of masters while it is called."""
+
+    near: list[tuple[nn.Module, str]] = field(default_factory=list)  # used there as a rule: rounded at once
+    far: list[tuple[nn.Module, str]] = field(default_factory=list)  # seldom more than asked for their dtype: views
+    models: list[nn.Module] = field(default_factory=list)  # that may be asked for the dtype of their parameters
 
 
 def lift_norm(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -45,34 +55,36 @@ def lift_norm(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 
 def lower_norm(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of a norm with float32 terms in a low-precision base: back to the dtype that the base's gives."""
+    """Forward hook of a norm with float32 terms in a low-precision base: back to the dtypes that the base's gives."""
     if not module._casting:
         return None
     entered: torch.dtype = module._input_dtype
-    if entered in module._stored_dtypes.values():
-        return _to(output, entered)
+    several = isinstance(output, tuple)  # I-BERT's gives the scale of its quantised output, Zaya's queries and keys
+    if not several and entered in module._stored_dtypes.values():
+        return output.to(entered)
     if entered not in module._given_dtypes:
         module._given_dtypes = {**module._given_dtypes, entered: _given(module, args, kwargs, entered)}
-    return _to(output, module._given_dtypes[entered])
+    dtypes = module._given_dtypes[entered]
+    return tuple(map(_to, output, dtypes)) if several else _to(output, *dtypes)
 
 
-def _to(output: Any, dtype: torch.dtype) -> Any:
-    """What a norm gives, in a dtype; I-BERT's gives the scale of its quantised output as well."""
-    return (output[0].to(dtype), *output[1:]) if isinstance(output, tuple) else output.to(dtype)
+def _to(value: Any, dtype: torch.dtype | None) -> Any:
+    return value if dtype is None else value.to(dtype)
 
 
-def _given(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], entered: torch.dtype) -> torch.dtype:
-    """dtype that a norm with the base's own terms gives for an input that has another than they: T5's gives theirs,
-    Llama's the wider one. Asked of the norm itself."""
+def _given(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], entered: torch.dtype
+) -> tuple[torch.dtype | None, ...]:
+    """dtype of all that a norm with the base's own terms gives for an input of this one, which may be another than
+    theirs: T5's gives theirs, Llama's the wider one. Asked of the norm itself."""
     stored: torch.dtype = next(iter(module._stored_dtypes.values()))
     if isinstance(module, NATIVE):
-        return stored
+        return (stored,)
     module.__dict__.update({term: rounded(module, term) for term in module._stored_dtypes})
     try:
         with torch.no_grad():
             found = module.forward(args[0].to(entered), *args[1:], **kwargs)
-        given: torch.dtype = (found[0] if isinstance(found, tuple) else found).dtype
-        return given
+        return tuple(getattr(value, "dtype", None) for value in (found if isinstance(found, tuple) else (found,)))
     finally:
         for term in module._stored_dtypes:
             module.__dict__.pop(term, None)
@@ -83,23 +95,24 @@ def show_again(module: Any, args: tuple[Any, ...], output: Any) -> None:
     module.__dict__.update(module.__dict__.pop("_read_by_others", {}))
 
 
-def lower_inputs(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Pre-hook of any other module in a low-precision base: what enters gets the dtype of its rounded masters."""
-    if not module._casting:
-        return None
-    base = next(iter(module._stored_dtypes.values()))
-    return tuple(a.to(base) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-
-
 def show_rounded(reader: Any, args: tuple[Any, ...]) -> None:
-    """Pre-hook of a module that reads masters, its own or those of others: it sees them rounded."""
-    shown = []
-    for module, term, used in reader._reads:
+    """Pre-hook of a module that reads masters, its own or those of others: it sees them in the stored dtype."""
+    reads: Reads = reader._reads
+    shown: list[tuple[nn.Module, str, Any]] = []
+    for module, term in reads.near:
         before = module.__dict__.get(term)
-        if module._casting and (before is None or (used and not before.requires_grad)):
-            with nullcontext() if used else torch.no_grad():
-                module.__dict__[term] = rounded(module, term)
+        if module._casting and (before is None or isinstance(before, StoredView)):
             shown.append((module, term, before))
+            module.__dict__[term] = rounded(module, term)
+    for module, term in reads.far:
+        if module._casting and term not in module.__dict__:
+            shown.append((module, term, None))
+            # a compiled graph drops what it does not use
+            module.__dict__[term] = (rounded if torch.compiler.is_compiling() else StoredView.of)(module, term)
+    for model in reads.models:
+        if "parameters" not in model.__dict__:
+            shown.append((model, "parameters", None))
+            model.__dict__["parameters"] = partial(as_stored, model)
     reader._shown = (*reader.__dict__.get("_shown", ()), tuple(shown))
 
 
@@ -122,11 +135,9 @@ def place_casts(model: nn.Module, low: Sequence[Low]) -> list[RemovableHandle]:
             handles.append(module.register_forward_pre_hook(lift_norm, prepend=True))
             handles.append(module.register_forward_hook(lower_norm, with_kwargs=True))
             handles.append(module.register_forward_hook(show_again, always_call=True))
-        else:
-            handles.append(module.register_forward_pre_hook(lower_inputs))
     for path, reads in _readers(model, low).items():
         reader: Any = module_at(model, path)
-        reader._reads = tuple(reads)
+        reader._reads = reads
         handles += stand(reader, show_rounded, hide, prepend=True)
     return handles
 
@@ -143,29 +154,36 @@ def drop_casts(model: nn.Module, low: Sequence[Low]) -> None:
             reader.__dict__.pop(name, None)
 
 
-def _readers(model: nn.Module, low: Sequence[Low]) -> dict[str, list[tuple[nn.Module, str, bool]]]:
-    """Path of a module -> the masters that it sees rounded, its own and those that it may read of others, and whether
-    their gradient counts.
+def _readers(model: nn.Module, low: Sequence[Low]) -> dict[str, Reads]:
+    """Path of a module -> the masters that it reads, its own and those of others.
 
-    The nearest module above that is called may read all of a module's; the model itself the vectors, because models ask
-    deep down for a dtype (of the first norm, say): without gradient, so that a block that is computed again, without
-    the model around it, does the same operations.
+    A block and the models of transformers in a model read from afar as the whole does, because they are also run
+    without it: blocks that are computed again in the backward pass, encoders by `generate`.
     """
-    found: dict[str, list[tuple[nn.Module, str, bool]]] = {}
+    found: dict[str, Reads] = {}
+    modules: dict[str, Any] = dict(model.named_modules())
     for path, stored, norm in low:
-        module: Any = module_at(model, path)
-        for term in stored:
-            readers = [*([] if norm else [path]), *_caller(model, path)]
-            asks = [""] if path and module._parameters[term].ndim < 2 else []
-            for reader in dict.fromkeys([*readers, *asks]):
-                found.setdefault(reader, []).append((module, term, reader in readers))
+        near = [*([] if norm else [path]), *_caller(model, path)]
+        above = [path, *_above(path)]
+        entrances = [p for p in above if not p or isinstance(modules[p], ENTRANCES)]
+        terms = [(modules[path], term) for term in stored]
+        for reader in dict.fromkeys([*near, *entrances]):
+            reads = found.setdefault(reader, Reads())
+            (reads.near if reader in near else reads.far).extend(terms)
+        for reader in entrances:
+            inside = (modules[p] for p in above[: above.index(reader) + 1] if p in entrances)
+            asked = (m for m in inside if m is model or isinstance(m, PreTrainedModel))
+            found[reader].models += [m for m in asked if m not in found[reader].models]
     return found
 
 
-def _caller(model: nn.Module, path: str) -> Iterator[str]:
-    """Path of the nearest module above that is called."""
+def _above(path: str) -> Iterator[str]:
+    """Paths of the modules above, from the nearest to the model."""
     while path:
         path = path.rpartition(".")[0]
-        if not isinstance(module_at(model, path), CONTAINERS):
-            yield path
-            return
+        yield path
+
+
+def _caller(model: nn.Module, path: str) -> list[str]:
+    """Path of the nearest module above that is called."""
+    return [p for p in _above(path) if not isinstance(module_at(model, p), CONTAINERS)][:1]
