@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,7 @@ from smidgen.delta.attaching import attach, remove
 from smidgen.delta.delta import Delta
 from smidgen.delta.untying import untie
 from smidgen.ports.attachment_record import Attachment, attachment
-from smidgen.ports.in_place.attached_weights import live
-from smidgen.ports.module_port import fold
+from smidgen.ports.builtin_ports import port_of
 from smidgen.sites.new_tensors import keep_note
 
 
@@ -56,7 +54,8 @@ def merge(model: nn.Module, delta: Delta | Sum[Delta] | None = None, dtype: torc
         values = {name: value.detach() for name, value in folded(merged).items()}
     if found := not_finite(values):
         raise AttachError(f"not merged: {found}; training diverged, train again with a lower learning rate")
-    edited = {f"{path}.{term}" for path, _ in record.edits for term in ("weight", "bias")}
+    paths = {path for path, _ in record.edits}
+    edited = {name for name in values if name.rpartition(".")[0] in paths}
     remove(merged)
     before = {name: merged.get_parameter(name).detach() for name in values}
     untie(merged, [n for n, value in values.items() if n in edited and not torch.equal(value, before[n].to(value))])
@@ -107,12 +106,7 @@ def folded(model: nn.Module) -> dict[str, Tensor]:
     """Parameter name -> merged value in master precision, with gradient to what is trained, of an attached model."""
     record = attachment(model)
     values = {swap.name: swap.master for swap in record.swaps if swap.trained} | record.whole_parts(model)
-    for path in dict.fromkeys(path for path, _ in record.edits):
-        module: Any = model.get_submodule(path)
-        weight, bias = live(module)
-        for edit in module.edits.values():
-            weight, bias = fold(edit, weight, bias)
-        values[f"{path}.weight"] = weight
-        if bias is not None:
-            values[f"{path}.bias"] = bias
+    places = {row.site.path: row.site for row in record.plan.rows if row.added and not row.owns_shared}
+    for path, site in places.items():
+        values |= port_of(site).folded(model, path)
     return values

@@ -19,7 +19,9 @@ def initial(row: Row, seed: int, model: nn.Module | None = None) -> dict[str, Te
         model: with nothing attached, for methods that start from the base; None where only shapes matter.
     """
     with seeded(seed, row.site.path, row.key):
-        fresh = fresh_shared(row.method, row.sites) if row.owns_shared else row.method.init(row.site)
+        fresh = (
+            fresh_shared(row.method, row.sites) if row.owns_shared else rules_of(row.site).fresh(row.method, row.site)
+        )
         method = row.method
         if model is None or row.owns_shared or not isinstance(method, StartsFromBase):
             return fresh

@@ -26,7 +26,7 @@ from smidgen.planning.plans import Plan
 from smidgen.planning.row import Row, Shape
 from smidgen.planning.rules.builtin import all_rules
 from smidgen.planning.shared_tensors import with_pools
-from smidgen.planning.site_rules import check_capable, rules_for
+from smidgen.planning.site_rules import check_capable, rules_for, rules_of
 from smidgen.planning.stack_choice import in_stack
 from smidgen.recipe.recipe import Recipe, Term, as_recipe
 from smidgen.sites.discovery import find_sites
@@ -166,7 +166,7 @@ def _rows(
         if not in_head and method.acts(site):
             check_capable(method, site)
             with torch.device("meta"):
-                tensors = method.init(site)
+                tensors = rules_of(site).fresh(method, site)
                 saved = method.settle(tensors, site) if method.settled() != method else {}
             yield Row(index, method, site, _shapes(tensors), True, settled=_shapes(saved))
 

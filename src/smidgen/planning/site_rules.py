@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from smidgen.common.errors import PlanError
 from smidgen.methods.base import Method
@@ -50,6 +50,10 @@ class SiteRules:
             found: the modules that own parameters, and what rules that were registered before have found.
         """
         return ()
+
+    def fresh(self, method: Method, site: Site) -> dict[str, Tensor]:
+        """Fresh tensors of a method at a site, symbol -> tensor."""
+        return method.init(site)
 
     def base_tensors(self, model: nn.Module, site: Site) -> Tensors | None:
         """The base's own tensors for a method that starts from them (`StartsFromBase`); None if there are none."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from smidgen.common.errors import SmidgenError
+from smidgen.common.errors import AttachError, SmidgenError
 from smidgen.planning.row import Row
 from smidgen.planning.site_rules import RULES, SiteRules, register_rules
 from smidgen.ports.edit import Edit
@@ -43,6 +43,13 @@ class Port(SiteRules, ABC):
     @abstractmethod
     def remove(self, model: nn.Module, site: Site) -> None:
         """Take all edits off a site's module, and whatever else `place` left; nothing where there are none."""
+
+    def folded(self, model: nn.Module, path: str) -> dict[str, Tensor]:
+        """Name -> value, with gradient, of the base's tensors with all edits at a module folded in.
+
+        Asked only where every method is mergeable (`Method.unmergeable`).
+        """
+        raise AttachError(f"{type(self).__name__} folds nothing into the weights")
 
     def why_no_rows(self, edit: Edit) -> str | None:
         """Why the rows of one batch cannot have different tensors of an edit, in a few words; None if they can.

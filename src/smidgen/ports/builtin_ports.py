@@ -10,6 +10,7 @@ from smidgen.ports.prompts.prompt_port import PromptPort
 from smidgen.ports.shared_port import SharedPort
 from smidgen.ports.side_network_port import SideNetworkPort
 from smidgen.ports.sublayer_port import SublayerPort
+from smidgen.ports.weight_port import WeightPort
 
 BUILTIN: tuple[Port, ...] = (
     ModulePort(),
@@ -18,6 +19,7 @@ BUILTIN: tuple[Port, ...] = (
     PromptPort(),
     BlockPort(),
     SideNetworkPort(),
+    WeightPort(),
     SharedPort(),
 )
 

@@ -159,9 +159,22 @@ class ModulePort(ModuleRules, Port):
         """Take all edits and their hooks off the module."""
         drop_edits(model.get_submodule(site.path))
 
+    def folded(self, model: nn.Module, path: str) -> dict[str, Tensor]:
+        """Weight and bias, in master precision."""
+        return folded_module(model, path)
+
     def why_no_rows(self, edit: Edit) -> str | None:
         """None where a formula reads the site's own tensors, its input and its output."""
         return why_no_module_rows(edit)
+
+
+def folded_module(model: nn.Module, path: str) -> dict[str, Tensor]:
+    """Name -> value in master precision of a module's weight and bias, its edits folded in."""
+    module: Any = model.get_submodule(path)
+    weight, bias = live(module)
+    for edit in module.edits.values():
+        weight, bias = fold(edit, weight, bias)
+    return {f"{path}.weight": weight} | ({} if bias is None else {f"{path}.bias": bias})
 
 
 def why_no_module_rows(edit: Edit) -> str | None:

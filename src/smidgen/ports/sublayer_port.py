@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from smidgen.common.errors import AttachError
@@ -11,7 +11,7 @@ from smidgen.planning.row import Row
 from smidgen.planning.rules.sublayers import SublayerRules
 from smidgen.ports.base import Port
 from smidgen.ports.edit import Edit, drop_edits
-from smidgen.ports.module_port import ModuleEdit, add_edit, check_editable, why_no_module_rows
+from smidgen.ports.module_port import ModuleEdit, add_edit, check_editable, folded_module, why_no_module_rows
 from smidgen.ports.tap import add_tap, drop_tap
 from smidgen.sites.site import Site, Sublayer
 
@@ -44,6 +44,10 @@ class SublayerPort(SublayerRules, Port):
         drop_edits(model.get_submodule(site.path))
         for path in (site.entry, site.path):
             drop_tap(model.get_submodule(path))
+
+    def folded(self, model: nn.Module, path: str) -> dict[str, Tensor]:
+        """Those of the map that the sublayer is left by."""
+        return folded_module(model, path)
 
     def why_no_rows(self, edit: Edit) -> str | None:
         """As at a module."""

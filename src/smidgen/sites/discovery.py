@@ -30,6 +30,7 @@ from smidgen.sites.site import (
     Site,
     TableSite,
     UncalledSite,
+    WeightSite,
 )
 
 
@@ -73,6 +74,24 @@ def find_tables(model: nn.Module, sites: Iterable[Site]) -> list[TableSite]:
         TableSite.beside(site, roles=frozenset[str](), width_in=site.width_in, width_out=site.width_out)
         for site in tables
     ]
+
+
+def find_weights(model: nn.Module, sites: Iterable[Site]) -> list[WeightSite]:
+    """Each weight of two axes, or several stacked, that a module other than a plain called map reads: of experts, of
+    nn.MultiheadAttention, of maps that are only read."""
+    owners = (site for site in sites if isinstance(site, OtherSite | UncalledSite))
+    return [found for site in owners for found in _weights(model.get_submodule(site.path), site)]
+
+
+def _weights(module: nn.Module, site: OwnerSite) -> Iterator[WeightSite]:
+    for term, shape in site.terms:
+        several = len(shape) == 3 and shape[0] > 1 and not hasattr(module, "kernel_size")
+        maps = isinstance(module, nn.Linear | Conv1D) and term == "weight"
+        attention = isinstance(module, nn.MultiheadAttention) and term.endswith("proj_weight")
+        if min(shape, default=0) > 0 and (several or (len(shape) == 2 and (maps or attention))):
+            count = shape[0] if several else 1
+            known = {"term": term, "width_in": shape[-1], "width_out": shape[-2], "count": count}
+            yield WeightSite.beside(site, roles=frozenset[str](), **known)
 
 
 def find_blocks(model: nn.Module) -> dict[str, list[nn.Module]]:

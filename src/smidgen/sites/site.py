@@ -5,6 +5,7 @@
     |  |- MapSite      a weight of two axes, or some output rows of one
     |  |  |- LinearSite, UncalledSite
     |  |- NormSite, ConvSite, EmbeddingSite, OtherSite
+    |- WeightSite      one weight that its module, or the module around it, reads
     |- TableSite       an embedding as a linear map of one-hot vectors
     |- Sublayer        AttentionSublayer, CrossAttentionSublayer, FeedForwardSublayer
     |- KeyValueSite    an attention that takes more keys and values
@@ -198,6 +199,32 @@ class OtherSite(OwnerSite):
     """A module whose parameters can be trained in place, and of whose formula nothing is known."""
 
     kind: ClassVar[str] = "other"
+
+
+@dataclass(frozen=True)
+class WeightSite(Site):
+    """One weight that is read and belongs to no map that is called, or several of one shape stacked.
+
+    The weights of experts, those of nn.MultiheadAttention, and linear maps whose owner reads their weight.
+
+    Attributes:
+        term: its name in the module.
+        width_in: last axis, as stored.
+        width_out: last but one.
+        count: how many are stacked, 1 for a weight of two axes.
+    """
+
+    term: str = ""
+    width_in: int = 0
+    width_out: int = 0
+    count: int = 1
+
+    kind: ClassVar[str] = "weight"
+
+    @property
+    def part(self) -> str:
+        """The name of the weight."""
+        return self.term
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TypeGuard
 
 from smidgen.common.errors import PlanError, nearest
 from smidgen.sites.layer_spec import layer_indices
-from smidgen.sites.site import InputSite, LinearSite, OtherSite, Site, UncalledSite
+from smidgen.sites.site import InputSite, LinearSite, OtherSite, Site, UncalledSite, WeightSite
 
 Layers = str | int | tuple[int, ...] | None
 
@@ -85,6 +85,14 @@ def as_names(value: str | tuple[str, ...]) -> tuple[str, ...]:
 def targeted(site: Site, target: Sequence[str]) -> TypeGuard[LinearSite]:
     """Whether a linear site has one of the roles, or lies at a module path ending in one of the names."""
     return isinstance(site, LinearSite) and any(_matches(site, name) for name in target)
+
+
+def names_weight(site: Site, names: Sequence[str]) -> bool:
+    """Whether a name is, or ends in, module and weight of a site: "experts.gate_up_proj", "out_proj.weight"."""
+    if not isinstance(site, WeightSite):
+        return False
+    path = f".{site.path}.{site.term}"
+    return any("." in name and path.endswith(f".{name}") for name in names)
 
 
 def _matches(site: LinearSite, name: str) -> bool:

@@ -22,7 +22,7 @@ from smidgen.methods.low_rank.dora import DoRA
 from smidgen.methods.low_rank.lora import LoRA
 from smidgen.methods.low_rank.pissa import PiSSA
 from smidgen.ports.in_place.attached_weights import stored
-from smidgen.sites.site import ConvSite, Site, TableSite
+from smidgen.sites.site import ConvSite, Site, TableSite, WeightSite
 
 NAMES = {"A.weight": "A", "B.weight": "B", "magnitude_vector": "m"}  # what follows `lora_` -> symbol
 GAP = 1e-4  # the least gap of singular values, over the first, at which float32 tells their vectors apart to 1e-3
@@ -97,7 +97,7 @@ def write_lora(method: Method, sites: list[Placed], model: nn.Module) -> Parts:
     (all rows, k rank). So B A is the slices' products one under the other, exactly.
     """
     assert isinstance(method, LoRA)
-    if others := [site.path for site, _ in sites if isinstance(site, TableSite | ConvSite)]:
+    if others := [site.path for site, _ in sites if isinstance(site, TableSite | ConvSite | WeightSite)]:
         raise DeltaError(f"{method} at {others[0]}, no linear map, is not written in PEFT's format; keep the delta")
     groups: dict[str, list[Placed]] = {}
     for site, values in sites:

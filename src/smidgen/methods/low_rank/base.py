@@ -9,10 +9,10 @@ from typing import ClassVar
 from smidgen.common.errors import RecipeError
 from smidgen.methods.base import Method
 from smidgen.methods.field_checks import above, at_least, layers_field, names_field, share_field
-from smidgen.sites.site import ConvSite, LinearSite, Site, TableSite
+from smidgen.sites.site import ConvSite, LinearSite, Site, TableSite, WeightSite
 from smidgen.sites.targeting import Layers, as_names, check_targets, in_layers, targeted
 
-MapLike = LinearSite | TableSite | ConvSite
+MapLike = LinearSite | TableSite | ConvSite | WeightSite
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from smidgen.methods.base import Method, Tensors
 from smidgen.methods.field_checks import above, named, one_of
 from smidgen.methods.functional import convolve
 from smidgen.methods.low_rank.base import LowRank, MapLike
-from smidgen.sites.site import ConvSite, Site, TableSite
-from smidgen.sites.targeting import as_names, check_targets, in_layers
+from smidgen.sites.site import ConvSite, Site, TableSite, WeightSite
+from smidgen.sites.targeting import as_names, check_targets, in_layers, names_weight
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,14 @@ class LoRA(LowRank):
         W_merged = W + s * B A
         lr(B) = lr_ratio * lr(A)
         y = W[i] + s * B A[:, i]                at an embedding, of row i
+        W[e] + s * B[e] A[e]   at a weight that is read, while it is; of experts in one parameter, of each expert e
         y = conv(x, W) + b + s * conv1x1(conv(x, A), B)    at a convolution, with the stride, padding, ... of its own
 
     Shapes:
         A: (rank, width_in)   uniform in +-1/sqrt(width_in); at an embedding (rank, rows), zeros; at a convolution
             (rank, fan_in), fan_in = width_in / groups * places of the kernel, uniform in +-1/sqrt(fan_in)
+            At a weight that is read, width_in is its last axis and width_out its last but one; experts have an axis
+            of their own in front.
         B: (width_out, rank)  zeros; at an embedding normal, standard deviation 1 (as in the authors' code); at a
             convolution (width_out, rank / groups)
 
@@ -46,7 +49,8 @@ class LoRA(LowRank):
         target: roles ("query", "key", "value", "attention_out", "ff_in", "ff_out"), "linear" for every linear
             map in the blocks (but gates with a single output), or endings of module paths ("q_proj"), which may be
             those of embeddings ("embed_tokens") and convolutions ("patch_embeddings.projection"). Merging one unties an
-            output layer that shares its weight.
+            output layer that shares its weight. A weight that is read and not called is named with its module:
+            "experts.gate_up_proj", "attention.in_proj_weight" of nn.MultiheadAttention, "out_proj.weight".
         layers: as in LN.
         exclude: roles or endings of module paths to leave out.
         dropout: on the input of A, in training.
@@ -57,7 +61,7 @@ class LoRA(LowRank):
     one above. Slices of a fused projection (GPT-2, Phi-3) each get a pair of their own.
     """
 
-    beyond_maps: ClassVar[tuple[type[Site], ...]] = (TableSite, ConvSite)  # what acts where it is named
+    beyond_maps: ClassVar[tuple[type[Site], ...]] = (TableSite, ConvSite, WeightSite)  # what acts where it is named
 
     scaling: str = "lora"
     lr_ratio: float = 1.0
@@ -88,8 +92,10 @@ class LoRA(LowRank):
         return super().acts(site) or (wanted and in_layers(site, self.layers))
 
     def _is_named(self, site: Site, names: Sequence[str]) -> bool:
-        """Whether an embedding or a convolution is named; roles do not stand for them."""
-        return isinstance(site, self.beyond_maps) and named(site, names)
+        """Whether an embedding, a convolution or a weight is named; roles do not stand for them."""
+        if not isinstance(site, self.beyond_maps):
+            return False
+        return names_weight(site, names) if isinstance(site, WeightSite) else named(site, names)
 
     def init(self, site: MapLike) -> dict[str, Tensor]:
         self.check_rank(site)
@@ -124,8 +130,8 @@ class LoRA(LowRank):
         scales = [w * m.scale for w, m in zip(weights, methods, strict=True) if isinstance(m, LoRA)]
         B = [s * p["B"] for s, p in zip(scales, parts, strict=True)]
         groups = site.groups if isinstance(site, ConvSite) else 1
-        A = torch.cat([p["A"].unflatten(0, (groups, -1)) for p in parts], dim=1).flatten(0, 1)
-        return {"A": A, "B": torch.cat(B, dim=1)}
+        A = torch.cat([p["A"].unflatten(-2, (groups, -1)) for p in parts], dim=-2).flatten(-3, -2)
+        return {"A": A, "B": torch.cat(B, dim=-1)}
 
     def merge(self, p: Tensors, weight: Tensor, bias: Tensor | None, site: MapLike) -> tuple[Tensor, Tensor | None]:
         groups = site.groups if isinstance(site, ConvSite) else 1

@@ -8,12 +8,14 @@ from smidgen.planning.rules.inputs import InputRules
 from smidgen.planning.rules.modules import ModuleRules
 from smidgen.planning.rules.shared import SharedRules
 from smidgen.planning.rules.sublayers import SublayerRules
+from smidgen.planning.rules.weights import WeightRules
 from smidgen.planning.site_rules import all_rules, register_rules
 
 for _rules in (
     SublayerRules(),
     KeyValueRules(),
     ModuleRules(),
+    WeightRules(),
     InputRules(),
     BlockRules(),
     StackRules(),

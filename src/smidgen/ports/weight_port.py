@@ -1,0 +1,147 @@
+"""The weight port: a weight that is read stands with what is added folded in, for as long as it is read.
+
+    W + (W_merged - W)    by the method's own `merge`; of several stacked, each with tensors of its own
+
+Composed weights stand in the instance's `__dict__`, which attribute look-up reads before `_parameters`, while the
+module itself is called or the nearest one around it that is.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from smidgen.common.dtypes import master_dtype
+from smidgen.common.errors import AttachError
+from smidgen.methods.capabilities import Merges
+from smidgen.planning.row import Row
+from smidgen.planning.rules.weights import WeightRules
+from smidgen.ports.base import Port
+from smidgen.ports.during_call import stand, stand_down
+from smidgen.ports.edit import Edit, Edits, edits_at
+from smidgen.ports.in_place.master_weights import CONTAINERS
+from smidgen.sites.site import Site, WeightSite
+
+_LOCK = threading.Lock()  # threads see one `__dict__`: what stands there is taken away by the last to leave
+
+
+class WeightEdit(Edit):
+    """What one method adds to one weight, or to several stacked."""
+
+    def folded(self, weight: Tensor) -> Tensor:
+        """The weight with it, in the dtype of the weight.
+
+        Raises:
+            AttachError: the method gives a bias.
+        """
+        method, site = self.method, self.site
+        assert isinstance(method, Merges)  # the plan has seen to it
+        assert isinstance(site, WeightSite)
+
+        def one(p: dict[str, Tensor], w: Tensor) -> Tensor:
+            merged, bias = method.merge(p, w, None, site)
+            if bias is not None:
+                raise AttachError(f"{method} needs a bias at {site.name}, which has none")
+            return merged
+
+        each = torch.vmap(one) if site.count > 1 else one
+        return each(self.tensors(), weight.to(master_dtype(weight.dtype))).to(weight.dtype)
+
+
+class WeightEdits(Edits):
+    """The edits at the weights of one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readers = 0  # calls under way in which the weights are read
+
+    def composed(self, module: nn.Module) -> dict[str, Tensor]:
+        """Name -> weight with all edits that are on, left to right."""
+        found: dict[str, Tensor] = {}
+        for edit in self.values():
+            assert isinstance(edit, WeightEdit)
+            assert isinstance(edit.site, WeightSite)
+            term = edit.site.term
+            if edit.enabled:
+                weight = module._parameters[term]
+                assert weight is not None
+                found[term] = edit.folded(found.get(term, weight))
+        return found
+
+
+class WeightPort(WeightRules, Port):
+    """Weights of experts, of nn.MultiheadAttention, of maps that are read."""
+
+    edit = WeightEdit
+
+    def check(self, model: nn.Module, row: Row) -> None:
+        """Raises AttachError if the module has an attribute of the edits' name."""
+        module = model.get_submodule(row.site.path)
+        if hasattr(module, "edits") and not edits_at(module, WeightEdits):
+            raise AttachError(f"{type(module).__name__} at {row.site.path} already has an attribute 'edits'")
+
+    def place(self, model: nn.Module, site: Site, key: str, edit: Edit) -> list[RemovableHandle]:
+        """At the module that owns the weight, with hooks there and at the nearest module around it that is called."""
+        module: Any = model.get_submodule(site.path)
+        handles: list[RemovableHandle] = []
+        if not edits_at(module, WeightEdits):
+            module.add_module("edits", WeightEdits())
+            for path in reading_modules(model, site.path):
+                reader: Any = model.get_submodule(path)
+                if "_composes" not in reader.__dict__:
+                    handles += stand(reader, compose_weights, drop_composed)
+                reader.__dict__["_composes"] = (*reader.__dict__.get("_composes", ()), module)
+        module.edits[key] = edit.train(module.training)
+        return handles
+
+    def remove(self, model: nn.Module, site: Site) -> None:
+        """Take all edits of the module away."""
+        module = model.get_submodule(site.path)
+        if not edits_at(module, WeightEdits):
+            return
+        del module._modules["edits"]
+        for path in reading_modules(model, site.path):
+            reader = model.get_submodule(path)
+            if reader.__dict__.pop("_composes", None) is not None:
+                stand_down(reader)
+
+    def folded(self, model: nn.Module, path: str) -> dict[str, Tensor]:
+        """The composed weights, by name."""
+        module: Any = model.get_submodule(path)
+        return {f"{path}.{term}": weight for term, weight in module.edits.composed(module).items()}
+
+
+def reading_modules(model: nn.Module, path: str) -> tuple[str, ...]:
+    """Paths of a module and of the nearest one around it that is called."""
+    outer = path.rpartition(".")[0]
+    while outer and isinstance(model.get_submodule(outer), CONTAINERS):
+        outer = outer.rpartition(".")[0]
+    return (path, outer) if path else (path,)
+
+
+def compose_weights(reader: Any, args: tuple[Any, ...]) -> None:
+    """Pre-hook of a module that reads weights: composed ones stand in the instance's `__dict__`, once for all readers.
+
+    What a caller without gradient composed is composed again where a gradient is wanted.
+    """
+    with nullcontext() if torch.compiler.is_compiling() else _LOCK:
+        for module in reader._composes:
+            standing = any(edit.site.term in module.__dict__ for edit in module.edits.values())
+            if not standing or torch.is_grad_enabled():
+                module.__dict__.update(module.edits.composed(module))
+            module.edits.readers += 1
+
+
+def drop_composed(reader: Any, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of it (always called): the last to leave takes them away."""
+    with nullcontext() if torch.compiler.is_compiling() else _LOCK:
+        for module in reader.__dict__.get("_composes", ()):
+            module.edits.readers = max(module.edits.readers - 1, 0)
+            if not module.edits.readers:
+                for edit in module.edits.values():
+                    module.__dict__.pop(edit.site.term, None)
