@@ -30,7 +30,7 @@ class ShuffledBatches:
         TrainError: a row alone is longer than `tokens`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - options by keyword
         self,
         rows: int,
         batch_size: int,
@@ -73,7 +73,7 @@ class PackedBatches:
         capacity: the most tokens of a row.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - options by keyword
         self,
         lengths: Sequence[int],
         capacity: int,

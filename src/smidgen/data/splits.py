@@ -86,4 +86,4 @@ def first(rows: int, limit: int, seed: int, *, shuffle: bool = True) -> list[int
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
         raise DataError(f"limit must be a whole number of at least 1, found {limit!r}")
     order = np.random.RandomState(seed).permutation(rows) if shuffle else np.arange(rows)
-    return order[:limit].tolist()
+    return list(map(int, order[:limit]))

@@ -54,7 +54,7 @@ class Task:
     notes: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def load(
+    def load(  # noqa: PLR0913 - options by keyword
         cls,
         source: str | os.PathLike[str],
         *,

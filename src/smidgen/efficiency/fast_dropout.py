@@ -60,7 +60,7 @@ def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = F
     return dropped
 
 
-def _attention(
+def _attention(  # noqa: PLR0913 - torch's own signature
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +12,9 @@ from smidgen.data.task import Task
 from smidgen.delta.delta import Delta
 from smidgen.importance.evaluation_point import at_point, check_still, length_of
 from smidgen.importance.likelihood import Likelihood
-from smidgen.importance.per_example_squares import frozen, gradients, squared_gradients, tensors_of
+from smidgen.importance.per_example_squares import frozen, gradients, squared_gradients
 from smidgen.importance.sample import Sample
+from smidgen.importance.targets import tensors_of
 from smidgen.inference.processors import processor_of
 from smidgen.recipe.recipe import Recipe, Term
 
@@ -37,7 +36,7 @@ class Measured(dict[str, Tensor]):
         self.examples, self.kind, self.split, self.looped = len(sample), kind, sample.split, looped
 
 
-def fisher(
+def fisher(  # noqa: PLR0913 - options by keyword
     model: nn.Module, task: Task, recipe: str | Term | Recipe | None = None, delta: Delta | None = None,
     examples: int = 1024, kind: str = "empirical", *, split: str = "train", seed: int = 0, samples: int = 1,
     sigma: float = 1.0, batch_size: int = 32, max_length: int | None = None,
@@ -69,16 +68,18 @@ def fisher(
         DataError: an option out of range, labels that do not fit the head, active dropout, values that are not finite.
         PlanError, AttachError, DeltaError: nothing but the head is trained, something is attached, another base.
     """
-    options: dict[str, Any] = {"samples": samples, "sigma": sigma, "chunk_bytes": chunk_bytes, "seed": seed}
-    options |= {"split": split, "batch_size": batch_size, "max_length": length_of(delta, task, max_length)}
+    max_length = length_of(delta, task, max_length)
     model = bare(model)
     check_still(model)
     processor = given_processor(processor, tokenizer) or processor_of(model, task.task_kind)
     with at_point(model, recipe, delta, pooling, seed) as placed:
-        return attached_fisher(placed, task, examples, kind, processor=processor, **options)
+        return attached_fisher(
+            placed, task, examples, kind, split=split, seed=seed, samples=samples, sigma=sigma, batch_size=batch_size,
+            max_length=max_length, processor=processor, chunk_bytes=chunk_bytes,
+        )  # fmt: skip
 
 
-def attached_fisher(
+def attached_fisher(  # noqa: PLR0913 - options by keyword
     model: nn.Module,
     data: Task | Sample,
     examples: int = 1024,
@@ -111,7 +112,7 @@ def attached_fisher(
     return Measured(totals, sample, kind, looped)
 
 
-def mean_gradients(
+def mean_gradients(  # noqa: PLR0913 - options by keyword
     model: nn.Module,
     task: Task,
     recipe: str | Term | Recipe | None = None,
@@ -163,10 +164,12 @@ def attached_mean_gradients(model: nn.Module, sample: Sample, *, sigma: float = 
     return Measured(totals, sample, "empirical")
 
 
-def _sample(model: nn.Module, data: Task | Sample, examples: int, split: str, *rest: Any) -> Sample:
+def _sample(
+    model: nn.Module, data: Task | Sample, examples: int, split: str, seed: int, max_length: int | None,
+    processor: Processor | None,
+) -> Sample:  # fmt: skip
     if isinstance(data, Sample):
         return data
-    seed, max_length, processor = rest
     return Sample.of_task(
         data, processor or processor_of(model, data.task_kind), split, examples, seed, max_length, model
     )

@@ -6,11 +6,11 @@ backward pass goes down to the lowest recorded module and no further.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,10 @@ from smidgen.importance.per_example_rules import Call, Tensors, embedding, gener
 from smidgen.importance.targets import Target
 from smidgen.ports.edit import Edit
 from smidgen.ports.module_port import ModuleEdit
+
+Before = Callable[[Tensor], Tensor]
+Base = Mapping[str, Tensor] | None  # the base's tensors, where an edit reads them
+After = Callable[[Tensor, Tensor, Base], Tensor]
 
 
 class Recorder:
@@ -92,7 +96,9 @@ class Recorder:
                 raise
             self.refused.add(target)
 
-    def _record(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def _record(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
+    ) -> Tensor | None:
         targets = [target for target in self.targets[module] if target not in self.refused]
         if not (self.on and targets and torch.is_grad_enabled()):
             return None
@@ -104,8 +110,9 @@ class Recorder:
             self.refused.update(targets)
             return None
 
-        def function(p: Tensors, x: Tensor) -> Any:
-            return functional_call(module, p, (x, *args[1:]), kwargs)
+        def function(p: Tensors, x: Tensor) -> Tensor:
+            found: Tensor = functional_call(module, p, (x, *args[1:]), kwargs)
+            return found
 
         return self._watch(output, targets, Call(module, function, (args[0].detach(),)))
 
@@ -117,12 +124,12 @@ class Recorder:
         if edit.output is not None or edit.reads_base:
             edit.__dict__["after"] = partial(self._after, edit, target, edit.after)
 
-    def _before(self, edit: ModuleEdit, target: Target, plain: Any, x: Tensor) -> Tensor:
+    def _before(self, edit: ModuleEdit, target: Target, plain: Before, x: Tensor) -> Tensor:
         output = plain(x)
         call = Call(edit, lambda p, x: edit.input_formula(edit.tensors() | p, x), (x.detach(),))
         return output if output is x else self._edited(target, call, output)
 
-    def _after(self, edit: ModuleEdit, target: Target, plain: Any, x: Tensor, y: Tensor, base: Any = None) -> Tensor:
+    def _after(self, edit: ModuleEdit, target: Target, plain: After, x: Tensor, y: Tensor, base: Base = None) -> Tensor:
         output = plain(x, y, base)
 
         def function(p: Tensors, x: Tensor, y: Tensor) -> Tensor:
@@ -138,14 +145,15 @@ class Recorder:
             return output
         return self._watch(output, [target], call)
 
-    def _spread(self, args: tuple[Any, ...], output: Any) -> tuple[tuple[Any, ...], Any]:
+    def _spread(self, args: tuple[object, ...], output: object) -> tuple[tuple[object, ...], object]:
         """Ids (1, T) that serve all examples, as positions do, and what was looked up, once for each example."""
         ids = args[0] if args else None
-        if isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) == 1 < ids.shape[1]:
+        shared = isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) == 1 < ids.shape[1]
+        if isinstance(ids, Tensor) and isinstance(output, Tensor) and shared:
             return (ids.expand(self.size, -1), *args[1:]), output.expand(self.size, -1, -1)
         return args, output
 
-    def _led(self, value: Any) -> bool:
+    def _led(self, value: object) -> TypeGuard[Tensor]:
         return isinstance(value, Tensor) and value.ndim > 0 and len(value) == self.size
 
     def _watch(self, output: Tensor, targets: list[Target], call: Call) -> Tensor:

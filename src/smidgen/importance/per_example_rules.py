@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ def embedding(p: Mapping[str, Tensor], calls: Sequence[Call], limit: int) -> Ten
     ids = torch.cat([call.inputs[0].flatten(1) for call in calls], 1)  # (B, T)
     g = torch.cat([_g(call, p).reshape(len(ids), -1, width) for call in calls], 1)
     places = ids + rows * torch.arange(len(ids), device=ids.device)[:, None]
-    padding: Any = calls[0].module.padding_idx
+    padding = cast(nn.Embedding, calls[0].module).padding_idx
     kept = ids != (-1 if padding is None else padding)
     unique, inverse = places[kept].unique(return_inverse=True)
     sums = g.new_zeros(len(unique), width).index_add_(0, inverse, g[kept])
@@ -126,7 +126,7 @@ def _pull(call: Call, p: Mapping[str, Tensor], part: slice) -> Tensors:
     """Gradients (step, *shape) of each parameter."""
 
     def one(inputs: tuple[Tensor, ...], g: Tensor) -> Tensors:
-        pull: Any = vjp(lambda q: call.function(q, *(x[None] for x in inputs)), dict(p))[1]
+        pull = vjp(lambda q: call.function(q, *(x[None] for x in inputs)), dict(p))[1]
         grads: Tensors = pull(g[None])[0]
         return grads
 
@@ -163,5 +163,5 @@ def _g(call: Call, p: Mapping[str, Tensor]) -> Tensor:
 
 def _squared(parts: Sequence[Tensor]) -> Tensor:
     """Sum over examples of the squares of what several calls add up to. parts: (B, *shape) each."""
-    total: Any = sum(parts[1:], parts[0])
+    total = sum(parts[1:], parts[0])
     return total.square().sum(0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +81,7 @@ def gradients(
 def terms_of(model: nn.Module, sample: Sample, likelihood: Likelihood, places: Sequence[int]) -> list[Tensor]:
     """A forward pass, and the terms (B,) of `Likelihood.terms`."""
     inputs, labels = sample.batch(places, next(model.parameters()).device)
-    logits: Any = getattr(sample.task_kind.forward(model, inputs), "logits", None)
+    logits: Tensor | None = getattr(sample.task_kind.forward(model, inputs), "logits", None)
     if logits is None:
         raise DataError(f"{type(model).__name__} gives no logits; load it with a head: smidgen.load(name, task=task)")
     names = [sample.name(place) for place in places]

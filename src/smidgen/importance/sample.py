@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from smidgen.common.errors import DataError
-from smidgen.data.kinds.base import TaskKind, kind_named
+from smidgen.data.encoded import Example
+from smidgen.data.kinds.base import Batch, Collate, TaskKind, kind_named
 from smidgen.data.processor import Processor
 from smidgen.data.splits import first
 from smidgen.data.task import Task
-
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,8 @@ class Sample:
     """
 
     kind: str
-    examples: Sequence[Mapping[str, Any]] = field(repr=False)
-    collate: Callable[[list[Any]], Batch] = field(repr=False)
+    examples: Sequence[Example] = field(repr=False)
+    collate: Collate = field(repr=False)
     numbers: Sequence[int] = field(repr=False)
     split: str = "the batch"
     width: int | None = None
@@ -61,7 +60,7 @@ class Sample:
         if kind.many_per_row:
             encoded = kind.encode(rows, processor, task.text, task.label, max_length)
             numbers = first(len(encoded), examples, seed)
-            chosen: Sequence[Any] = [encoded[i] for i in numbers]
+            chosen: Sequence[Example] = [encoded[i] for i in numbers]
         else:
             numbers = first(len(rows), examples, seed)
             chosen = kind.encode(rows.select(numbers), processor, task.text, task.label, max_length)
@@ -72,7 +71,7 @@ class Sample:
     def of_batch(cls, batch: Mapping[str, Tensor], kind: str) -> Sample:
         """The rows of one batch of tensors, such as pixel_values (N, 3, H, W) and labels (N,)."""
         count = len(batch["labels"])
-        examples = [{key: value[i] for key, value in batch.items()} for i in range(count)]
+        examples: list[Example] = [{key: value[i] for key, value in batch.items()} for i in range(count)]
         return cls(kind, examples, _stack, range(count))
 
     def __len__(self) -> int:
@@ -101,5 +100,6 @@ class Sample:
         return f"example {self.numbers[place]} of {self.split}"
 
 
-def _stack(examples: list[Mapping[str, Tensor]]) -> Batch:
-    return {key: torch.stack([example[key] for example in examples]) for key in examples[0]}
+def _stack(examples: list[Example]) -> Batch:
+    rows = cast("list[Batch]", examples)
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from smidgen.importance.fisher_information import attached_fisher, attached_mean
 from smidgen.importance.sample import Sample
 from smidgen.importance.warmup import Course, take
 from smidgen.inference.processors import processor_of
-from smidgen.methods.base import renewed
+from smidgen.methods.base import Method, renewed
 from smidgen.planning.plans import Plan
 from smidgen.planning.resolution import resolve
 from smidgen.planning.selection.budgets import choose, rows_of
@@ -31,6 +31,7 @@ from smidgen.planning.selection.kept_shapes import chosen_indices, narrowed_shap
 from smidgen.planning.selection.select_term import SCOUT, Select
 from smidgen.ports.attachment_record import attachment, is_attached
 from smidgen.recipe.recipe import Narrowing, Recipe, Term, as_recipe
+from smidgen.sites.site import Site
 from smidgen.steps.objectives import Objective
 
 Scores = Mapping[str, Tensor]
@@ -50,7 +51,7 @@ class Means:
     objective: Objective | None
 
 
-def select(
+def select(  # noqa: PLR0913 - options by keyword
     model: nn.Module,
     recipe: str | Term | Recipe,
     task: Task | None = None,
@@ -90,13 +91,16 @@ def select(
         found = scores if scores is not None else _score(model, plan, span, means)
         indices |= choose(model, plan, span, found)
     base = Fingerprint.of(model, (*(name for name, _ in plan.head), *renewed(recipe, model)))
-    info: dict[str, Any] = {} if task is None else {"task": task.name, "data": task.fingerprint}
+    info = {} if task is None else {"task": task.name, "data": task.fingerprint}
     return Selection(recipe, indices, narrowed_shapes(plan), base, info)
 
 
-def score(
-    model: nn.Module, recipe: str | Term | Recipe, task: Task | None = None, *, pooling: str | None = None, **means: Any
-) -> dict[str, Tensor]:
+def score(  # noqa: PLR0913 - options by keyword
+    model: nn.Module, recipe: str | Term | Recipe, task: Task | None = None, *, pooling: str | None = None,
+    processor: Processor | None = None, tokenizer: Processor | None = None, seed: int = 0, batch_size: int = 32,
+    max_length: int | None = None, lr: float | None = None, head_lr: float | None = None,
+    objective: Objective | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """The scores that `select` ranks by: saved name -> tensor in the shape of the values. Arguments as there.
 
     Raises:
@@ -104,13 +108,11 @@ def score(
     """
     model, recipe = bare(model), as_recipe(recipe)
     _check(model, recipe)
-    means["processor"] = given_processor(means.get("processor"), means.pop("tokenizer", None))
-    own: dict[str, Any] = {"seed": 0, "batch_size": 32, "max_length": None}
-    own |= {"lr": None, "head_lr": None, "objective": None} | means
+    means = Means(task, given_processor(processor, tokenizer), seed, batch_size, max_length, lr, head_lr, objective)
     plan = resolve(model, recipe, pooling)
     found: dict[str, Tensor] = {}
     for span in recipe.narrowed:
-        found |= _score(model, plan, span, Means(task, **own))
+        found |= _score(model, plan, span, means)
     return found
 
 
@@ -159,8 +161,9 @@ def _scouted(model: nn.Module, plan: Plan, span: Narrowing, by: Select, means: M
     """Scores of one method's values by how far those of its scout move in the same places."""
     terms = list(plan.recipe.whole)
     for index in range(span.start, span.stop):
-        method: Any = terms[index]
-        terms[index] = method.scout()  # Select takes no method without one
+        scout = cast(Method[Site], terms[index]).scout()
+        assert scout is not None  # Select takes no method without one
+        terms[index] = scout
     with attached(model, Recipe(tuple(terms)), pooling=plan.pooling, seed=means.seed):
         change, _ = _course(model, by, means)
         scouts = {(row.index, row.site.name): row for row in attachment(model).plan.rows}
@@ -176,8 +179,10 @@ def _course(model: nn.Module, by: Select, means: Means) -> tuple[Scores, Scores]
     """|change| and movement of what is attached over a warm-up."""
     assert means.task is not None
     assert means.processor is not None
-    sizes: dict[str, Any] = {"batch_size": means.batch_size, "max_length": means.max_length}
-    course = Course(by.warmup, by.seed, lr=means.lr, head_lr=means.head_lr, objective=means.objective, **sizes)
+    course = Course(
+        by.warmup, by.seed, lr=means.lr, head_lr=means.head_lr, objective=means.objective,
+        batch_size=means.batch_size, max_length=means.max_length,
+    )  # fmt: skip
     return take(model, means.task, course, means.processor)
 
 

@@ -49,7 +49,7 @@ class Scores:
         return self.value if METRICS[self.metric].higher_is_better else -self.value
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 - options by keyword
     model: nn.Module,
     task: Task,
     *,

@@ -48,7 +48,7 @@ class Prediction:
         return str(self.answer)
 
 
-def predict(
+def predict(  # noqa: PLR0913 - options by keyword
     model: PreTrainedModel,
     texts: Sequence[object],
     *,

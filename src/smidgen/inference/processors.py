@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import cast
 
 import transformers
 from torch import nn
@@ -40,7 +41,7 @@ def load_processor(
     processor = _guarded(str(name), lambda: cls.from_pretrained(folder, **options))
     if hasattr(processor, "pad_token") and processor.pad_token is None:
         processor.pad_token = processor.eos_token
-    return processor
+    return cast(Processor, processor)
 
 
 def _reads_text(kind: TaskKind | None) -> bool:

@@ -40,7 +40,7 @@ class SearchWarning(UserWarning):
     """The best rate is the lowest or the highest that was tried."""
 
 
-def search(
+def search(  # noqa: PLR0913 - options by keyword
     model: nn.Module, recipe: str | Term | Recipe, task: Task, *, lr: Sequence[float] | None = None,
     seeds: Sequence[int] = (0,), trials: int = 10, jobs: int = 1, out: str | os.PathLike[str] | None = None,
     processor: Processor | None = None, tokenizer: Processor | None = None, objective: Objective | None = None,

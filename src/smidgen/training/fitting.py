@@ -20,7 +20,7 @@ from smidgen.training.run.run_spec import RunSpec
 from smidgen.training.run.settings import Settings
 
 
-def fit(
+def fit(  # noqa: PLR0913 - options by keyword
     model: nn.Module,
     recipe: str | Term | Recipe,
     task: Task,

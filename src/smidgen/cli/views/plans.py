@@ -13,7 +13,7 @@ from smidgen.cli.views.results import facts, number, size, table
 
 if TYPE_CHECKING:
     from smidgen.planning.plans import Plan
-    from smidgen.planning.resolution import Row
+    from smidgen.planning.row import Row
 
 
 def plan_view(result: Plan, every: bool = False) -> RenderableType:

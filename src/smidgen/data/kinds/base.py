@@ -238,7 +238,8 @@ class TaskKind:
 
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
         """The model's outputs: `logits`, and `loss` if the batch has labels."""
-        return model(**batch)
+        outputs: Outputs = model(**batch)
+        return outputs
 
     def model_inputs(self, batch: Mapping[str, Tensor]) -> Batch:
         """What `forward` calls the model with; of several calls, with the first."""

@@ -58,7 +58,7 @@ class ImageClassification(MediaClassification):
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
         """As the model does. Raises DataError if it takes images of another size than its processor makes."""
         try:
-            return model(**batch)
+            return super().forward(model, batch)
         except ValueError as error:
             shape = tuple(batch["pixel_values"].shape)
             said = " ".join(str(error).split())

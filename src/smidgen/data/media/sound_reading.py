@@ -26,7 +26,8 @@ def soundfile() -> ModuleType:
         import soundfile as module
     except ImportError as error:
         raise DataError("sounds are read with soundfile: pip install 'smidgen[audio]'") from error
-    return module
+    found: ModuleType = module
+    return found
 
 
 def sound_header(file: MediaFile) -> tuple[int, int]:

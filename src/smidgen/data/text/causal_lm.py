@@ -77,9 +77,10 @@ def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.eos_token_id is None:
+    end: int | None = tokenizer.eos_token_id
+    if end is None:
         raise DataError("the tokenizer has no end token; set tokenizer.eos_token")
-    return tokenizer.eos_token_id
+    return end
 
 
 def _stream(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:

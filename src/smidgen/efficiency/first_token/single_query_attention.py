@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from smidgen.common.errors import TrainError
 
 
-def attend_once(
+def attend_once(  # noqa: PLR0913 - torch's own signature
     tokens: int,
     query: Tensor,
     key: Tensor,

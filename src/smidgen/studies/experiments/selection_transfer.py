@@ -63,7 +63,7 @@ class Transfer:
         return result
 
 
-def measure_transfer(
+def measure_transfer(  # noqa: PLR0913 - options by keyword
     model_name: str | os.PathLike[str],
     tasks: Sequence[Task],
     recipe: str | Term | Recipe = "LN() | Select('fisher', keep=0.1)",

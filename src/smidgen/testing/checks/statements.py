@@ -15,6 +15,7 @@ from smidgen.planning.row import Row
 from smidgen.planning.selection.narrowing import settle
 from smidgen.ports.attachment_record import trained_parameters
 from smidgen.recipe.recipe import Recipe, parse
+from smidgen.sites.site import Site
 from smidgen.testing.cases import Case, check
 from smidgen.testing.checks.common import equal
 
@@ -75,7 +76,7 @@ def docstring_is_true(case: Case) -> None:
 
 def _check_shapes(row: Row) -> None:
     """Each saved tensor has a shape that the docstring states."""
-    method: Method = row.method
+    method: Method[Site] = row.method
     fields = {name: getattr(method, name) for name in method.__dataclass_fields__}
     site = row.sites[0] if row.owns_shared else row.site  # what shares tensors is alike
     names = fields | {f.name: value for f in fields_of(site) if isinstance(value := getattr(site, f.name), int)}
