@@ -212,6 +212,118 @@ def test_the_public_names_are_the_tables_of_the_packages(monkeypatch):
     assert (SOURCE / "__init__.pyi").read_text() == gen_public.table(), "run python docs/gen_public.py"
 
 
+def defined(tree):
+    """name -> functions and classes of that name in a module, also within classes."""
+    found = defaultdict(list)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name].append(node)
+    return found
+
+
+DEFINED = {path: defined(tree) for path, tree in TREES.items()}
+PUBLIC = {name: found[name] for path, found in DEFINED.items() for name in public(TREES[path])}
+
+
+def takes(definition, stars):
+    """Whether a function declares what is unpacked into it: `*args`."""
+    return stars == "*" and isinstance(definition, ast.FunctionDef) and definition.args.vararg is not None
+
+
+def called(call, tree, own):
+    """What a call names of the package's own, and its definitions: by its name, through a class, `self` or smidgen."""
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    pairs = [(getattr(node, "module", None) or alias.name, alias) for node in imports for alias in node.names]
+    known = {alias.asname or alias.name for module, alias in pairs if module.split(".")[0] == "smidgen"}
+    match call.func:
+        case ast.Name(name):
+            return name, own.get(name) or (PUBLIC.get(name, []) if name in known else [])
+        case ast.Attribute(ast.Name("self" | "cls"), name):
+            return name, own.get(name, [])
+        case ast.Attribute(ast.Name(owner), name) if owner in known or owner in own:
+            return name, own.get(name) or PUBLIC.get(name) or [n for d in DEFINED.values() for n in d.get(name, ())]
+    return "", []
+
+
+def unpacked(tree):
+    """(callee, "*" or "**") where a tuple or a dict is unpacked into the package's own function, which hides what
+    it gets from type checkers and readers; not into a function of `*args`."""
+    own = defined(tree)
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        stars = {"*" for arg in call.args if isinstance(arg, ast.Starred)}
+        stars |= {"**" for keyword in call.keywords if keyword.arg is None}
+        name, found = called(call, tree, own) if stars else ("", [])
+        yield from ((name, star) for star in sorted(stars) if found and not all(takes(d, star) for d in found))
+
+
+# (file, callee) where something is unpacked all the same; nothing may join them
+UNPACKS = {
+    "settings of `fit`, which a caller gives by keyword": {
+        ("delta/attaching.py", "attach"),
+        ("studies/experiments/arm.py", "fit"),
+        ("studies/experiments/fisher_stability.py", "fisher"),
+        ("studies/experiments/fisher_stability.py", "fit"),
+        ("studies/experiments/selection_transfer.py", "score"),
+        ("studies/experiments/tuning_changes.py", "Settings"),
+        ("studies/experiments/tuning_changes.py", "fit"),
+    },
+    "fields as they are saved": {
+        ("delta/delta.py", "Fingerprint"),
+        ("delta/saved_selection.py", "Fingerprint"),
+        ("studies/experiments/parameter_changes.py", "ComponentPart"),
+        ("studies/experiments/parameter_changes.py", "Rows"),
+        ("studies/experiments/parameter_changes.py", "Run"),
+    },
+    "what torch's function gets": {("efficiency/first_token/last_block.py", "attend_once")},
+    "arguments that several calls share": {
+        ("delta/hf_peft/conversion.py", "of"),
+        ("planning/gaps.py", "beside"),
+        ("ports/placement.py", "Attachment"),
+        ("sites/discovery.py", "ConvSite"),
+        ("sites/discovery.py", "LinearSite"),
+        ("sites/discovery.py", "NormSite"),
+        ("training/memory/batch_size.py", "_need"),
+        ("training/memory/batch_size.py", "batch_and_bytes"),
+        ("training/memory/batch_size.py", "plan"),
+        ("training/run/batch_feed.py", "PackedBatches"),
+        ("training/run/batch_feed.py", "ShuffledBatches"),
+        ("training/run/loop.py", "batch_and_bytes"),
+    },
+    "what another function gave": {
+        ("planning/rules/inputs.py", "seen_from"),
+        ("planning/rules/modules.py", "seen_from"),
+        ("planning/rules/sublayers.py", "seen_from"),
+        ("ports/attention_port.py", "KeyValueEdits"),
+        ("studies/experiments/fisher_stability.py", "Trust"),
+        ("studies/experiments/selection_transfer.py", "Transfer"),
+        ("training/hf_trainer.py", "reached_in_eval"),
+    },
+}
+
+
+def test_nothing_is_unpacked_into_functions_of_our_own():
+    found = {(name_of(path), name) for path, tree in TREES.items() for name, _ in unpacked(tree)}
+    assert found == set().union(*UNPACKS.values())
+
+
+@pytest.mark.parametrize(
+    ("line", "star"),
+    [
+        ("def f(a, b):\n    pass\n\nf(*pair)", "*"),
+        ("def f(a, b):\n    pass\n\nf(**options)", "**"),
+        ("def f(a, **rest):\n    pass\n\nf(1, **options)", "**"),
+        ("class C:\n    def f(self, a):\n        self.f(*pair)", "*"),
+        ("from smidgen.training.fitting import fit\n\nfit(model, **settings)", "**"),
+        ("import smidgen as sm\n\nsm.fit(model, **settings)", "**"),
+        ("from smidgen.data.task import Task\n\nTask.load(source, **options)", "**"),
+        ("def f(*names):\n    pass\n\nf(*names)", None),
+        ("from torch import tensor\n\ntensor(*values)\nmodel(**batch)", None),
+    ],
+)
+def test_what_is_unpacked_is_seen(line, star):
+    assert [found for _, found in unpacked(ast.parse(line))] == ([] if star is None else [star])
+
+
 # packages whose long private functions have all been given a line of docstring
 SAID = ("cli", "common", "delta", "efficiency", "recipe", "studies", "testing")
 

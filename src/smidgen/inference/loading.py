@@ -102,8 +102,8 @@ def _model(
     if "gguf_file" in options:  # plain weights, whatever kernels are installed
         options = {**options, "quantization_config": transformers.GgufConfig(dequantize=True)}
     known = getattr(transformers, kind.model_class if kind else named or "", None)
-    cls = cast(_ModelClass, known or _declared(folder, options))
-    model, info = cls.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    model_class = cast(_ModelClass, known or _declared(folder, options))
+    model, info = model_class.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
     note_new(model, set(info["missing_keys"]) | mismatched)
     return model

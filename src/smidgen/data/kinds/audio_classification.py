@@ -73,7 +73,8 @@ class AudioClassification(MediaClassification):
     def as_file(self, value: object, name: str) -> MediaFile:
         """A new input: a path, bytes, or a pair of values (samples,) or (samples, channels) and their rate."""
         if isinstance(value, tuple) and len(value) == 2:
-            return MediaFile(name, as_wav(*value))
+            samples, rate = value
+            return MediaFile(name, as_wav(samples, rate))
         return MediaFile.of(value, name)
 
 

@@ -67,7 +67,8 @@ class Retrieval(TwoTowers):
         """Vectors and keys; 1 for a right pair, which all are without labels."""
         assert isinstance(outputs, TowerOutput)
         vectors, keys = outputs.vectors.float().cpu().numpy(), outputs.keys.tolist()
-        found = [RankedPair(*vector, *key) for vector, key in zip(vectors, keys, strict=True)]
+        both = zip(vectors, keys, strict=True)
+        found = [RankedPair(first, second, key, other) for (first, second), (key, other) in both]
         return list(zip(found, [1] * len(found) if labels is None else map(int, labels.tolist()), strict=True))
 
 
