@@ -237,7 +237,8 @@ def called(call, tree, own):
     known = {alias.asname or alias.name for module, alias in pairs if module.split(".")[0] == "smidgen"}
     match call.func:
         case ast.Name(name):
-            return name, own.get(name) or (PUBLIC.get(name, []) if name in known else [])
+            at_top = [node for node in own.get(name, []) if node in tree.body]
+            return name, at_top or (PUBLIC.get(name, []) if name in known else [])
         case ast.Attribute(ast.Name("self" | "cls"), name):
             return name, own.get(name, [])
         case ast.Attribute(ast.Name(owner), name) if owner in known or owner in own:
@@ -282,6 +283,7 @@ UNPACKS = {
         ("sites/discovery.py", "ConvSite"),
         ("sites/discovery.py", "LinearSite"),
         ("sites/discovery.py", "NormSite"),
+        ("sites/discovery.py", "beside"),
         ("training/memory/batch_size.py", "_need"),
         ("training/memory/batch_size.py", "batch_and_bytes"),
         ("training/memory/batch_size.py", "plan"),
@@ -294,6 +296,7 @@ UNPACKS = {
         ("planning/rules/modules.py", "seen_from"),
         ("planning/rules/sublayers.py", "seen_from"),
         ("ports/attention_port.py", "KeyValueEdits"),
+        ("ports/in_place/master_weights.py", "_to"),
         ("studies/experiments/fisher_stability.py", "Trust"),
         ("studies/experiments/selection_transfer.py", "Transfer"),
         ("training/hf_trainer.py", "reached_in_eval"),
