@@ -222,7 +222,7 @@ def no_reset(monkeypatch):
 
 
 def low_masters(monkeypatch):
-    for name in ("placement", "parameter_port", "attachment_record"):
+    for name in ("placement", "in_place.parameter_port", "attachment_record"):
         monkeypatch.setattr(f"smidgen.ports.{name}.master_dtype", lambda dtype: dtype)
 
 

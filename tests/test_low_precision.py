@@ -20,6 +20,12 @@ HYBRID = {
     "layers_block_type": ["mamba", "attention"], "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
     "mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 4,
 }  # fmt: skip
+ALTERNATING = {  # its block calls a method of a part, not the part
+    "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "altup_num_inputs": 2,
+    "laurel_rank": 4, "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 20, "num_kv_shared_layers": 0,
+    "activation_sparsity_pattern": [0.0, 0.0], "altup_coef_clip": 1.0,
+    "layer_types": ["full_attention", "full_attention"],
+}  # fmt: skip
 WAVE = {
     **h.SIZES, "num_labels": 2, "conv_dim": (8, 8), "conv_stride": (2, 2), "conv_kernel": (3, 3), "num_buckets": 8,
     "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 2,
@@ -37,6 +43,7 @@ MODELS = {
     "falcon_mamba": lambda: T.FalconMambaForCausalLM(T.FalconMambaConfig(**SMALL, state_size=8)),
     "mamba2": lambda: T.Mamba2ForCausalLM(T.Mamba2Config(**SMALL, **STATE)),
     "nemotron_h": lambda: T.NemotronHForCausalLM(T.NemotronHConfig(**SMALL, **HYBRID)),
+    "gemma3n": lambda: T.Gemma3nForCausalLM(T.Gemma3nTextConfig(**SMALL, **ALTERNATING)),
     "ibert": lambda: T.IBertForMaskedLM(T.IBertConfig(**h.SIZES, vocab_size=20, **h.TOKENS)),
     "siglip": lambda: T.SiglipVisionModel(T.SiglipVisionConfig(**h.SIZES, image_size=8, patch_size=4)),
     "wavlm": lambda: T.WavLMForSequenceClassification(T.WavLMConfig(**WAVE)),
@@ -245,14 +252,17 @@ def test_inputs_and_outputs_keep_the_dtypes_of_the_base(recipe):
     assert torch.equal(after[0], before[0]), "float32 that enters is not rounded"
 
 
-@pytest.mark.parametrize("kind", ["mamba", "nemotron_h"])
-def test_what_is_read_by_others_survives_checkpointing(kind):
+@pytest.mark.parametrize(
+    ("kind", "recipe"),
+    [*((kind, "LN() + BitFit(norms=False)") for kind in ("mamba", "nemotron_h")), ("gemma3n", "Full()")],
+)
+def test_what_is_read_by_others_survives_checkpointing(kind, recipe):
     found = []
     for checkpointed in (False, True):
         model, inputs = base(kind, torch.bfloat16)
         if checkpointed:
             model.activation_checkpointing_enable()
-        found.append(gradients(model.train(), inputs | {"use_cache": False}, "LN() + BitFit(norms=False)")[1])
+        found.append(gradients(model.train(), inputs | {"use_cache": False}, recipe)[1])
     assert torch.equal(*found)
 
 
