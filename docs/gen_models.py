@@ -1,4 +1,4 @@
-"""Write docs/models.md from benchmarks/results/sweep.json: `python docs/gen_models.py`; `--check` compares only."""
+"""Write docs/models.md from the results of the sweeps: `python docs/gen_models.py`; `--check` compares only."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import json
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = Path(__file__).with_name("models.md")
 RESULTS = ROOT / "benchmarks" / "results" / "sweep.json"
+LOW = {dtype: RESULTS.with_name(f"sweep-{dtype}.json") for dtype in ("bfloat16", "float16")}
 WORDS = {"ok": "yes", "partly": "partly", "refused": "no", "stopped": "stops", "wrong": "wrong", "crash": "breaks"}
-HEADER = """<!-- Written by docs/gen_models.py from benchmarks/results/sweep.json; run the sweep, then this. -->
+HEADER = """<!-- Written by docs/gen_models.py from benchmarks/results/sweep*.json; run the sweeps, then this. -->
 
 # Models
 
@@ -34,6 +36,14 @@ again.
 Numbers in brackets are notes, below. A type stands on several lines where its classes differ.
 A method in a sum acts as it does alone. What a model of real size needs (memory, a tokenizer) is not seen here.
 
+"""
+
+
+LOW_HEADER = """The same with the base in a dtype of two bytes, as `from_pretrained(dtype=...)` leaves it, and the
+trained values in float32 (`python benchmarks/sweep.py --dtype bfloat16`, on the CPU). The start may be off by what
+rounding leaves: 0.05 of the largest output, or as much as the untouched model's own output moves where its weights are
+moved by half a unit in their last place, which in a mixture of experts may choose another expert. Merged models are not
+compared. A model that is not built does not run in this dtype itself.
 """
 
 
@@ -68,9 +78,14 @@ def shown(reason: str, cls: str) -> str:
     return text if len(text) <= 220 else text[:217] + "..."
 
 
+def outcome(value: Any) -> dict[str, Any]:
+    """A cell as it was before `packed` of the sweep."""
+    return dict(zip(("outcome", "why"), value, strict=False)) if isinstance(value, list) else value
+
+
 def verdict(value: Any, reasons: list[str], cls: str, notes: Notes) -> str:
     """One cell."""
-    found = dict(zip(("outcome", "why"), value, strict=False)) if isinstance(value, list) else value
+    found = outcome(value)
     word = WORDS[found["outcome"]]
     if "stack" in found:
         word += f", with stack={shown(found['stack'], cls)}"
@@ -102,6 +117,35 @@ def totals(content: dict[str, Any]) -> list[str]:
     return lines
 
 
+def only_low(dtype: str, low: dict[str, Any], wide: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What does not run in a dtype and does in the widest, or ends there in a way that is not wanted: reason, where."""
+    unwanted = {name: word for name, word in WORDS.items() if name not in ("ok", "partly", "refused")}
+    for key, result in sorted(low["found"].items()):
+        cls, before = key.partition("/")[2], wide["found"].get(key, {}).get("recipes", {})
+        if "not built" in result and before:
+            yield f"{dtype}, not built: {shown(low['reasons'][result['not built']], cls)}", f"`{cls}`"
+        for recipe, value in result.get("recipes", {}).items():
+            found, was = outcome(value), outcome(before.get(recipe, ["not built"]))
+            if found["outcome"] in unwanted and found["outcome"] != was["outcome"]:
+                why = shown(low["reasons"][found["why"]], cls)
+                yield f"{dtype}, {unwanted[found['outcome']]}: {why}", f"`{method(recipe)}` on `{cls}`"
+
+
+def low_precision(content: dict[str, Any]) -> list[str]:
+    """Counts of verdicts in other dtypes, and what ends there otherwise than in the widest."""
+    lines = [LOW_HEADER, f"| dtype | source | built | {' | '.join(WORDS.values())} |"]
+    lines.append("|---|---" + "|---:" * (len(WORDS) + 1) + "|")
+    other: dict[str, list[str]] = defaultdict(list)
+    for dtype, results in LOW.items():
+        low = json.loads(results.read_text())
+        counts = " | ".join(str(low["counts"]["all"][name]) for name in WORDS)
+        lines.append(f"| {dtype} | {low['source']} | {low['counts']['built']} of {low['counts']['pairs']} | {counts} |")
+        for reason, where in only_low(dtype, low, content):
+            other[reason].append(where)
+    lines += ["", "What runs in the widest dtype and does not in these:", ""]
+    return lines + [f"- {reason}: {', '.join(places)}" for reason, places in sorted(other.items())]
+
+
 def unbuilt(content: dict[str, Any]) -> list[str]:
     """Classes that were not built, by reason."""
     by_reason: dict[str, list[str]] = defaultdict(list)
@@ -125,7 +169,14 @@ def text() -> str:
         dtype="float64, or float32 where that fails" if content["dtype"] == "float64" else content["dtype"],
     )
     body = table(content, notes)
-    sections = {"Totals": totals(content), "By type": body, "Notes": notes.lines(), "Not built": unbuilt(content)}
+    low = low_precision(content)
+    sections = {
+        "Totals": totals(content),
+        "Low precision": low,
+        "By type": body,
+        "Notes": notes.lines(),
+        "Not built": unbuilt(content),
+    }
     return header + "\n\n".join(f"## {name}\n\n" + "\n".join(lines) for name, lines in sections.items()) + "\n"
 
 

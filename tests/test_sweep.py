@@ -294,3 +294,16 @@ def test_the_page_of_models_is_what_the_results_say(page, monkeypatch, tmp_path)
     changed.write_text(json.dumps(content))
     monkeypatch.setattr(page, "RESULTS", changed)
     assert page.PAGE.read_text() != page.text()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_page_tells_what_breaks_in_low_precision(page, dtype, monkeypatch, tmp_path):
+    content = json.loads(page.LOW[dtype].read_text())
+    assert content["counts"]["all"]["wrong"] == content["counts"]["all"]["crash"] == 0
+    key = next(key for key, result in content["found"].items() if "recipes" in result)
+    content["found"][key]["recipes"]["LN()"] = ["crash", len(content["reasons"])]
+    content["reasons"].append("it broke")
+    changed = tmp_path / "low.json"
+    changed.write_text(json.dumps(content))
+    monkeypatch.setitem(page.LOW, dtype, changed)
+    assert f"- {dtype}, breaks: it broke: `LN` on `{key.partition('/')[2]}`" in page.text()
