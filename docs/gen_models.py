@@ -43,7 +43,7 @@ LOW_HEADER = """The same with the base in a dtype of two bytes, as `from_pretrai
 trained values in float32 (`python benchmarks/sweep.py --dtype bfloat16`, on the CPU). The start may be off by what
 rounding leaves: 0.05 of the largest output, or as much as the untouched model's own output moves where its weights are
 moved by half a unit in their last place, which in a mixture of experts may choose another expert. Merged models are not
-compared. A model that is not built does not run in this dtype itself.
+compared. A model that is not built does not run in this dtype itself; "built" says of how many pairs it was tried.
 """
 
 
@@ -137,6 +137,9 @@ def low_precision(content: dict[str, Any]) -> list[str]:
     lines.append("|---|---" + "|---:" * (len(WORDS) + 1) + "|")
     other: dict[str, list[str]] = defaultdict(list)
     for dtype, results in LOW.items():
+        if not results.is_file():
+            lines.append(f"| {dtype} | not run |" + " |" * (len(WORDS) + 1))
+            continue
         low = json.loads(results.read_text())
         counts = " | ".join(str(low["counts"]["all"][name]) for name in WORDS)
         lines.append(f"| {dtype} | {low['source']} | {low['counts']['built']} of {low['counts']['pairs']} | {counts} |")

@@ -298,12 +298,14 @@ def test_the_page_of_models_is_what_the_results_say(page, monkeypatch, tmp_path)
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_page_tells_what_breaks_in_low_precision(page, dtype, monkeypatch, tmp_path):
-    content = json.loads(page.LOW[dtype].read_text())
-    assert content["counts"]["all"]["wrong"] == content["counts"]["all"]["crash"] == 0
-    key = next(key for key, result in content["found"].items() if "recipes" in result)
-    content["found"][key]["recipes"]["LN()"] = ["crash", len(content["reasons"])]
-    content["reasons"].append("it broke")
+    content = json.loads(page.RESULTS.read_text())
+    first, second = [key for key, result in content["found"].items() if "recipes" in result][:2]
+    content["found"][first]["recipes"]["LN()"] = ["crash", len(content["reasons"])]
+    content["found"][second] = {"not built": len(content["reasons"]) + 1}
+    content["reasons"] += ["it broke", "no kernel"]
     changed = tmp_path / "low.json"
     changed.write_text(json.dumps(content))
     monkeypatch.setitem(page.LOW, dtype, changed)
-    assert f"- {dtype}, breaks: it broke: `LN` on `{key.partition('/')[2]}`" in page.text()
+    text = page.text()
+    assert f"- {dtype}, breaks: it broke: `LN` on `{first.partition('/')[2]}`" in text
+    assert f"- {dtype}, not built: no kernel: `{second.partition('/')[2]}`" in text
