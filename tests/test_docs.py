@@ -26,6 +26,31 @@ from smidgen.training.run.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+TRAINED = """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, ROOT)
+from tests import helpers as h
+
+task, kept = h.task(Path("task")), h.task(Path("kept"), 20)
+model = h.bert()
+teacher = sm.fit(model, "LoRA(rank=2)", kept, tokenizer=h.tokenizer(), epochs=1, progress=False)
+halve = Halve()
+rates = []
+
+
+class Note(sm.Callback):
+    def on_epoch(self, run):
+        rates.append(run.optimizer.param_groups[0]["lr"])
+
+
+delta = sm.fit(
+    model, "LN()", task, objective=KeepAnswers(kept, teacher), tokenizer=h.tokenizer(), epochs=3, progress=False,
+    callbacks=[halve, Note()],
+)
+print("rates halved or not:", rates)
+""".replace("ROOT", repr(str(ROOT)))
 PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md"]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -144,6 +169,22 @@ def test_the_page_on_new_methods_runs(tmp_path):
     printed = run(["page.py"], tmp_path)
     assert re.search(r"^\d\d checks passed$", printed, re.MULTILINE), printed
     assert "Forgetful() on bert fails merges" in printed
+
+
+def test_the_page_on_new_ports_runs(tmp_path):
+    (tmp_path / "page.py").write_text("\n".join(blocks(DOCS / "new-port.md", "python")))
+    printed = run(["page.py"], tmp_path)
+    assert "LN() + Temperature() on BertForSequenceClassification" in printed
+    assert "classifier.edits.1.s" in printed
+    assert printed.rstrip().endswith("torch.Size([1, 2])")
+
+
+def test_the_page_on_new_objectives_runs(tmp_path):
+    """Its class and its callback train a tiny model."""
+    page = "\n".join(blocks(DOCS / "new-objective.md", "python"))
+    (tmp_path / "page.py").write_text(page + TRAINED)
+    printed = run(["page.py"], tmp_path)
+    assert re.search(r"^rates halved or not: \[", printed, re.MULTILINE), printed
 
 
 @pytest.mark.slow
