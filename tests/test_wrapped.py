@@ -116,9 +116,17 @@ def _attached(use):
 FEW = {"examples": 8, "batch_size": 4, "tokenizer": h.tokenizer()}
 SCORES = {"a": torch.ones(3)}
 SELECT = "LN() | Select('fisher', keep=0.5)"
+
+
+def _rows(model, delta):
+    with sm.attached_rows(model, [delta, delta]), sm.rows_from([0, 1, 0]):
+        return h.logits(model)
+
+
 USES = {
     "attach": _attached(lambda m: h.logits(m)),
     "attached": _attached(lambda m: h.logits(m)),
+    "attached_rows": lambda m, d, task, folder: _rows(m, d),
     "after_step": _attached(lambda m: sm.after_step(m, sm.optimizer(m), 1, 2)),
     "average": lambda m, d, task, folder: sm.average([d, d], model=m).tensors,
     "dare": lambda m, d, task, folder: sm.dare([_norms()] * 2, density=0.5, model=m).tensors,
