@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache, PreTrainedModel
 
 from smidgen.common.errors import AttachError
+from smidgen.common.hook_types import Args, Kwargs, first_of, like
 from smidgen.methods.capabilities import EditsStates, ShortensText
 from smidgen.methods.token_map import TokenMap
 from smidgen.planning.row import Row
@@ -85,7 +86,7 @@ def model_around(model: nn.Module, stack: str) -> nn.Module:
     return model
 
 
-def note_text(stack: str, around: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def note_text(stack: str, around: nn.Module, args: Args, kwargs: Kwargs) -> None:
     """Forward pre-hook of the model around a stack: what it is told of the tokens."""
     names = tuple(inspect.signature(type(around).forward).parameters)[1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -98,9 +99,7 @@ def note_text(stack: str, around: nn.Module, args: tuple[Any, ...], kwargs: dict
     state().streams[stack] = Stream(None if mask is None else mask[:, cached:], given.get("position_ids"), cached)
 
 
-def enter_block(
-    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def enter_block(module: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
     """Forward pre-hook of a block: what is as long as the text becomes as long as what is left of it."""
     stream = state().streams.get(module.edits.stack)
     if stream is None or stream.tokens is None or not stream.tokens.shortened:
@@ -141,10 +140,10 @@ def shortened(name: str, value: Any, tokens: TokenMap, block: str) -> Any:
     )
 
 
-def leave_block(module: Any, args: tuple[Any, ...], output: Any) -> Any:
+def leave_block(module: Any, args: Args, output: object) -> object:
     """Forward hook of a block: its edits, left to right; behind the last block, each token's own place again."""
     edits, streams = module.edits, state().streams
-    states, *rest = output if isinstance(output, tuple) else (output,)
+    states, rest = first_of(output)
     for edit in edits.values():
         if edit.enabled:
             stream = streams.setdefault(edits.stack, Stream())
@@ -156,7 +155,7 @@ def leave_block(module: Any, args: tuple[Any, ...], output: Any) -> Any:
     if edits.last:
         left = streams.pop(edits.stack, Stream()).tokens
         states = left.spread(states) if left is not None and left.shortened else states
-    return (states, *rest) if isinstance(output, tuple) else states
+    return like(output, states, rest)
 
 
 def seen(states: Tensor, edit: Edit) -> TokenMap:

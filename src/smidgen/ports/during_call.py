@@ -10,14 +10,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-Put = Callable[[Any, tuple[Any, ...]], Any]
-Take = Callable[[Any, tuple[Any, ...], Any], Any]
+from smidgen.common.hook_types import Args
+
+Put = Callable[[Any, Args], None]
+Take = Callable[[Any, Args, object], None]
+Forward = Callable[..., object]
 
 
-def stand(module: Any, put: Put, take: Take, prepend: bool = False) -> list[RemovableHandle]:
+def stand(module: nn.Module, put: Put, take: Take, prepend: bool = False) -> list[RemovableHandle]:
     """Call `put` before a module's forward and `take` after it, whatever happens in between.
 
     Both are hooks of torch's signature that give nothing back; `stand_down` takes away what the handles do not.
@@ -35,29 +39,29 @@ def stand(module: Any, put: Put, take: Take, prepend: bool = False) -> list[Remo
     return handles
 
 
-def stand_down(module: Any) -> None:
+def stand_down(module: nn.Module) -> None:
     """The inverse of `stand`, once its handles are removed."""
     module.__dict__.pop("_standing", None)
 
 
-def wrap(module: Any, args: tuple[Any, ...]) -> None:
+def wrap(module: Any, args: Args) -> None:
     """Pre-hook of a block: what is checkpointed puts up what stands on it, both times."""
     if module.gradient_checkpointing and module.training:
         module._unwrapped = module._gradient_checkpointing_func
         module._gradient_checkpointing_func = partial(_checkpoint, module, module._unwrapped)
 
 
-def unwrap(module: Any, args: tuple[Any, ...], output: Any) -> None:
+def unwrap(module: Any, args: Args, output: object) -> None:
     """Forward hook of a block (always called)."""
     if "_unwrapped" in module.__dict__:
         module._gradient_checkpointing_func = module.__dict__.pop("_unwrapped")
 
 
-def _checkpoint(module: Any, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+def _checkpoint(module: nn.Module, checkpoint: Forward, function: Forward, *args: object) -> object:
     return checkpoint(partial(_standing, module, function), *args)
 
 
-def _standing(module: Any, function: Callable[..., Any], *args: Any) -> Any:
+def _standing(module: Any, function: Forward, *args: object) -> object:
     for put, _ in module._standing:
         put(module, args)
     try:

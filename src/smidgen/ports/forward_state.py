@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.common.errors import AttachError
+from smidgen.common.hook_types import Args
 from smidgen.methods.token_map import TokenMap
 
 
@@ -100,20 +101,20 @@ def state() -> ForwardState:
     return _THREAD.current
 
 
-def open_pass(model: nn.Module, args: tuple[Any, ...]) -> None:
+def open_pass(model: nn.Module, args: Args) -> None:
     """Forward pre-hook of an attached model. Compiled passes have the thread's one state: they are not nested."""
     outer = _THREAD.current
     if not torch.compiler.is_compiling():
         _THREAD.current = ForwardState(model, outer, None if outer is None else outer.rows)
 
 
-def close_pass(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def close_pass(model: nn.Module, args: Args, output: object) -> None:
     """Forward hook of an attached model (always called)."""
     if not torch.compiler.is_compiling() and _THREAD.current is not None and _THREAD.current.owner is model:
         _THREAD.current = _THREAD.current.outer
 
 
-def take_turn(model: nn.Module, args: tuple[Any, ...]) -> None:
+def take_turn(model: nn.Module, args: Args) -> None:
     """Forward pre-hook of a model on whose modules tensors stand in place of others while a pass is under way, as
     rounded masters do: one thread at a time."""
     if not torch.compiler.is_compiling():
@@ -121,7 +122,7 @@ def take_turn(model: nn.Module, args: tuple[Any, ...]) -> None:
         _THREAD.turns += 1
 
 
-def end_turn(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def end_turn(model: nn.Module, args: Args, output: object) -> None:
     """Forward hook of it (always called)."""
     if not torch.compiler.is_compiling() and _THREAD.turns:
         _THREAD.turns -= 1

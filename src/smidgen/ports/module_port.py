@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from smidgen.common.errors import AttachError
+from smidgen.common.hook_types import Args, first_of, like
 from smidgen.methods.base import Method
 from smidgen.methods.capabilities import EditsInput, EditsOutput, Merges, ReadsWeight, Tensors
 from smidgen.planning.row import Row
@@ -85,7 +86,7 @@ class ModuleEdits(Edits):
     """All edits at one module; a later one wraps the earlier ones, in the way `merge` folds them."""
 
 
-def run_before(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def run_before(module: Any, args: Args) -> Args:
     """Forward pre-hook: the outermost edit (the last one) sees the input first."""
     edits = module.edits
     if not args:
@@ -98,22 +99,22 @@ def run_before(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (x, *args[1:])
 
 
-def run_after(module: Any, args: tuple[Any, ...], output: Any) -> Any:
+def run_after(module: Any, args: Args, output: object) -> object:
     """Forward hook: each edit sees the input that came to its own level, or that entered the sublayer.
 
     Of a tuple, as modules with a router give, the first entry is the output.
     """
     edits = module.edits
     inputs = state().inputs.pop(edits, None)
-    output, *rest = output if isinstance(output, tuple) else (output,)
-    came = entered(module, output) if "tap" in module._modules else None
+    y, rest = first_of(output)
+    came = entered(module, y) if "tap" in module._modules else None
     for level, edit in enumerate(edits.values()):
         if edit.enabled:
             x = inputs[level] if inputs else args[0]
             if edit.spans:
-                x = output if came is None else came
-            output = edit.after(x, output, base_below(module, level) if edit.reads_base else None)
-    return (output, *rest) if rest else output
+                x = y if came is None else came
+            y = edit.after(x, y, base_below(module, level) if edit.reads_base else None)
+    return like(output, y, rest)
 
 
 def base_below(module: Any, level: int) -> Tensors:
@@ -205,9 +206,9 @@ def add_edit(module: Any, key: str, edit: Edit) -> None:
     module.edits[key] = edit
 
 
-def add_guard(owner: Any, name: str) -> list[RemovableHandle]:
+def add_guard(owner: nn.Module, name: str) -> list[RemovableHandle]:
     """Let a module that reads its child's tensors on some ways say so when it takes one of them."""
-    handles = [owner._modules[name].register_forward_hook(note_call)]
+    handles = [owner.get_submodule(name).register_forward_hook(note_call)]
     if "_guarded" not in owner.__dict__:
         owner.__dict__["_guarded"] = ()
         handles += [owner.register_forward_pre_hook(expect_calls), owner.register_forward_hook(check_calls)]
@@ -215,23 +216,23 @@ def add_guard(owner: Any, name: str) -> list[RemovableHandle]:
     return handles
 
 
-def drop_guard(owner: Any) -> None:
+def drop_guard(owner: nn.Module) -> None:
     """Take away what `add_guard` left on the owner, its hooks apart."""
     owner.__dict__.pop("_guarded", None)
 
 
-def note_call(module: Any, args: tuple[Any, ...], output: Any) -> None:
+def note_call(module: Any, args: Args, output: object) -> None:
     """Forward hook of a guarded child."""
     state().called[module] = True
 
 
-def expect_calls(module: Any, args: tuple[Any, ...]) -> None:
+def expect_calls(module: Any, args: Args) -> None:
     """Forward pre-hook of the owner of guarded children."""
     for name in module._guarded:
         state().called[module._modules[name]] = False
 
 
-def check_calls(module: Any, args: tuple[Any, ...], output: Any) -> None:
+def check_calls(module: Any, args: Args, output: object) -> None:
     """Forward hook of the owner: each child that has edits in use was called, or they did not act."""
     for name in module._guarded:
         child = module._modules[name]

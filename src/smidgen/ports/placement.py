@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from smidgen.common.dtypes import base_dtype, master_dtype
 from smidgen.common.errors import AttachError
+from smidgen.common.hook_types import Args
 from smidgen.planning.initial_values import blank, initial, routes
 from smidgen.planning.plans import Plan
 from smidgen.planning.row import Row
@@ -130,19 +131,19 @@ def _place_part(model: nn.Module, name: str, index: Tensor, parameter: nn.Parame
     record.added[name] = part.values
 
 
-def refuse_cast(model: nn.Module, args: tuple[Any, ...]) -> None:
+def refuse_cast(model: nn.Module, args: Args) -> None:
     """Forward pre-hook of an attached model: masters that were cast are ruined, and that must not pass unseen."""
     check_masters(model)
 
 
-def refuse_changed(model: nn.Module, args: tuple[Any, ...]) -> None:
+def refuse_changed(model: nn.Module, args: Args) -> None:
     """Forward pre-hook of an attached model: neither must modules that were replaced, nor buffers that were written."""
     if not torch.compiler.is_compiling():
         attachment(model).check_held()
         attachment(model).held.begin()
 
 
-def keep_buffers(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def keep_buffers(model: nn.Module, args: Args, output: object) -> None:
     """Forward hook of an attached model (always called)."""
     if not torch.compiler.is_compiling() and is_attached(model):
         attachment(model).held.end()

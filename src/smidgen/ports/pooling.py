@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from smidgen.common.hook_types import Args, Kwargs
+
 
 def place_pooling(model: nn.Module, pooling: str) -> RemovableHandle:
     """Hook the base model so that its output carries the pooled vector at every position."""
@@ -16,7 +18,7 @@ def place_pooling(model: nn.Module, pooling: str) -> RemovableHandle:
     return base.register_forward_hook(partial(pool_output, pooling), with_kwargs=True)
 
 
-def pool_output(pooling: str, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def pool_output(pooling: str, base: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
     """Forward hook: last_hidden_state (B, T, d) -> its pooled vector (B, d), repeated over T."""
     hidden = output[0]
     pooled = pool(hidden, kwargs.get("attention_mask"), pooling)

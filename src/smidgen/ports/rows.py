@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from smidgen.common.errors import AttachError
+from smidgen.common.hook_types import Args, first_of, like
 from smidgen.methods.base import Method
 from smidgen.planning.row import Row
 from smidgen.ports.attachment_record import Attachment, attachment
@@ -119,9 +120,9 @@ def _place_in_place(model: nn.Module, row: Row, stacked: Tables, record: Attachm
     return module.register_forward_hook(partial(terms_by_row, site, tables), prepend=True)
 
 
-def terms_by_row(site: NormSite | LinearSite, tables: Tables, module: Any, args: tuple[Any, ...], output: Any) -> Any:
+def terms_by_row(site: NormSite | LinearSite, tables: Tables, module: nn.Module, args: Args, output: object) -> object:
     """Forward hook, first of all, of a norm or a map whose terms are neutral."""
-    y, *rest = output if isinstance(output, tuple) else (output,)
+    y, rest = first_of(output)
     rows = state().batch_rows()
     check_rows(y, rows, site.path)
     y = channels_last(site, y)
@@ -136,10 +137,10 @@ def terms_by_row(site: NormSite | LinearSite, tables: Tables, module: Any, args:
         found = found if own is None else found + own
     found = found if bias is None else found + bias[rows].view(shape)
     found = channels_back(site, found.to(y.dtype))
-    return (found, *rest) if isinstance(output, tuple) else found
+    return like(output, found, rest)
 
 
-def head_by_row(tables: Tables, module: nn.Linear, args: tuple[Any, ...], output: Tensor) -> Tensor:
+def head_by_row(tables: Tables, module: nn.Linear, args: Args, output: Tensor) -> Tensor:
     """Forward hook of a linear map of the head: W_row x + b_row. x: (B, ..., width_in)."""
     x: Tensor = args[0]
     rows = state().batch_rows()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from smidgen.common.errors import AttachError
+from smidgen.common.hook_types import Args, Kwargs, first_of, like
 from smidgen.methods.capabilities import RunsBeside
 from smidgen.planning.row import Row
 from smidgen.planning.rules.blocks import StackRules
@@ -57,9 +58,7 @@ class SideNetworkPort(StackRules, Port):
         drop_edits(model.get_submodule(site.path))
 
 
-def enter_stack(
-    stack: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def enter_stack(stack: str, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     """Forward pre-hook of the first block: hidden states enter without gradient.
 
     Raises:
@@ -74,12 +73,12 @@ def enter_stack(
     return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, name: states})
 
 
-def tap_block(stack: str, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def tap_block(stack: str, block: nn.Module, args: Args, output: object) -> None:
     """Forward hook of every block."""
-    state().streams[stack].states.append((output[0] if isinstance(output, tuple) else output).detach())
+    state().streams[stack].states.append(first_of(output)[0].detach())
 
 
-def leave_stack(block: Any, args: tuple[Any, ...], output: Any) -> Any:
+def leave_stack(block: Any, args: Args, output: object) -> object:
     """Forward hook of the last block, behind its tap: the network's output in place of the block's.
 
     Raises:
@@ -95,4 +94,4 @@ def leave_stack(block: Any, args: tuple[Any, ...], output: Any) -> Any:
     found = method.beside(edit.cast(tapped[-1].dtype), tapped, tokens, edit.site).to(tapped[-1].dtype)
     if found.shape != tapped[-1].shape:
         raise AttachError(f"{method} gives hidden states {tuple(found.shape)} for {tuple(tapped[-1].shape)}")
-    return (found, *output[1:]) if isinstance(output, tuple) else found
+    return like(output, found, first_of(output)[1])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from smidgen.common.errors import AttachError
+from smidgen.common.hook_types import Args
 from smidgen.ports.forward_state import state
 
 
@@ -15,7 +16,7 @@ class Tap(nn.Module):
     """The name under which a pass keeps what entered a sublayer; one object without tensors, child of both modules."""
 
 
-def keep_input(module: Any, args: tuple[Any, ...]) -> None:
+def keep_input(module: Any, args: Args) -> None:
     """Forward pre-hook of the module that a sublayer is entered by, before its own edits.
 
     Pegasus-X enters its attention with the text and with global tokens, and leaves with the tokens first: what entered

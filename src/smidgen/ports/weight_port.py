@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from smidgen.common.dtypes import master_dtype
 from smidgen.common.errors import AttachError
+from smidgen.common.hook_types import Args
 from smidgen.methods.capabilities import Merges
 from smidgen.planning.row import Row
 from smidgen.planning.rules.weights import WeightRules
@@ -124,7 +125,7 @@ def reading_modules(model: nn.Module, path: str) -> tuple[str, ...]:
     return (path, outer) if path else (path,)
 
 
-def compose_weights(reader: Any, args: tuple[Any, ...]) -> None:
+def compose_weights(reader: Any, args: Args) -> None:
     """Pre-hook of a module that reads weights: composed ones stand in the instance's `__dict__`, once for all readers.
 
     What a caller without gradient composed is composed again where a gradient is wanted.
@@ -137,7 +138,7 @@ def compose_weights(reader: Any, args: tuple[Any, ...]) -> None:
             module.edits.readers += 1
 
 
-def drop_composed(reader: Any, args: tuple[Any, ...], output: Any) -> None:
+def drop_composed(reader: Any, args: Args, output: object) -> None:
     """Forward hook of it (always called): the last to leave takes them away."""
     with nullcontext() if torch.compiler.is_compiling() else _LOCK:
         for module in reader.__dict__.get("_composes", ()):

@@ -30,7 +30,7 @@ class UnclearError(Exception):
 
 
 @cache
-def output_fields(cls: Any) -> dict[str, frozenset[str]] | None:
+def output_fields(cls: type) -> dict[str, frozenset[str]] | None:
     """Field of what the class's forward gives -> attributes of self that it is computed with, in the class's order of
     fields; None where the code does not tell."""
     try:
@@ -43,7 +43,7 @@ def output_fields(cls: Any) -> dict[str, frozenset[str]] | None:
         return None
 
 
-def definitions(cls: Any, name: str) -> list[ast.FunctionDef]:
+def definitions(cls: type, name: str) -> list[ast.FunctionDef]:
     """A function of a class and those of the same name that it overrides, parsed."""
     found = []
     for base in cls.__mro__:
@@ -59,7 +59,7 @@ def definitions(cls: Any, name: str) -> list[ast.FunctionDef]:
 
 
 @cache
-def reachable(cls: Any, start: str = "forward") -> tuple[ast.FunctionDef, ...]:
+def reachable(cls: type, start: str = "forward") -> tuple[ast.FunctionDef, ...]:
     """What a function of a class may run of the class's own functions, itself first."""
     names, found = [start], []
     for name in names:
@@ -69,7 +69,7 @@ def reachable(cls: Any, start: str = "forward") -> tuple[ast.FunctionDef, ...]:
     return tuple(found)
 
 
-def check_plain(cls: Any) -> None:
+def check_plain(cls: type) -> None:
     """Raises UnclearError if the class's forward may reach a child by another way than its name."""
     for tree in reachable(cls):
         owners = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -81,7 +81,7 @@ def check_plain(cls: Any) -> None:
 
 
 @cache
-def only_called(cls: Any, name: str) -> bool:
+def only_called(cls: type, name: str) -> bool:
     """Whether the code of a class does nothing with a child but call it, if that."""
     try:
         check_plain(cls)
@@ -110,7 +110,7 @@ def _attributes(tree: ast.AST) -> Iterator[str]:
                 yield node.attr
 
 
-def _is_code(cls: Any, name: str) -> bool:
+def _is_code(cls: type, name: str) -> bool:
     found = inspect.getattr_static(cls, name, None)
     return isinstance(found, property) or callable(found)
 
@@ -129,7 +129,7 @@ def _parsed(function: FunctionType) -> ast.FunctionDef:
 class _Flow:
     """The children behind each name of a function, statement by statement."""
 
-    def __init__(self, cls: Any) -> None:
+    def __init__(self, cls: type) -> None:
         self.cls = cls
         self.names: dict[str, set[str]] = {}
         self.given: dict[str, set[str]] = {}
@@ -209,7 +209,7 @@ def _bodies(statement: ast.If | ast.With | ast.Try) -> Iterator[list[ast.stmt]]:
 
 def _ordered(flow: _Flow) -> dict[str, frozenset[str]] | None:
     """The fields in the order of the class of outputs."""
-    forward: Any = inspect.unwrap(flow.cls.forward)
+    forward: Any = inspect.unwrap(getattr(flow.cls, "forward"))  # noqa: B009
     made: Any = forward.__globals__.get(flow.made)
     if not (isinstance(made, type) and is_dataclass(made)):
         return None

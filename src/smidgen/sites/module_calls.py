@@ -41,7 +41,7 @@ def without_gradient(root: nn.Module) -> list[str]:
 def _read(root: nn.Module) -> Iterator[tuple[str, str, nn.Module, bool]]:
     """Path of the owner, name, the child that is read, whether it is called as well."""
     for path, owner in root.named_modules():
-        cls: Any = type(owner)
+        cls: type = type(owner)
         for name, called in _uses(cls).items():
             child = owner._modules.get(name)
             if child is not None:
@@ -49,7 +49,7 @@ def _read(root: nn.Module) -> Iterator[tuple[str, str, nn.Module, bool]]:
 
 
 @cache
-def _uses(cls: Any) -> dict[str, bool]:
+def _uses(cls: type) -> dict[str, bool]:
     """Attribute of which a class reads weight or bias outside of its start -> whether it calls it as well."""
     read: set[str] = set()
     called: set[str] = set()
@@ -62,7 +62,8 @@ def _uses(cls: Any) -> dict[str, bool]:
             if "init" not in function.__name__:
                 _collect(function, read, called)
     found = {name: name in called for name in read}
-    for base in cls.__bases__:
+    bases: tuple[Any, ...] = cls.__bases__
+    for base in bases:
         inherited = _uses(base) if issubclass(base, nn.Module) and base is not nn.Module else {}
         # an overridden forward may call what the base only reads, and the other way round
         found = {**{k: v for k, v in inherited.items() if "forward" not in vars(cls)}, **found}
@@ -107,7 +108,7 @@ def _undone(call: ast.Call, name: str, parent: ast.AST | None) -> bool:
 
 
 @cache
-def _no_grad(cls: Any) -> bool:
+def _no_grad(cls: type[nn.Module]) -> bool:
     forward: Any = cls.forward
     while hasattr(forward, "__wrapped__"):
         cells = [cell.cell_contents for cell in forward.__closure__ or ()]

@@ -87,7 +87,7 @@ def _parents(model: nn.Module) -> dict[int, int]:
 
 
 @cache
-def _chains(cls: Any) -> tuple[tuple[str, ...], ...]:
+def _chains(cls: type) -> tuple[tuple[str, ...], ...]:
     """Names one behind the other, two or more, as in `self.text_model.encoder`, in what a class's forward runs."""
     found = []
     try:
@@ -105,7 +105,7 @@ def _chains(cls: Any) -> tuple[tuple[str, ...], ...]:
 
 
 @cache
-def _reads(cls: Any) -> dict[str, frozenset[Any]]:
+def _reads(cls: type) -> dict[str, frozenset[Any]]:
     """Child that a class calls -> what it reads of the output: fields, (place, count), (CHOSEN, field of config)."""
     found: dict[str, set[Any]] = {}
     try:
@@ -272,7 +272,7 @@ def _behind(module: nn.Module, name: str) -> Iterator[str]:
 
 
 @cache
-def _lines(cls: Any) -> dict[str, list[int]]:
+def _lines(cls: type) -> dict[str, list[int]]:
     """Attribute of self -> where a class's forward mentions it, by line."""
     found: dict[str, list[int]] = {}
     try:

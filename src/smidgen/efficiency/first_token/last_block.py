@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from smidgen.common.errors import TrainError
+from smidgen.common.hook_types import Args, Kwargs
 from smidgen.efficiency.first_token.single_query_attention import Maps, attend_once, check_unchanged
 from smidgen.efficiency.prefix_cache.cut_point import irregular
 from smidgen.efficiency.prefix_cache.equivalence_check import check_logits
@@ -118,7 +119,7 @@ class _Call:
     def __post_init__(self) -> None:
         self.attention = _Attention(self)
 
-    def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def enter(self, block: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         self.rows, self.inputs = entering(args, kwargs), None
         self.made.clear()
         self.attention.__enter__()
@@ -138,11 +139,11 @@ class _Call:
             self.inputs = self.rows if self.norm is None else self.norm(self.rows)
         return self.inputs
 
-    def widen(self, projection: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def widen(self, projection: nn.Module, args: Args) -> Args:
         """Pre-hook of a projection: all rows enter."""
         return (self.normed(), *args[1:])
 
-    def note(self, projection: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def note(self, projection: nn.Module, args: Args, output: Tensor) -> None:
         """Hook of a projection that stays with one row."""
         self.made.append(output)
 
@@ -167,7 +168,7 @@ class _Attention(TorchFunctionMode):
 def _reads_first(model: nn.Module, block: nn.Module, batch: Batch, wanted: Tensor) -> None:
     """Spoil all other rows that leave the last block: nothing may come of it."""
 
-    def spoil(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def spoil(module: nn.Module, args: Args, output: Any) -> Any:
         states = (output[0] if isinstance(output, tuple) else output).clone()
         if states.ndim != 3 or states.shape[1] < 2:
             raise TrainError("examples of one token have no rows to leave out")
@@ -214,13 +215,13 @@ def _inputs(
     inputs: list[Any] = []
     made: list[tuple[nn.Module, Any, Any]] = []
 
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         starts.append(entering(args, kwargs))
 
-    def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def take(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         inputs.append(entering(args, kwargs))
 
-    def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def end(module: nn.Module, args: Args, kwargs: Kwargs, output: object) -> None:
         made.append((module, entering(args, kwargs), output))
 
     handles = [block.register_forward_pre_hook(enter, with_kwargs=True)]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smidgen.common.hook_types import Args, Kwargs
 from smidgen.common.module_modes import evaluating
 from smidgen.efficiency.prefix_cache.cut_point import Cut
 
@@ -76,10 +77,10 @@ def trace(cut: Cut, batch: Batch) -> Trace:
         crossing.append(states)
         precisions.append(_precision(states))
 
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         shapes.append(tuple(getattr(entering(args, kwargs), "shape", ())))
 
-    def left(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def left(module: nn.Module, args: Args, output: object) -> None:
         calls.append((module, output))
 
     handles = [module.register_forward_hook(left) for module in (*cut.before(), *cut.blocks, *cut.inner)]
@@ -102,7 +103,7 @@ def result_of(output: Any) -> tuple[Tensor, Tensor | None]:
     return output[0], loss
 
 
-def entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def entering(args: Args, kwargs: Kwargs) -> Any:
     """The hidden states among the arguments of a module."""
     return args[0] if args else kwargs.get("hidden_states")
 
@@ -119,11 +120,11 @@ def _listening(cut: Cut, see: Callable[[Any], None]) -> Iterator[None]:
         handle.remove()
 
 
-def _at_first(see: Callable[[Any], None], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _at_first(see: Callable[[Any], None], block: nn.Module, args: Args, kwargs: Kwargs) -> None:
     see(entering(args, kwargs))
 
 
-def _at_last(see: Callable[[Any], None], block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def _at_last(see: Callable[[Any], None], block: nn.Module, args: Args, output: object) -> None:
     see(output[0] if isinstance(output, tuple) else output)
 
 

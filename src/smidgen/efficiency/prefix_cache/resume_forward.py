@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smidgen.common.hook_types import Args, Kwargs
 from smidgen.efficiency.prefix_cache.cut_point import Cut
 from smidgen.efficiency.prefix_cache.recorded_pass import Trace
 
@@ -112,7 +113,7 @@ def give_hidden(hidden: Tensor, extra: int | None, *args: Any, **kwargs: Any) ->
     return hidden if extra is None else (hidden, *[None] * extra)
 
 
-def put_in(hidden: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def put_in(hidden: Tensor, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
     """Forward pre-hook of a block or a site: its hidden states are `hidden`."""
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smidgen.common.hook_types import Args, Kwargs
 from smidgen.efficiency.prefix_cache.cut_point import Cut, cut_of, why_not
 from smidgen.efficiency.prefix_cache.recorded_pass import Batch, entering
 from smidgen.planning.frozen_modules import frozen_prefix
@@ -57,10 +58,10 @@ def _events(cut: Cut, batch: Batch) -> list[Event]:
     """Starts, with the first input, and ends of all modules in the block."""
     events: list[Event] = []
 
-    def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def start(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         events.append(("start", module, entering(args, kwargs)))
 
-    def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def end(module: nn.Module, args: Args, output: object) -> None:
         events.append(("end", module, None))
 
     assert cut.first is not None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from smidgen.common.errors import AttachError
+from smidgen.common.hook_types import Args
 from smidgen.ports.during_call import stand, stand_down
 
 CHANGED = (
@@ -144,12 +145,12 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, _, _, buffer in _persistent(model)}
 
 
-def rest(module: Any, args: tuple[Any, ...]) -> None:
+def rest(module: Any, args: Args) -> None:
     """Pre-hook of a module with running statistics: it uses them, and does not move them."""
     module._mode, module.training = module.training, False
 
 
-def wake(module: Any, args: tuple[Any, ...], output: Any) -> None:
+def wake(module: Any, args: Args, output: object) -> None:
     """Forward hook (always called): back to the mode of before."""
     module.training = module.__dict__.pop("_mode", module.training)
 

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from smidgen.common.hook_types import Args, Kwargs
 from smidgen.ports.during_call import stand, stand_down
 from smidgen.ports.in_place.stored_view import StoredView, as_stored, rounded
 from smidgen.sites.site import module_at
@@ -44,7 +45,7 @@ class Reads:
     models: list[nn.Module] = field(default_factory=list)  # that may be asked for the dtype of their parameters
 
 
-def lift_norm(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def lift_norm(module: Any, args: Args) -> Args | None:
     """Pre-hook of a norm: it sees its masters, whatever others read; torch's own, whose kernels want input and terms
     in one dtype, get their input in float32 too."""
     if not module._casting:
@@ -54,7 +55,7 @@ def lift_norm(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     return (args[0].float(), *args[1:]) if isinstance(module, NATIVE) else None
 
 
-def lower_norm(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def lower_norm(module: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
     """Forward hook of a norm with float32 terms in a low-precision base: back to the dtypes that the base's gives."""
     if not module._casting:
         return None
@@ -72,9 +73,7 @@ def _to(value: Any, dtype: torch.dtype | None) -> Any:
     return value if dtype is None else value.to(dtype)
 
 
-def _given(
-    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], entered: torch.dtype
-) -> tuple[torch.dtype | None, ...]:
+def _given(module: Any, args: Args, kwargs: Kwargs, entered: torch.dtype) -> tuple[torch.dtype | None, ...]:
     """dtype of all that a norm with the base's own terms gives for an input of this one, which may be another than
     theirs: T5's gives theirs, Llama's the wider one. Asked of the norm itself."""
     stored: torch.dtype = next(iter(module._stored_dtypes.values()))
@@ -90,12 +89,12 @@ def _given(
             module.__dict__.pop(term, None)
 
 
-def show_again(module: Any, args: tuple[Any, ...], output: Any) -> None:
+def show_again(module: Any, args: Args, output: object) -> None:
     """Forward hook of a norm (always called): others read what they read before its call."""
     module.__dict__.update(module.__dict__.pop("_read_by_others", {}))
 
 
-def show_rounded(reader: Any, args: tuple[Any, ...]) -> None:
+def show_rounded(reader: Any, args: Args) -> None:
     """Pre-hook of a module that reads masters, its own or those of others: it sees them in the stored dtype."""
     reads: Reads = reader._reads
     shown: list[tuple[nn.Module, str, Any]] = []
@@ -116,7 +115,7 @@ def show_rounded(reader: Any, args: tuple[Any, ...]) -> None:
     reader._shown = (*reader.__dict__.get("_shown", ()), tuple(shown))
 
 
-def hide(reader: Any, args: tuple[Any, ...], output: Any) -> None:
+def hide(reader: Any, args: Args, output: object) -> None:
     """Forward hook of it (always called): take away what its own call put there, and not what a caller did."""
     *outer, shown = reader.__dict__.get("_shown") or ((),)
     reader._shown = tuple(outer)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.common.errors import AttachError
+from smidgen.common.hook_types import Args
 from smidgen.ports.during_call import stand, stand_down
 
 
@@ -41,7 +42,7 @@ class SparseValues(nn.Module):
 _LOCK = threading.Lock()  # threads see one `__dict__`: what stands there is taken away by the last to leave
 
 
-def compose(module: Any, args: tuple[Any, ...]) -> None:
+def compose(module: Any, args: Args) -> None:
     """Forward pre-hook: whole tensors stand in the instance's `__dict__`, which look-up reads before `_parameters`."""
     with nullcontext() if torch.compiler.is_compiling() else _LOCK:
         for term, part in module.subsets.items():
@@ -50,7 +51,7 @@ def compose(module: Any, args: tuple[Any, ...]) -> None:
         module._inside = module.__dict__.get("_inside", 0) + 1
 
 
-def clear(module: Any, args: tuple[Any, ...], output: Any) -> None:
+def clear(module: Any, args: Args, output: object) -> None:
     """Forward hook (always called): take them away again."""
     with nullcontext() if torch.compiler.is_compiling() else _LOCK:
         module._inside = max(module.__dict__.get("_inside", 0) - 1, 0)

@@ -23,6 +23,7 @@ from transformers import Cache
 
 from smidgen.common.dtypes import master_dtype
 from smidgen.common.errors import AttachError
+from smidgen.common.hook_types import Args, Kwargs
 from smidgen.methods.base import Method
 from smidgen.methods.capabilities import AddsTokens, Tensors
 from smidgen.planning.prompt_positions import prompt_length
@@ -183,15 +184,13 @@ def _blank(embedding: nn.Embedding, model: Any) -> int:
     return free[0] if free else next(i for i in range(3) if i not in {embedding.padding_idx, model.config.pad_token_id})
 
 
-def make_room(
-    entry: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def make_room(entry: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
     """Forward pre-hook of the model that takes token ids."""
     module = entry.get_input_embeddings()
     edits = module.edits
     prompt = edits.prompt(module.weight.dtype)
     state().prompts.pop(edits, None)
-    given: dict[str, Any] = {**dict(zip(edits.names, args, strict=False)), **kwargs}
+    given: Kwargs = {**dict(zip(edits.names, args, strict=False)), **kwargs}
     cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
     if prompt is None:
         if getattr(cache, HELD, 0) and seen_by(cache):
@@ -211,7 +210,7 @@ def _fed(given: Mapping[str, Any]) -> Tensor:
     return given["inputs_embeds"] if ids is None else ids
 
 
-def _went_on(given: dict[str, Any], n: int, at: int) -> dict[str, Any]:
+def _went_on(given: Kwargs, n: int, at: int) -> dict[str, Any]:
     """Arguments behind a cache that holds the prompt. Masks of each query are as wide as the cache already."""
     mask, places = given.get("attention_mask"), given.get("position_ids")
     if isinstance(mask, Tensor) and mask.ndim == 2:
@@ -237,7 +236,7 @@ def _check_cache(given: Mapping[str, Any], n: int, seen: int | Tensor, held: int
     )
 
 
-def _put_in(edits: InputEdits, prompt: Tensor, given: dict[str, Any]) -> None:
+def _put_in(edits: InputEdits, prompt: Tensor, given: Kwargs) -> None:
     """Room in whatever has a place for each token."""
     n, fed, mask = prompt.shape[1], _fed(given), given.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
@@ -293,7 +292,7 @@ def check_tokens(model: nn.Module, site: InputSite, method: Method) -> None:
         raise AttachError(f"{type(module).__name__} at {site.path} already has an attribute 'edits'")
 
 
-def fill_prompts(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+def fill_prompts(module: Any, args: Args, output: Tensor) -> Tensor | None:
     """Forward hook of the embedding: the prompt stands where room was made."""
     edits = module.edits
     known = state().prompts.get(edits)
@@ -312,7 +311,7 @@ def fill_prompts(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor |
     return filled
 
 
-def take_out(entry: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def take_out(entry: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
     """Forward hook of the model that takes token ids: of its hidden states (B, n + T, d), those of the text."""
     known = state().prompts.pop(entry.get_input_embeddings().edits, None)
     if known is None:
@@ -349,9 +348,7 @@ def _text_of(entry: Any, room: Room, states: Tensor, tokens: int, last: int | Te
     return room.take_out(states)
 
 
-def widen_cross(
-    decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def widen_cross(decoder: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
     """Forward pre-hook of a decoder: it sees the prompt among the encoder's states, whose mask is the text's."""
     states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
     if states is None or mask is None or states.shape[1] == mask.shape[1]:
