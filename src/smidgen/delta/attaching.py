@@ -24,10 +24,7 @@ from smidgen.planning.row import INDICES, START
 from smidgen.planning.selection.data_free_scores import choose_ready
 from smidgen.planning.selection.narrowing import narrow
 from smidgen.ports.attachment_record import attachment, refuse_attached, trained_parameters
-from smidgen.ports.in_place.master_weights import drop_casts
-from smidgen.ports.in_place.sparse_values import drop_parts
-from smidgen.ports.module_port import drop_guard
-from smidgen.ports.placement import REFUSED, place, take_off
+from smidgen.ports.placement import place, take_off
 from smidgen.recipe.recipe import Recipe, Term
 from smidgen.sites.site import module_at
 
@@ -86,7 +83,7 @@ def check_places(model: nn.Module, plan: Plan, delta: Delta) -> None:
         AttachError: a place cannot be edited; nothing is attached then.
     """
     _put(bare(model), plan, delta)
-    _remove(bare(model))
+    take_off(bare(model))
 
 
 def _put(model: nn.Module, plan: Plan, delta: Delta) -> None:
@@ -103,29 +100,8 @@ def detach(model: nn.Module) -> Delta:
 
 def remove(model: nn.Module) -> None:
     """Take off what is attached without keeping it."""
-    _remove(bare(model))
+    take_off(bare(model))
     torch.compiler.reset()
-
-
-def _remove(model: nn.Module) -> None:
-    """Take off what is attached; compiled code is left as it is."""
-    record = attachment(model)
-    record.held.release()
-    record.unplug(model)
-    take_off(model, record.plan)
-    for path in record.guarded:
-        drop_guard(module_at(model, path))
-    drop_casts(model, record.low_modules())
-    for path in record.subset_modules():
-        drop_parts(module_at(model, path))
-    for handle in record.handles:
-        handle.remove()
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, flag in record.flags.items():
-        parameters[name].requires_grad_(flag)
-    for name in REFUSED:
-        model.__dict__.pop(name, None)
-    model.__dict__.pop("_smidgen")
 
 
 @contextmanager

@@ -21,10 +21,10 @@ from smidgen.ports.attachment_record import Attachment, attachment, check_master
 from smidgen.ports.builtin_ports import port_of
 from smidgen.ports.forward_state import close_pass, end_turn, open_pass, take_turn
 from smidgen.ports.in_place.held_state import Held
-from smidgen.ports.in_place.master_weights import place_casts
+from smidgen.ports.in_place.master_weights import drop_casts, place_casts
 from smidgen.ports.in_place.parameter_port import swaps
-from smidgen.ports.in_place.sparse_values import SparseValues, add_part, check_free
-from smidgen.ports.module_port import add_guard
+from smidgen.ports.in_place.sparse_values import SparseValues, add_part, check_free, drop_parts
+from smidgen.ports.module_port import add_guard, drop_guard
 from smidgen.ports.pooling import place_pooling
 from smidgen.sites.module_calls import never_called, read_at
 from smidgen.sites.new_tensors import new_names
@@ -102,11 +102,27 @@ def _around_passes(model: nn.Module, one_at_a_time: bool) -> list[RemovableHandl
     return handles
 
 
-def take_off(model: nn.Module, plan: Plan) -> None:
-    """Take the edits of a plan off their modules."""
-    places = {(port_of(row.site), row.site.path): row.site for row in plan.rows if row.added}
+def take_off(model: nn.Module) -> None:
+    """Take off what is attached, the inverse of `place`."""
+    record = attachment(model)
+    record.held.release()
+    record.unplug(model)
+    places = {(port_of(row.site), row.site.path): row.site for row in record.plan.rows if row.added}
     for (port, _), site in places.items():
         port.remove(model, site)
+    for path in record.guarded:
+        drop_guard(module_at(model, path))
+    drop_casts(model, record.low_modules())
+    for path in record.subset_modules():
+        drop_parts(module_at(model, path))
+    for handle in record.handles:
+        handle.remove()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, flag in record.flags.items():
+        parameters[name].requires_grad_(flag)
+    for name in REFUSED:
+        model.__dict__.pop(name, None)
+    model.__dict__.pop("_smidgen")
 
 
 def _place_edit(model: nn.Module, row: Row, fresh: Mapping[str, Tensor], record: Attachment, seed: int) -> None:
