@@ -16,6 +16,7 @@ from smidgen.efficiency.first_token.last_block import FirstRow
 from smidgen.efficiency.prefix_cache.recorded_pass import in_eval_mode
 from smidgen.ports.attachment_record import attachment
 from smidgen.training.run.forward_shortcuts import shortcuts
+from smidgen.training.run.prefix_cache_policy import Conditions
 from smidgen.training.run.settings import Settings
 from tests import helpers as h
 from tests.test_speed_cache import build, close, collate, examples, gradients
@@ -242,9 +243,10 @@ def test_fit_gives_the_same_delta(recipe, tmp_path):
 def test_a_run_that_began_with_one_row_does_not_go_on_without(tmp_path):
     model = h.bert()
     attach(model, "LN()", pooling="mean")
+    given = Conditions(collate, Settings(cache=False))
     with pytest.raises(TrainError, match="began with one row of the last block, and now the head reads more"):
-        shortcuts(model, [examples()], collate, Settings(cache=False), {"rows": "on"}, None)
-    assert "more than the first" in shortcuts(model, [examples()], collate, Settings(cache=False), {}, None)[1]["rows"]
+        shortcuts(model, [examples()], given, {"rows": "on"})
+    assert "more than the first" in shortcuts(model, [examples()], given, {})[1]["rows"]
 
 
 def test_insisting_says_why_not(tmp_path):

@@ -283,12 +283,6 @@ UNPACKS = {
         ("sites/discovery.py", "LinearSite"),
         ("sites/discovery.py", "NormSite"),
         ("sites/discovery.py", "beside"),
-        ("training/memory/batch_size.py", "_need"),
-        ("training/memory/batch_size.py", "batch_and_bytes"),
-        ("training/memory/batch_size.py", "plan"),
-        ("training/run/batch_feed.py", "PackedBatches"),
-        ("training/run/batch_feed.py", "ShuffledBatches"),
-        ("training/run/loop.py", "batch_and_bytes"),
     },
     "what another function gave": {
         ("planning/rules/inputs.py", "seen_from"),
@@ -298,7 +292,6 @@ UNPACKS = {
         ("ports/in_place/master_weights.py", "_to"),
         ("studies/experiments/fisher_stability.py", "Trust"),
         ("studies/experiments/selection_transfer.py", "Transfer"),
-        ("training/hf_trainer.py", "reached_in_eval"),
     },
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Protocol, cast
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +19,12 @@ from smidgen.ports.attachment_record import attachment
 from smidgen.sites.discovery import find_blocks
 
 _ABSENT = object()
+
+
+class _Caching(Protocol):
+    """A config that says whether keys and values are kept."""
+
+    use_cache: bool
 
 
 @contextmanager
@@ -74,7 +80,7 @@ def recomputed(model: nn.Module, plan: Plan) -> list[nn.Module]:
     return blocks
 
 
-def _put_back(block: nn.Module, before: dict[str, Any]) -> None:
+def _put_back(block: nn.Module, before: dict[str, object]) -> None:
     for name, value in before.items():
         if value is _ABSENT:
             block.__dict__.pop(name, None)
@@ -82,7 +88,7 @@ def _put_back(block: nn.Module, before: dict[str, Any]) -> None:
             block.__dict__[name] = value
 
 
-def _caching(model: nn.Module) -> list[Any]:
+def _caching(model: nn.Module) -> list[_Caching]:
     """The configs that ask for a cache of keys and values, which would be filled twice."""
     found = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", None) is True}
-    return list(found.values())
+    return cast("list[_Caching]", list(found.values()))

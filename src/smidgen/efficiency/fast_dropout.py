@@ -7,8 +7,8 @@ that of the share which is really kept. Which elements fall is another draw than
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,13 @@ _LEVELS = 1 << 16
 class FastDropout(TorchFunctionMode):
     """Inside, `F.dropout` (and so nn.Dropout) and attention with dropout draw their masks faster on a CPU."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
         return func(*args, **kwargs) if handler is None else handler(*args, **kwargs)
@@ -36,18 +42,27 @@ def kept(shape: torch.Size, p: float) -> tuple[Tensor, float]:
     return mask.to(torch.int8), _LEVELS / (_LEVELS - zeros)
 
 
+class _Context(Protocol):
+    """What torch keeps of a call for its backward pass."""
+
+    scale: float
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class Dropped(torch.autograd.Function):
     """x * mask * scale; one byte per element is kept for the backward pass, as in torch."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, p: float) -> Tensor:
         """x: any shape on a CPU."""
         mask, ctx.scale = kept(x.shape, p)
         ctx.save_for_backward(mask)
         return mask.to(x.dtype).mul_(ctx.scale).mul_(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
+    def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor, None]:
         """The same mask on the gradient."""
         (mask,) = ctx.saved_tensors
         return mask.to(gradients[0].dtype).mul_(ctx.scale).mul_(gradients[0]), None
@@ -75,8 +90,9 @@ def _attention(  # noqa: PLR0913 - torch's own signature
     A row whose keys are all masked, which is padding, attends to all of them here and to none in torch.
     """
     if dropout_p == 0 or query.device.type != "cpu" or enable_gqa or is_causal:
-        rest: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **rest)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     scores = (query * (scale or query.shape[-1] ** -0.5)) @ key.transpose(-2, -1)  # (B, H, T, S)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
@@ -86,4 +102,7 @@ def _attention(  # noqa: PLR0913 - torch's own signature
     return _dropout(share.to(scores.dtype), dropout_p) @ value
 
 
-_HANDLERS: dict[Any, Callable[..., Any]] = {F.dropout: _dropout, F.scaled_dot_product_attention: _attention}
+_HANDLERS: dict[Callable[..., object], Callable[..., Tensor]] = {
+    F.dropout: _dropout,
+    F.scaled_dot_product_attention: _attention,
+}

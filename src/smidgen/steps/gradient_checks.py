@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +140,7 @@ def check_gradients(model: nn.Module, finite: bool = True, excused: Iterable[str
         raise TrainError(f"the gradient of {broken[0]} is not finite; lower the learning rate or check the data")
 
 
-def check_depends(model: nn.Module, outputs: Any) -> None:
+def check_depends(model: nn.Module, outputs: object) -> None:
     """Before a backward pass: what a model gives, or its loss, depends on something that is trained.
 
     Raises:
@@ -205,7 +204,7 @@ def aside(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
     used = [path for path, module in model.named_modules() if id(module) in blocks and _in(reached, path)]
     for name in names:
         owner, _, child = name.partition(".edits.")[0].rpartition(".")
-        cls: Any = type(model.get_submodule(owner))
+        cls: type = type(model.get_submodule(owner))
         called = ".edits." not in name or only_called(cls, child)
         if called and any(within(name, path) for path in used):
             yield name
@@ -221,7 +220,7 @@ def _alike(group: nn.Module) -> bool:
 
 
 def reached_in_eval(
-    model: nn.Module, names: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module, names: Iterable[str], args: tuple[object, ...], kwargs: Mapping[str, object]
 ) -> set[str]:
     """Those of the trained tensors on which the output depends when nothing is left to chance. No gradient is left."""
     parameters = {name: p for name, p in trained_parameters(model).items() if name in set(names)}
@@ -231,13 +230,13 @@ def reached_in_eval(
     return {name for name, grad in zip(parameters, found, strict=True) if grad is not None}
 
 
-def scalar(outputs: Any) -> Tensor:
+def scalar(outputs: object) -> Tensor:
     """The loss in a model's outputs, or the sum of all floating tensors that depend on something."""
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
     return loss if isinstance(loss, Tensor) else sum((t.float().sum() for t in floats(outputs)), torch.zeros(()))
 
 
-def floats(outputs: Any) -> Iterator[Tensor]:
+def floats(outputs: object) -> Iterator[Tensor]:
     """All floating tensors in what a model gives, in order."""
     if isinstance(outputs, Tensor):
         if outputs.is_floating_point():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,30 +71,29 @@ def _resize(model: nn.Module, record: Attachment, values: Mapping[str, Tensor]) 
             shapes = {**dict(row.terms), **{term: tuple(t.shape) for term, t in found.items()}}
             if not (row.added and isinstance(row.method, Grows) and row.method.grown(shapes, row.site)):
                 raise TrainError(f"{row.method} at {row.site.name} cannot have tensors of the shapes {shapes}")
-            module: Any = model.get_submodule(row.site.path)
             for term, value in found.items():
                 old = record.added[row.name(term)]
                 new = nn.Parameter(value.detach().to(old).clone())
-                setattr(module.edits[row.key], term, new)
+                setattr(model.get_submodule(row.name(term).rpartition(".")[0]), term, new)
                 record.added[row.name(term)] = new
             row = replace(row, terms=tuple(shapes.items()), grown=True)
         rows.append(row)
     record.plan = replace(record.plan, rows=tuple(rows))
 
 
-def follow(optimizer: Any, old: nn.Parameter, new: nn.Parameter) -> None:
+def follow(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter) -> None:
     """Let an optimiser train `new` in place of `old`: its state is kept in the leading corner of what is larger.
 
     There is one count of steps for a tensor, so new values cannot begin at step 0. Their first moment is 0; their
     second one, which the rate is divided by, is the mean of the old ones: at 0 they would take steps several times
     the rate.
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's
-    for group in optimizer.param_groups:
+    inside: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's
+    for group in inside.param_groups:
         group["params"] = [new if p is old else p for p in group["params"]]
-    state = optimizer.state.pop(old, None)
+    state = inside.state.pop(old, None)
     if state:
-        optimizer.state[new] = {
+        inside.state[new] = {
             key: _corner(value, new, squared="sq" in key)
             if isinstance(value, Tensor) and value.shape == old.shape
             else value

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from smidgen.common.errors import TrainError
 from smidgen.common.wrappers import bare
-from smidgen.data.kinds.base import TaskKind
+from smidgen.data.kinds.base import Outputs, TaskKind
 from smidgen.data.processor import Processor
 from smidgen.data.task import Task
 from smidgen.steps.objectives import Objective
@@ -73,7 +72,7 @@ def loss_of(model: nn.Module, batch: Batch, objective: Objective, beside: Beside
     at = at or At()
     batches = {TRAIN: batch, **{name: feed.at(at.number, at.places) for name, feed in beside.batches.items()}}
 
-    def run(reference: str | None, name: str) -> Any:
+    def run(reference: str | None, name: str) -> Outputs:
         """One forward pass."""
         if reference is None:
             return beside.kind.forward(model, batches[name])

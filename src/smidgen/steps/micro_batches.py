@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from smidgen.common.errors import TrainError
-from smidgen.data.kinds.base import kind_named
+from smidgen.data.kinds.base import Batch, kind_named
 from smidgen.steps.objectives import BATCH, MEAN, SUM
 
 
@@ -23,13 +23,13 @@ class Piece(NamedTuple):
     """
 
     places: Sequence[int]
-    batch: dict[str, Any]
+    batch: Batch
     weight: float
     share: float
 
 
 def pieces(
-    places: Sequence[int], batch: Mapping[str, Any], size: int, kind: str, reduction: str = MEAN
+    places: Sequence[int], batch: Mapping[str, Tensor], size: int, kind: str, reduction: str = MEAN
 ) -> Iterator[Piece]:
     """A batch in pieces of up to `size` rows.
 

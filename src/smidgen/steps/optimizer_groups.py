@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from smidgen.methods.base import Method
 from smidgen.planning.plans import Plan
-from smidgen.ports.attachment_record import attachment
+from smidgen.ports.attachment_record import attachment, trained_parameters
 
 HEAD_LR = 5e-3
 FUSED = ("cpu", "cuda")  # where torch has AdamW as one kernel
@@ -17,7 +15,7 @@ FUSED = ("cpu", "cuda")  # where torch has AdamW as one kernel
 
 def parameter_groups(
     model: nn.Module, lr: float | None = None, head_lr: float | None = None, weight_decay: float = 0.0
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Groups for any torch optimiser, in the plan's order; one for each learning rate of a method.
 
     Args:
@@ -50,7 +48,7 @@ def _by_rate(plan: Plan, index: int) -> dict[float, list[str]]:
 
 def _group(
     label: str, masters: dict[str, nn.Parameter], names: list[str], lr: float, weight_decay: float
-) -> dict[str, Any]:
+) -> dict[str, object]:
     parameters = [masters[name] for name in names]
     return {"params": parameters, "lr": lr, "weight_decay": weight_decay, "name": label, "names": names}
 
@@ -60,5 +58,5 @@ def optimizer(
 ) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`; hand it to Trainer as `optimizers=(sm.optimizer(model), None)`."""
     groups = parameter_groups(model, lr, head_lr, weight_decay)
-    fused = all(p.device.type in FUSED for group in groups for p in group["params"])  # one call for many small tensors
+    fused = all(p.device.type in FUSED for p in trained_parameters(model).values())  # one call for many small tensors
     return torch.optim.AdamW(groups, fused=fused or None)

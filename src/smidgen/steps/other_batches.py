@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from smidgen.common.devices import carried
 from smidgen.common.errors import TrainError
 from smidgen.data.batching import ShuffledBatches
 from smidgen.data.encoded import Encoded
-from smidgen.data.kinds.base import TaskKind
+from smidgen.data.kinds.base import Batch, Collate, TaskKind
 from smidgen.data.processor import Processor
 from smidgen.data.task import Task
 from smidgen.steps.step import Batches
@@ -34,7 +33,7 @@ class OtherBatches:
     """One batch for each step, epoch after epoch, each shuffled anew."""
 
     rows: Encoded
-    collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+    collate: Collate
     kind: TaskKind
     size: int
     labelled: bool
@@ -62,7 +61,7 @@ class OtherBatches:
         size = wanted.batch_size or source.batch_size
         return cls(rows, collate, task.task_kind, size, wanted.labelled, wanted.aligned, source)
 
-    def at(self, step: int, partners: Sequence[int] = ()) -> dict[str, Tensor]:
+    def at(self, step: int, partners: Sequence[int] = ()) -> Batch:
         """The batch of a step, from 0, on the device; of aligned rows, the partners of these of the train split."""
         places = list(partners) if self.aligned else self._places(step)
         batch = self.collate([self.rows[i] for i in places])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from smidgen.common.errors import SmidgenError, TrainError
-from smidgen.data.kinds.base import TaskKind
+from smidgen.data.kinds.base import Outputs, TaskKind
 from smidgen.data.labels import IGNORED, LabelPlace
 from smidgen.data.task import Task
 from smidgen.steps.objectives import Needs, Objective
@@ -85,7 +84,7 @@ def _gain(step: Step, batch: str) -> Tensor:
     return log_probability(tuned, labels, step.kind) - log_probability(reference, labels, step.kind)
 
 
-def log_probability(outputs: Any, labels: Tensor, kind: TaskKind) -> Tensor:
+def log_probability(outputs: Outputs, labels: Tensor, kind: TaskKind) -> Tensor:
     """Log-probability of the labels of each row, summed over its tokens, (B,), in nats.
 
     Args:

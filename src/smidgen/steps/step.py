@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
 from smidgen.common.errors import TrainError
-from smidgen.data.kinds.base import TaskKind
+from smidgen.data.kinds.base import Outputs, TaskKind
 from smidgen.data.task import Task
 from smidgen.delta.delta import Delta
 
@@ -55,25 +55,25 @@ class Step:
     model: nn.Module
     kind: TaskKind
     batches: Mapping[str, Batch]
-    run: Callable[[str | None, str], Any]
+    run: Callable[[str | None, str], Outputs]
     number: int = 0
     total: int = 0
-    _seen: dict[tuple[str | None, str], Any] = field(default_factory=dict, repr=False)
+    _seen: dict[tuple[str | None, str], Outputs] = field(default_factory=dict, repr=False)
 
     @property
     def batch(self) -> Batch:
         """The batch that is trained on."""
         return self.batches[TRAIN]
 
-    def outputs(self, batch: str = TRAIN) -> Any:
+    def outputs(self, batch: str = TRAIN) -> Outputs:
         """What the tuned model gives for a batch, with gradient: `logits`, and `loss` if it has labels. Run once."""
         return self._of(None, batch)
 
-    def reference(self, name: str = BASE, batch: str = TRAIN) -> Any:
+    def reference(self, name: str = BASE, batch: str = TRAIN) -> Outputs:
         """What a reference gives for a batch, without gradient and in eval mode. Run once."""
         return self._of(name, batch)
 
-    def _of(self, name: str | None, batch: str) -> Any:
+    def _of(self, name: str | None, batch: str) -> Outputs:
         """Raises TrainError if there is no such batch."""
         if batch not in self.batches:
             raise TrainError(f"the objective reads a batch {batch!r}, but needs() names {', '.join(self.batches)}")

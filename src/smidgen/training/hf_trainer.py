@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from smidgen.common.atomic_files import write_files
 from smidgen.common.errors import TrainError
+from smidgen.common.hook_types import Args, Kwargs
 from smidgen.common.wrappers import bare
 from smidgen.delta.delta import Delta
 from smidgen.ports.attachment_record import attachment, trained_parameters
@@ -45,7 +47,7 @@ class TrainerCallback(Base):
         self.penalised = penalised
         self.watch: Watch | None = None
         self.hooks: tuple[RemovableHandle, ...] = ()
-        self.batch: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.batch: tuple[Args, Kwargs] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -74,12 +76,12 @@ class TrainerCallback(Base):
         if state.global_step == self.first:
             self._drop()
             missed = [name for name, p in trained_parameters(model).items() if p.grad is None]
-            also = reached_in_eval(model, missed, *self.batch) if missed and self.batch else ()
+            also = reached_in_eval(model, missed, self.batch[0], self.batch[1]) if missed and self.batch else ()
             self.watch.first(model, finite=not args.fp16, reached=also)
             self.batch = None
         self.watch.saw(model)
 
-    def _keep(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _keep(self, model: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Forward pre-hook: the first batch."""
         self.batch = self.batch or (args, kwargs)
 
@@ -107,7 +109,7 @@ class TrainerCallback(Base):
         model.__dict__["save_pretrained"] = functools.partial(refuse_save, model)
 
 
-def _depends(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def _depends(model: nn.Module, args: Args, output: object) -> None:
     """Forward hook, until the first step."""
     if model.training and torch.is_grad_enabled():
         check_depends(model, output)
@@ -116,9 +118,9 @@ def _depends(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 def save_trained(
     model: nn.Module,
     save_directory: str | os.PathLike[str],
-    *args: Any,
-    state_dict: Any = None,
-    **kwargs: Any,
+    *args: object,
+    state_dict: Mapping[str, Tensor] | None = None,
+    **kwargs: object,
 ) -> None:
     """Stands in for save_pretrained while Trainer trains."""
     folder = Path(save_directory)

@@ -7,7 +7,7 @@ reads what they make as it is, without keys and values (see `query`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -119,14 +119,14 @@ class _Call:
     def __post_init__(self) -> None:
         self.attention = _Attention(self)
 
-    def enter(self, block: nn.Module, args: Args, kwargs: Kwargs) -> Any:
-        self.rows, self.inputs = entering(args, kwargs), None
+    def enter(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        self.rows, self.inputs = _hidden(args, kwargs), None
         self.made.clear()
         self.attention.__enter__()
         first = self.rows[:, :1].contiguous()
         return ((first, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": first})
 
-    def leave(self, *args: Any) -> None:
+    def leave(self, *args: object) -> None:
         if self.rows is not None:
             self.attention.__exit__(None, None, None)
         self.rows = self.inputs = None
@@ -155,7 +155,13 @@ class _Attention(TorchFunctionMode):
         super().__init__()
         self.call = call
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),  # those of func
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention or self.call.rows is None:
             return func(*args, **kwargs)
@@ -165,10 +171,17 @@ class _Attention(TorchFunctionMode):
         return self.call.maps.attend(self.call.normed(), args[0], *args[3:], **kwargs)
 
 
+def _hidden(args: Args, kwargs: Kwargs) -> Tensor:
+    states = entering(args, kwargs)
+    if not isinstance(states, Tensor):
+        raise TypeError("no hidden states enter it")
+    return states
+
+
 def _reads_first(model: nn.Module, block: nn.Module, batch: Batch, wanted: Tensor) -> None:
     """Spoil all other rows that leave the last block: nothing may come of it."""
 
-    def spoil(module: nn.Module, args: Args, output: Any) -> Any:
+    def spoil(module: nn.Module, args: Args, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         states = (output[0] if isinstance(output, tuple) else output).clone()
         if states.ndim != 3 or states.shape[1] < 2:
             raise TrainError("examples of one token have no rows to leave out")
@@ -209,11 +222,11 @@ def _found(model: nn.Module, layer: int, block: nn.Module, batch: Batch) -> Firs
 
 def _inputs(
     model: nn.Module, block: nn.Module, projections: tuple[nn.Module, ...], batch: Batch
-) -> tuple[Any, list[Any], list[tuple[nn.Module, Any, Any]]]:
+) -> tuple[object, list[object], list[tuple[nn.Module, object, object]]]:
     """What enters the block, what enters the projections, and (module, input, output) of the modules of the block."""
-    starts: list[Any] = []
-    inputs: list[Any] = []
-    made: list[tuple[nn.Module, Any, Any]] = []
+    starts: list[object] = []
+    inputs: list[object] = []
+    made: list[tuple[nn.Module, object, object]] = []
 
     def enter(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         starts.append(entering(args, kwargs))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ def attend_once(  # noqa: PLR0913 - torch's own signature
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
-    **rest: Any,
+    **rest: object,
 ) -> Tensor:
     """Attention of one query per head (B, H, 1, n) to keys and values (B, T * H, 1, n): (B, H, 1, n).
 
@@ -78,7 +78,7 @@ class Maps:
         dropout_p: float = 0.0,
         is_causal: bool = False,
         scale: float | None = None,
-        **rest: Any,
+        **rest: object,
     ) -> Tensor:
         """Attention of one query per head (B, H, 1, n) to tokens (B, T, d): (B, H, 1, n)."""
         heads, width = query.shape[1::2]

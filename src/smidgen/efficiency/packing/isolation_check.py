@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from smidgen.common.errors import TrainError
-from smidgen.data.kinds.base import kind_named
+from smidgen.data.encoded import Example
+from smidgen.data.kinds.base import Collate, kind_named
 from smidgen.efficiency.packing.packer import Packer
-from smidgen.efficiency.prefix_cache.equivalence_check import Collate, allowed, gap
-from smidgen.efficiency.prefix_cache.recorded_pass import Batch, in_eval_mode, result_of
+from smidgen.efficiency.prefix_cache.equivalence_check import allowed, gap
+from smidgen.efficiency.prefix_cache.recorded_pass import in_eval_mode, result_of
 from smidgen.efficiency.prefix_cache.token_layout import Rows
 
 _FEW = 4
@@ -58,7 +58,7 @@ def packer_for(model: nn.Module, rows: Rows, lengths: Sequence[int], collate: Co
 
 
 def _differs(
-    model: nn.Module, packer: Packer, examples: list[dict[str, Any]], alone: list[Tensor], loss: Tensor | None
+    model: nn.Module, packer: Packer, examples: list[Example], alone: list[Tensor], loss: Tensor | None
 ) -> str | None:
     """In what way packed examples differ from those alone; None if only by rounding."""
     for order in (range(len(examples)), range(len(examples))[::-1]):
@@ -93,6 +93,6 @@ def _few(lengths: Sequence[int], capacity: int) -> list[int]:
     return [*few, longest]
 
 
-def _on(model: nn.Module, batch: dict[str, Any]) -> Batch:
+def _on(model: nn.Module, batch: Mapping[str, Tensor | bool]) -> dict[str, Tensor | bool]:
     device = next(model.parameters()).device
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from smidgen.data.encoded import Example, tokens_of
 from smidgen.data.labels import IGNORED
 
-Example = dict[str, Any]
+Batch = dict[str, Tensor | bool]
 
 
 @dataclass(frozen=True)
@@ -26,36 +26,38 @@ class Packer:
 
     mask: torch.dtype | None = None
 
-    def __call__(self, rows: Sequence[Sequence[Example]]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Sequence[Example]]) -> Batch:
         """A batch: input_ids, position_ids from 0 in each example, labels (B, T), and use_cache=False.
 
         The label of an example's first token is -100, as the model would predict it from the example before. What
         fills a row up counts as one more example.
         """
-        length = max(sum(len(example["input_ids"]) for example in row) for row in rows)
-        batch: dict[str, Any] = {
+        length = max(sum(len(tokens_of(example)) for example in row) for row in rows)
+        positions = torch.stack([_positions(row, length) for row in rows])
+        starts = positions == 0
+        labels = _joined(rows, "labels", length, IGNORED)
+        labels[starts] = IGNORED
+        batch: Batch = {
             # any token fills up, but the padding token would make models warn that its mask is missing
-            "input_ids": _joined(rows, "input_ids", length, rows[0][0]["input_ids"][0]),
-            "labels": _joined(rows, "labels", length, IGNORED),
-            "position_ids": torch.stack([_positions(row, length) for row in rows]),
+            "input_ids": _joined(rows, "input_ids", length, tokens_of(rows[0][0])[0]),
+            "labels": labels,
+            "position_ids": positions,
             # a cache of keys, which models make even where nobody reads it, hides from them that a row is packed
             "use_cache": False,
         }
-        starts = batch["position_ids"] == 0
-        batch["labels"][starts] = IGNORED
         if self.mask is not None:
             batch["attention_mask"] = _apart(starts, self.mask)
         return batch
 
 
 def _joined(rows: Sequence[Sequence[Example]], key: str, length: int, filler: int) -> Tensor:
-    joined = [torch.tensor([value for example in row for value in example[key]]) for row in rows]
+    joined = [torch.tensor([value for example in row for value in tokens_of(example, key)]) for row in rows]
     joined.append(torch.empty(length, dtype=torch.long))  # so that all are padded to `length`
     return pad_sequence(joined, True, filler)[:-1]
 
 
 def _positions(row: Sequence[Example], length: int) -> Tensor:
-    counts = [len(example["input_ids"]) for example in row]
+    counts = [len(tokens_of(example)) for example in row]
     return torch.cat([torch.arange(count) for count in [*counts, length - sum(counts)]])
 
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from smidgen.common.devices import carried
 from smidgen.common.errors import SmidgenError, TrainError
 from smidgen.common.memory import memory_guard
+from smidgen.data.kinds.base import Collate
 from smidgen.efficiency.prefix_cache.cache_key import key
 from smidgen.efficiency.prefix_cache.cut_point import cut_of, why_not
-from smidgen.efficiency.prefix_cache.equivalence_check import Collate, EquivalenceCheck, batch_of, few_examples
+from smidgen.efficiency.prefix_cache.equivalence_check import EquivalenceCheck, batch_of, few_examples
 from smidgen.efficiency.prefix_cache.recorded_pass import in_eval_mode, result_of, states_at
 from smidgen.efficiency.prefix_cache.resume_forward import Seam, feeding
 from smidgen.efficiency.prefix_cache.storage import from_file, in_file, in_memory

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -47,13 +46,13 @@ def keys(model: nn.Module, plan: Plan, splits: Sequence[Rows], cut: Cut | None =
     return found
 
 
-def _base(model: nn.Module, plan: Plan, cut: Cut | None) -> Any:
+def _base(model: nn.Module, plan: Plan, cut: Cut | None) -> hashlib._Hash:
     """The digest before any inputs."""
     digest = hashlib.sha256()
     own = (*(name for name, _ in plan.head), *renewed(plan.recipe, model))
     base = Fingerprint.of(model, {*own, *(_above(cut) if cut else ())})
-    config: Any = getattr(model, "config", None)
-    settings = {k: v for k, v in config.to_dict().items() if k not in _IDLE} if hasattr(config, "to_dict") else {}
+    config = getattr(model, "config", None)
+    settings = {k: v for k, v in getattr(config, "to_dict", dict)().items() if k not in _IDLE}
     place = cut.place if cut else sorted(row.site.path for row in plan.rows)
     said = [base.architecture, base.structure, base.content, base.dtype, place, settings]
     digest.update(json.dumps(said, sort_keys=True, default=str).encode())
@@ -70,7 +69,7 @@ def _above(cut: Cut) -> list[str]:
     return [name for name, p in cut.model.named_parameters(remove_duplicate=False) if id(p) in above]
 
 
-def _bytes(value: Any) -> bytes:
+def _bytes(value: object) -> bytes:
     if isinstance(value, Tensor):
         head, data = f"{tuple(value.shape)}{value.dtype}", value.detach().cpu().contiguous().reshape(-1)
         return head.encode() + data.view(torch.uint8).numpy().tobytes()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -111,7 +110,7 @@ def _edits(model: nn.Module, plan: Plan) -> str | None:
 
 
 def _use(model: nn.Module) -> str | None:
-    config: Any = getattr(model, "config", None)
+    config = getattr(model, "config", None)
     for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
         if getattr(config, name, False):
             return f"the model gives back what every block computes (config.{name})"

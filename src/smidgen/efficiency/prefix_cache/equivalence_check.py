@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from smidgen.common.errors import TrainError
+from smidgen.data.kinds.base import Collate
 from smidgen.efficiency.prefix_cache.cut_point import Cut
 from smidgen.efficiency.prefix_cache.recorded_pass import Batch, Trace, states_at, trace
 from smidgen.efficiency.prefix_cache.resume_forward import Seam
 from smidgen.efficiency.prefix_cache.token_layout import Rows, kept_of, lengths_of, pads_left
 
-Collate = Callable[[list[Any]], dict[str, Tensor]]
 # By how much of its scale a number may differ when computed in another batch; rotary angles are float32 at most.
 ALLOWED = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _FEW, _READ = 4, 16

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class Trace:
     result: Tensor
     loss: Tensor | None
     precision: torch.dtype
-    calls: list[tuple[nn.Module, Any]]
+    calls: list[tuple[nn.Module, object]]
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def states_at(cut: Cut, batch: Batch) -> Tensor:
     Raises:
         TrainError: the forward pass does not come to the cut, or no such tensor crosses it.
     """
-    seen: list[Any] = []
+    seen: list[object] = []
     with _listening(cut, partial(_stop, seen)), suppress(ReachedError):
         cut.model(**batch)
     return _checked(cut, seen)
@@ -68,12 +68,12 @@ def trace(cut: Cut, batch: Batch) -> Trace:
     Raises:
         TrainError: the forward pass does not come to the cut, or no (B, T, d) tensor crosses it.
     """
-    crossing: list[Any] = []
+    crossing: list[object] = []
     precisions: list[torch.dtype] = []
     shapes: list[tuple[int, ...]] = []
-    calls: list[tuple[nn.Module, Any]] = []
+    calls: list[tuple[nn.Module, object]] = []
 
-    def see(states: Any) -> None:
+    def see(states: object) -> None:
         crossing.append(states)
         precisions.append(_precision(states))
 
@@ -95,21 +95,21 @@ def trace(cut: Cut, batch: Batch) -> Trace:
     return Trace(states, (shapes or [()])[0], result, loss, precisions[0], calls)
 
 
-def result_of(output: Any) -> tuple[Tensor, Tensor | None]:
+def result_of(output: object) -> tuple[Tensor, Tensor | None]:
     """A model's logits, or its first output, and its loss if it has computed one."""
-    loss = getattr(output, "loss", None)
-    if isinstance(output, Tensor) or hasattr(output, "logits"):
-        return getattr(output, "logits", output), loss
-    return output[0], loss
+    if isinstance(output, Tensor):
+        return output, None
+    loss: Tensor | None = getattr(output, "loss", None)
+    return output.logits if hasattr(output, "logits") else cast("Sequence[Tensor]", output)[0], loss
 
 
-def entering(args: Args, kwargs: Kwargs) -> Any:
+def entering(args: Args, kwargs: Kwargs) -> object:
     """The hidden states among the arguments of a module."""
     return args[0] if args else kwargs.get("hidden_states")
 
 
 @contextmanager
-def _listening(cut: Cut, see: Callable[[Any], None]) -> Iterator[None]:
+def _listening(cut: Cut, see: Callable[[object], None]) -> Iterator[None]:
     if cut.entry is not None:
         handle = cut.entry.register_forward_pre_hook(partial(_at_first, see), with_kwargs=True, prepend=True)
     else:
@@ -120,27 +120,27 @@ def _listening(cut: Cut, see: Callable[[Any], None]) -> Iterator[None]:
         handle.remove()
 
 
-def _at_first(see: Callable[[Any], None], block: nn.Module, args: Args, kwargs: Kwargs) -> None:
+def _at_first(see: Callable[[object], None], block: nn.Module, args: Args, kwargs: Kwargs) -> None:
     see(entering(args, kwargs))
 
 
-def _at_last(see: Callable[[Any], None], block: nn.Module, args: Args, output: object) -> None:
+def _at_last(see: Callable[[object], None], block: nn.Module, args: Args, output: object) -> None:
     see(output[0] if isinstance(output, tuple) else output)
 
 
-def _stop(seen: list[Any], states: Any) -> None:
+def _stop(seen: list[object], states: object) -> None:
     seen.append(states)
     raise ReachedError
 
 
-def _precision(states: Any) -> torch.dtype:
+def _precision(states: object) -> torch.dtype:
     kind = states.device.type if isinstance(states, Tensor) else "cpu"
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return states.dtype if isinstance(states, Tensor) else torch.float32
 
 
-def _checked(cut: Cut, seen: list[Any]) -> Tensor:
+def _checked(cut: Cut, seen: list[object]) -> Tensor:
     if len(seen) != 1:
         raise cut.refusal(f"a forward pass comes to {cut.place} {len(seen)} times")
     states = seen[0]

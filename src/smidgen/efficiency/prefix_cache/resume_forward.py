@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from smidgen.common.hook_types import Args, Kwargs
 from smidgen.efficiency.prefix_cache.cut_point import Cut
 from smidgen.efficiency.prefix_cache.recorded_pass import Trace
 
+Output = Tensor | tuple[Tensor | None, ...]
 _ABSENT = object()
 
 
@@ -34,7 +34,7 @@ class Blank:
     dtype: torch.dtype
     extra: int | None = None
 
-    def like(self, hidden: Tensor, length: int) -> Any:
+    def like(self, hidden: Tensor, length: int) -> Output:
         """Zeros (B, length, width) on the device of `hidden` (B, T, d)."""
         zeros = hidden.new_zeros((hidden.shape[0], length, self.width), dtype=self.dtype)
         return zeros if self.extra is None else (zeros, *[None] * self.extra)
@@ -76,7 +76,7 @@ def feeding(seam: Seam, hidden: Tensor, length: int | None = None) -> Iterator[N
         length: tokens of the batch; T unless only the first tokens' states enter.
     """
     tokens = hidden.shape[1]
-    forwards: dict[nn.Module, Callable[..., Any]] = {
+    forwards: dict[nn.Module, Callable[..., Output]] = {
         module: partial(give_blank, blank, hidden, length or tokens) for module, blank in seam.before.items()
     }
     forwards |= {module: partial(give_blank, blank, hidden, tokens) for module, blank in seam.inner.items()}
@@ -103,17 +103,17 @@ def feeding(seam: Seam, hidden: Tensor, length: int | None = None) -> Iterator[N
                 module.__dict__["forward"] = forward
 
 
-def give_blank(blank: Blank, hidden: Tensor, length: int, *args: Any, **kwargs: Any) -> Any:
+def give_blank(blank: Blank, hidden: Tensor, length: int, *args: object, **kwargs: object) -> Output:
     """Stands in for a module whose output means nothing, without a look at the inputs."""
     return blank.like(hidden, length)
 
 
-def give_hidden(hidden: Tensor, extra: int | None, *args: Any, **kwargs: Any) -> Any:
+def give_hidden(hidden: Tensor, extra: int | None, *args: object, **kwargs: object) -> Output:
     """Stands in for a lower block."""
     return hidden if extra is None else (hidden, *[None] * extra)
 
 
-def put_in(hidden: Tensor, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+def put_in(hidden: Tensor, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     """Forward pre-hook of a block or a site: its hidden states are `hidden`."""
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
@@ -125,20 +125,22 @@ def _before(cut: Cut, seen: Trace) -> dict[nn.Module, Blank]:
     rows, tokens = seen.states.shape[:2]
     found: dict[nn.Module, Blank] = {}
     for module, output in seen.calls[:start]:
-        hidden_like = isinstance(output, Tensor) and output.is_floating_point() and output.ndim == 3
-        if module not in later and hidden_like and output.shape[0] in (1, rows) and output.shape[1] == tokens:
+        if module in later or not isinstance(output, Tensor):
+            continue
+        hidden_like = output.is_floating_point() and output.ndim == 3
+        if hidden_like and output.shape[0] in (1, rows) and output.shape[1] == tokens:
             found[module] = Blank(output.shape[2], output.dtype)
     return found
 
 
-def _blank(cut: Cut, output: Any) -> Blank:
+def _blank(cut: Cut, output: object) -> Blank:
     states = output[0] if isinstance(output, tuple) else output
     if not isinstance(states, Tensor) or states.ndim != 3:
         raise cut.refusal(f"a module in front of {cut.place} gives no (batch, tokens, width) tensor")
     return Blank(states.shape[2], states.dtype, _extra(cut, output))
 
 
-def _extra(cut: Cut, output: Any) -> int | None:
+def _extra(cut: Cut, output: object) -> int | None:
     """What a block hands on beside its hidden states is left empty; if it mattered, the check of logits shows it."""
     if isinstance(output, Tensor):
         return None

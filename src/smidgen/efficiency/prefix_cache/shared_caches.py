@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 from torch import nn
 
@@ -35,7 +35,7 @@ class Kept:
         self._model: nn.Module | None = None
         self._names: list[str] = []
         self._caches: dict[str, PrefixCache] = {}
-        self._once: dict[Hashable, Any] = {}
+        self._once: dict[Hashable, object] = {}
         self._refused: dict[str, TrainError] = {}
 
     def caches(
@@ -64,8 +64,7 @@ class Kept:
             return find()
         if key not in self._once:
             self._once[key] = find()
-        found: Found = self._once[key]
-        return found
+        return cast(Found, self._once[key])
 
     def _one(self, name: str, rows: Rows, fill: Callable[[Rows], PrefixCache]) -> PrefixCache:
         """The cache of this name, filled on first use; a refusal is remembered and raised again."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from smidgen.data.encoded import Example, tokens_of
 from smidgen.efficiency.prefix_cache.cut_point import Cut
 
-Rows = Sequence[dict[str, Any]]
+Rows = Sequence[Example]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +53,9 @@ def lengths_of(rows: Rows) -> list[int] | None:
     return [_length(row) for row in (rows[i] for i in range(len(rows)))]
 
 
-def _length(row: dict[str, Any]) -> int:
-    mask = row.get("attention_mask")
-    return len(row["input_ids"]) if mask is None else int(sum(mask))
+def _length(row: Example) -> int:
+    masked = row.get("attention_mask") is not None
+    return int(sum(tokens_of(row, "attention_mask"))) if masked else len(tokens_of(row))
 
 
 def kept_of(cut: Cut, batch: dict[str, Tensor], shape: tuple[int, ...], lengths: Sequence[int]) -> Tensor:

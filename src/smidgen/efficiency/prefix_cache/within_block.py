@@ -8,7 +8,6 @@ is decided by the check of logits that every cut has to stand.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from smidgen.efficiency.prefix_cache.recorded_pass import Batch, entering
 from smidgen.planning.frozen_modules import frozen_prefix
 from smidgen.planning.plans import Plan
 
-Event = tuple[str, nn.Module, Any]
+Event = tuple[str, nn.Module, object]
 
 
 def inner_cut(cut: Cut, plan: Plan, batch: Batch) -> Cut | None:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 from torch import nn
 
 from smidgen.common.errors import TrainError
 from smidgen.recipe.recipe import Recipe, Term
 from smidgen.training.memory.estimate import plan
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """A training step but for the size of its batch.
+
+    Attributes:
+        length: tokens of an example.
+        recompute: with activations computed again, see `recomputing`.
+    """
+
+    length: int
+    pooling: str | None = None
+    recompute: bool = False
 
 
 def largest_batch(
@@ -34,32 +48,32 @@ def largest_batch(
         TrainError: not even one example fits, or the model's memory cannot be estimated.
         PlanError: the recipe does not fit the model.
     """
-    shape: dict[str, Any] = {"length": length, "pooling": pooling, "recompute": recompute}
-    return batch_and_bytes(model, recipe, max_memory_bytes, batch_size, **shape)[0]
+    return batch_and_bytes(model, recipe, max_memory_bytes, batch_size, StepShape(length, pooling, recompute))[0]
 
 
 def batch_and_bytes(
-    model: nn.Module, recipe: str | Term | Recipe, max_memory_bytes: int, batch_size: int, passes: int = 1, **shape: Any
+    model: nn.Module, recipe: str | Term | Recipe, max_memory_bytes: int, batch_size: int, shape: StepShape
 ) -> tuple[int, int]:
-    """`largest_batch`, and the bytes that its step needs by estimate. passes: rows of the model for each example."""
+    """`largest_batch`, and the bytes that its step needs by estimate."""
     if batch_size < 1:
         raise TrainError(f"batch_size={batch_size} must be at least 1")
     size, need = 2 * batch_size, 0
     while size > 1:
         size //= 2
-        need = _need(model, recipe, passes * size, **shape)
+        need = _need(model, recipe, size, shape)
         if need <= max_memory_bytes:
             return size, need
     ways = ["a shorter max_length", "fewer layers (layers='top:2')", "a base in bfloat16"]
-    ways = ways if shape["recompute"] else ["recompute=True", *ways]
+    ways = ways if shape.recompute else ["recompute=True", *ways]
     raise TrainError(
-        f"one example of {shape['length']} tokens needs {need:,} bytes to train {recipe} on {type(model).__name__}, "
+        f"one example of {shape.length} tokens needs {need:,} bytes to train {recipe} on {type(model).__name__}, "
         f"but only {max_memory_bytes:,} are allowed; what helps: {', '.join(ways)}"
     )
 
 
-def _need(model: nn.Module, recipe: str | Term | Recipe, size: int, **shape: Any) -> int:
-    costs = plan(model, recipe, batch_size=size, **shape).costs or {}
+def _need(model: nn.Module, recipe: str | Term | Recipe, size: int, shape: StepShape) -> int:
+    found = plan(model, recipe, pooling=shape.pooling, batch_size=size, length=shape.length, recompute=shape.recompute)
+    costs = found.costs or {}
     if "unknown" in costs:
         why = costs["unknown"]
         raise TrainError(f"the memory of {type(model).__name__} cannot be estimated ({why}); set batch_size yourself")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +32,9 @@ from smidgen.steps.gradient_checks import snapshot
 from smidgen.steps.optimizer_groups import optimizer
 from smidgen.training.memory.grouped_products import OPERATOR, Grouped, flops
 from smidgen.training.memory.live_tensors import Live
+
+Shape = Sequence[int]
+Costs = dict[str, int | str]
 
 
 def plan(
@@ -68,9 +70,9 @@ def plan(
     return replace(resolved, costs=_tried(model, resolved, batch_size, length, recompute))
 
 
-def _tried(model: nn.Module, resolved: Plan, batch_size: int, length: int, recompute: bool) -> dict[str, Any]:
+def _tried(model: nn.Module, resolved: Plan, batch_size: int, length: int, recompute: bool) -> Costs:
     """The costs with the first inputs that the model takes, or why there are none with any."""
-    config: Any = getattr(model, "config", None)
+    config = getattr(model, "config", None)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
     prompt = sum(prompt_length(row.method, row.site) for row in resolved.rows if isinstance(row.site, InputSite))
     length = min(length, (longest or length + prompt) - prompt)
@@ -99,7 +101,7 @@ def _quiet_torch() -> Iterator[None]:
         logger.disabled = before
 
 
-def _costs(model: nn.Module, resolved: Plan, inputs: Inputs, recompute: bool) -> dict[str, Any]:
+def _costs(model: nn.Module, resolved: Plan, inputs: Inputs, recompute: bool) -> Costs:
     ghost, mode = _ghost(model)
     with mode, Grouped(), Live() as live:
         live.add(*ghost.parameters(), *ghost.buffers())
@@ -130,7 +132,7 @@ def _costs(model: nn.Module, resolved: Plan, inputs: Inputs, recompute: bool) ->
 def _ghost(model: nn.Module) -> tuple[nn.Module, FakeTensorMode]:
     """A copy whose tensors have shapes but no content, placed on the CPU so that its kernels are the ones counted."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # the indices of subsets
-    memo: dict[int, Any] = {}
+    memo: dict[int, Tensor] = {}
     with mode:
         for tensor in (*model.parameters(), *model.buffers()):
             fake = torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -141,7 +143,7 @@ def _ghost(model: nn.Module) -> tuple[nn.Module, FakeTensorMode]:
 def _count(model: nn.Module, inputs: Inputs) -> tuple[int, int, int]:
     """Bytes kept for the backward pass, FLOPs of the forward pass, FLOPs of both; leaves gradients."""
     owned = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, Any] = {}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -184,13 +186,13 @@ def _loss(model: nn.Module, inputs: Inputs) -> Tensor:
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
 
 
-def _not_counted() -> dict[Any, Any]:
+def _not_counted() -> dict[object, Callable[..., int]]:
     """Operators that torch leaves out -> FLOPs from shapes: the CPU's fused attention, the product of experts."""
 
-    def forward(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    def forward(query: Shape, key: Shape, value: Shape, *args: object, **kwargs: object) -> int:
         return sdpa_flop_count(query, key, value)
 
-    def backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    def backward(grad: Shape, query: Shape, key: Shape, value: Shape, *args: object, **kwargs: object) -> int:
         return sdpa_backward_flop_count(grad, query, key, value)
 
     ops = torch.ops.aten

@@ -5,6 +5,7 @@ torch runs it in every dtype, but works out its shapes for bfloat16 alone, and c
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,13 @@ OPERATOR = getattr(torch.ops.aten, "_grouped_mm", None)  # torch 2.8 and later
 class Grouped(TorchDispatchMode):
     """Inside, a product of experts gives a tensor of the right shape; what is in it means nothing."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[Any] = (),  # those of func
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
         """Run an operator, or make what it would give."""
         if OPERATOR is None or func is not OPERATOR.default:
             return func(*args, **(kwargs or {}))
@@ -33,7 +40,7 @@ def _shape(a: Tensor, b: Tensor, offsets: Tensor | None) -> tuple[int, ...]:
     return (a.shape[0], rows, columns) if a.dim() == b.dim() == 3 else (rows, columns)
 
 
-def flops(a_shape: Any, b_shape: Any, *args: Any, **kwargs: Any) -> int:
+def flops(a_shape: Sequence[int], b_shape: Sequence[int], *args: object, **kwargs: object) -> int:
     """FLOPs of it, for torch's counter: each row meets the weight of one expert."""
     groups = a_shape[0] if len(a_shape) == len(b_shape) == 3 else 1
-    return int(2 * groups * a_shape[-2] * a_shape[-1] * b_shape[-1])
+    return 2 * groups * a_shape[-2] * a_shape[-1] * b_shape[-1]

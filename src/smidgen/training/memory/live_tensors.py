@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,7 +28,7 @@ class Live(TorchDispatchMode):
     def add(self, *tensors: Tensor) -> None:
         """Count the storages of tensors, each once."""
         for tensor in tensors:
-            storage: Any = tensor.untyped_storage()
+            storage = tensor.untyped_storage()
             key = storage._cdata  # its address, which is used again only after `_drop`
             if key not in self._sizes:
                 self._sizes[key] = storage.nbytes()
@@ -39,7 +39,13 @@ class Live(TorchDispatchMode):
     def _drop(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         """Run an operator and count what it gives."""
         result = func(*args, **(kwargs or {}))
         self.add(*(value for value in tree_iter(result) if isinstance(value, Tensor)))

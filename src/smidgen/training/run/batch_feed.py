@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from smidgen.common.devices import carried
 from smidgen.data.batching import PackedBatches, ShuffledBatches
 from smidgen.data.encoded import Encoded
+from smidgen.data.kinds.base import Batch, Collate
 from smidgen.efficiency.packing.isolation_check import packer_for
 from smidgen.efficiency.packing.packer import Packer
 from smidgen.training.run.settings import PACK, Settings
-
-Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -61,25 +60,38 @@ class Feed:
     def _counts(self) -> list[int]:
         return [len(self._order(epoch)) for epoch in range(self.settings.epochs)]
 
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[list[int], Batch]]:
         """Row numbers and batch, in the order of the epoch, without the first `skip`."""
         order = self._order(epoch, skip)
         for places, batch in self._packed(order) if isinstance(order, PackedBatches) else self._padded(order):
             yield places, {k: carried(v, self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
-    def _padded(self, order: ShuffledBatches) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    def _padded(self, order: ShuffledBatches) -> Iterator[tuple[list[int], Batch]]:
         for places in order:
             yield places, self.collate([self.rows[i] for i in places])
 
-    def _packed(self, order: PackedBatches) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    def _packed(self, order: PackedBatches) -> Iterator[tuple[list[int], Batch]]:
         for rows in order:
-            yield [i for row in rows for i in row], self.packer([[self.rows[i] for i in row] for row in rows])
+            batch = self.packer([[self.rows[i] for i in row] for row in rows])
+            yield (
+                [i for row in rows for i in row],
+                cast(Batch, batch),
+            )  # its one setting is handed on as well
 
     def _order(self, epoch: int, skip: int = 0) -> ShuffledBatches | PackedBatches:
-        s, lengths = self.settings, self.rows.lengths
-        share: Any = {"skip": skip, "rank": self.rank, "world": self.world}
-        if s.batching == PACK and self.rows.max_length is not None:
-            return PackedBatches(lengths, self.rows.max_length, s.batch_size, s.seed, epoch, **share)
-        if s.batching == "length" or s.batch_tokens is not None:
-            share |= {"lengths": lengths, "tokens": s.batch_tokens}
-        return ShuffledBatches(len(self.rows), s.batch_size, s.seed, epoch, **share)
+        s, lengths, most = self.settings, self.rows.lengths, self.rows.max_length
+        if s.batching == PACK and most is not None:
+            return PackedBatches(
+                lengths, most, s.batch_size, s.seed, epoch, skip=skip, rank=self.rank, world=self.world
+            )
+        return ShuffledBatches(
+            len(self.rows),
+            s.batch_size,
+            s.seed,
+            epoch,
+            skip=skip,
+            rank=self.rank,
+            world=self.world,
+            lengths=lengths if s.batching == "length" or s.batch_tokens is not None else None,
+            tokens=s.batch_tokens,
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -88,7 +87,7 @@ class MetricsLog(Callback):
         speed: gives training examples a second.
     """
 
-    def __init__(self, write: Callable[[Mapping[str, Any]], None], speed: Callable[[], float]) -> None:
+    def __init__(self, write: Callable[[Mapping[str, object]], None], speed: Callable[[], float]) -> None:
         self.write, self.speed = write, speed
 
     def on_step(self, run: RunStatus) -> None:
@@ -113,7 +112,7 @@ class Callbacks:
     def __init__(self, own: Sequence[Callback], given: Sequence[Callback], save: Callable[[], str]) -> None:
         self.own, self.given, self.save = own, given, save
 
-    def tell(self, event: str, run: RunStatus, *about: Any) -> None:
+    def tell(self, event: str, run: RunStatus, *about: object) -> None:
         """Call `on_<event>` of all.
 
         Raises:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
 from smidgen.common.errors import TrainError
+from smidgen.data.kinds.base import Collate
 from smidgen.efficiency.fast_dropout import FastDropout
 from smidgen.efficiency.first_token.last_block import FirstRow
 from smidgen.efficiency.prefix_cache.cache import PrefixCache
 from smidgen.efficiency.prefix_cache.equivalence_check import batch_of, check_logits, few_examples, few_places
 from smidgen.efficiency.prefix_cache.recorded_pass import in_eval_mode, result_of
-from smidgen.efficiency.prefix_cache.shared_caches import Kept
+from smidgen.efficiency.prefix_cache.token_layout import Rows
 from smidgen.ports.attachment_record import attachment
-from smidgen.training.run.batch_feed import Collate
-from smidgen.training.run.prefix_cache_policy import ON, kept_prefix
+from smidgen.training.run.prefix_cache_policy import ON, Conditions, kept_prefix
 from smidgen.training.run.settings import Settings
 
 
@@ -56,33 +54,29 @@ class Shortcut:
 
 def shortcuts(
     model: nn.Module,
-    splits: Sequence[Sequence[dict[str, Any]]],
-    collate: Collate,
-    settings: Settings,
+    splits: Sequence[Rows],
+    given: Conditions,
     before: Mapping[str, str | None],
-    folder: str | os.PathLike[str] | None,
-    shared: Kept | None = None,
     unsteered: str | None = None,
 ) -> tuple[list[Shortcut], dict[str, str]]:
     """A shortcut for each split, and for "cache" and "rows" whether they are on, or why not.
 
     Args:
         before: what came of it at the first start of a run that is resumed: it is done, or not done, again.
-        folder: for hidden states that are too large for memory, if a cache is insisted on.
-        shared: caches that earlier runs filled.
         unsteered: why the kind of task has neither; None if it may.
 
     Raises:
         TrainError: something is insisted on and cannot be had; says why.
     """
+    settings, shared = given.settings, given.shared
     fast = settings.fast_dropout and not settings.recompute  # what is computed again runs outside of any mode
     if unsteered is not None:
         insisted = [f"{name}=True" for name in ("cache", "only_read") if getattr(settings, name)]
         if insisted:
             raise TrainError(f"{insisted[0]}, but {unsteered}; leave it out")
         return [Shortcut(fast_dropout=fast) for _ in splits], {"cache": unsteered, "rows": unsteered}
-    caches, cached = kept_prefix(model, splits, collate, settings, before.get("cache"), folder, shared)
-    find = partial(_first_row, model, splits[0], collate, settings, before.get("rows"), caches[0])
+    caches, cached = kept_prefix(model, splits, given, before.get("cache"))
+    find = partial(_first_row, model, splits[0], given, before.get("rows"), caches[0])
     same = (str(attachment(model).plan.recipe), settings.pooling, settings.only_read, before.get("rows"))
     row, read = find() if shared is None else shared.once(same, find)
     made = [Shortcut(cache, row, fast) for cache in caches]
@@ -90,9 +84,9 @@ def shortcuts(
 
 
 def _first_row(
-    model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, settings: Settings, before: str | None,
-    cache: PrefixCache | None,
-) -> tuple[FirstRow | None, str]:  # fmt: skip
+    model: nn.Module, rows: Rows, given: Conditions, before: str | None, cache: PrefixCache | None
+) -> tuple[FirstRow | None, str]:
+    settings, collate = given.settings, given.collate
     if settings.only_read is False:
         return None, "off"
     if before not in (None, ON):
@@ -114,7 +108,7 @@ def _declined(reason: str, settings: Settings, before: str | None) -> str:
     return reason
 
 
-def _check(model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, shortcut: Shortcut) -> None:
+def _check(model: nn.Module, rows: Rows, collate: Collate, shortcut: Shortcut) -> None:
     """Both together, on a few examples."""
     places = few_places(rows)
     batch = batch_of(model, rows, collate, places)

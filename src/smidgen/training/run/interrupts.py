@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from typing import Any, Self
+from types import FrameType
+from typing import Self
 
 
 class Interrupts:
@@ -17,7 +18,7 @@ class Interrupts:
             signal.signal(signal.SIGINT, self._note)
         return self
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self.seen = True
         signal.signal(signal.SIGINT, self.before)
 

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object, set_seed
@@ -19,6 +18,7 @@ from smidgen.common.errors import DivergedError, TrainError
 from smidgen.common.folder_lock import folder_lock_held
 from smidgen.common.memory import give_back_memory, memory_guard
 from smidgen.data.encoded import Encoded
+from smidgen.data.kinds.base import Batch
 from smidgen.delta.attaching import attach, detach
 from smidgen.delta.delta import Delta
 from smidgen.delta.saved_selection import Selection
@@ -37,7 +37,7 @@ from smidgen.steps.micro_batches import Piece, pieces
 from smidgen.steps.objectives import BATCH, SUM, reduction_of
 from smidgen.steps.optimizer_groups import optimizer
 from smidgen.steps.other_batches import Source
-from smidgen.training.memory.batch_size import batch_and_bytes
+from smidgen.training.memory.batch_size import StepShape, batch_and_bytes
 from smidgen.training.run.batch_coupling import READS_OTHERS, check_coupling, check_reading
 from smidgen.training.run.batch_feed import Feed
 from smidgen.training.run.callbacks import Callbacks, Growth, MetricsLog, RunStatus
@@ -45,6 +45,7 @@ from smidgen.training.run.checkpoint import pack, unpack
 from smidgen.training.run.forward_shortcuts import shortcuts
 from smidgen.training.run.interrupts import Interrupts
 from smidgen.training.run.model_guard import borrowed
+from smidgen.training.run.prefix_cache_policy import Conditions
 from smidgen.training.run.progress import Choices, Progress, State, Validation
 from smidgen.training.run.progress_bar import Bar
 from smidgen.training.run.prompt_budget import check_lengths, longest
@@ -99,7 +100,7 @@ class Loop:
         """The validations of the run, also of one that was finished before."""
         return self.progress.history or self.folder.history()
 
-    def _fit(self, wanted: Mapping[str, Any]) -> Delta:
+    def _fit(self, wanted: Mapping[str, object]) -> Delta:
         """Everything that is known once the folder is this run's alone."""
         earlier = self.folder.open(wanted)  # again: another process may have come between
         if (delta := self._finished()) is not None:
@@ -147,14 +148,13 @@ class Loop:
         else:
             attach(self.model, self.run.recipe, pooling=s.pooling, seed=s.seed, selection=self.selection)
 
-    def _decide(self, wanted: Mapping[str, Any], room: Settings, size: int, earlier: Choices | None) -> None:
+    def _decide(self, wanted: Mapping[str, object], room: Settings, size: int, earlier: Choices | None) -> None:
         """What settings left open, now or at an earlier start."""
         before = {} if earlier is None else {"cache": earlier.cache, "rows": earlier.rows}
         splits = (self.rows,) if self.held is None else (self.rows, self.mine)
         unsteered = self.kind.unsteered or (READS_OTHERS if self.beside.batches else None)
-        made, why = shortcuts(
-            self.model, splits, self.collate, room, before, self.folder.path, self.run.shared, unsteered
-        )
+        given = Conditions(self.collate, room, self.folder.path, self.run.shared)
+        made, why = shortcuts(self.model, splits, given, before, unsteered)
         self.around, self.around_held = made[0], made[-1]
         fresh = choices(self.model, self.settings, self.rows, self.total, self.world)
         fresh = replace(fresh, cache=why["cache"], rows=why["rows"], rows_at_once=size)
@@ -170,11 +170,12 @@ class Loop:
             return s, s.batch_size
         if self.accelerator.device.type == "cpu":
             give_back_memory()
-        length = self.rows.max_length if s.batching == PACK else max(self.rows.lengths)
+        longest_row = max(self.rows.lengths)
+        length = self.rows.max_length or longest_row if s.batching == PACK else longest_row
         most = s.batch_size if earlier is None or earlier.rows_at_once is None else earlier.rows_at_once
-        shape: Any = {"length": length, "pooling": s.pooling, "recompute": s.recompute}
+        shape = StepShape(length, s.pooling, s.recompute)
         limit = parse_bytes(s.max_memory)
-        size, need = batch_and_bytes(self.model, self.run.recipe, limit, most, **shape)
+        size, need = batch_and_bytes(self.model, self.run.recipe, limit, most, shape)
         if self.reduction == BATCH and (size < s.batch_size or s.batch_tokens is not None):
             raise TrainError(
                 f"{type(self.objective).__name__} couples the {s.batch_size} examples of a batch, of which max_memory "
@@ -242,7 +243,7 @@ class Loop:
         for module in self.resting:
             module.eval()
 
-    def _step(self, places: Sequence[int], batch: dict[str, Any]) -> None:
+    def _step(self, places: Sequence[int], batch: Batch) -> None:
         """One optimiser step, with what is checked and told of it."""
         progress, value = self.progress, 0.0
         factor = self.settings.rate(progress.step, self.total)
@@ -287,7 +288,7 @@ class Loop:
             self.prepared = self.accelerator.prepare_model(self.model)
             self.trained = list(trained_parameters(self.model).values())
 
-    def _loss(self, model: nn.Module, batch: dict[str, Any], at: At | None = None) -> Tensor:
+    def _loss(self, model: nn.Module, batch: Batch, at: At | None = None) -> Tensor:
         return loss_of(model, batch, self.objective, self.beside, at)
 
     def _dry_run(self) -> None:

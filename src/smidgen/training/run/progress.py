@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 from torch import Tensor
+
+
+class ValidationLine(TypedDict):
+    """A validation as JSON has it."""
+
+    epoch: int
+    step: int
+    validation: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -22,12 +30,12 @@ class Validation:
     step: int
     scores: Mapping[str, float]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> ValidationLine:
         """As metrics.jsonl and a checkpoint have it."""
         return {"epoch": self.epoch, "step": self.step, "validation": dict(self.scores)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
+    def from_json(cls, data: ValidationLine) -> Self:
         """The inverse."""
         return cls(int(data["epoch"]), int(data["step"]), dict(data["validation"]))
 
@@ -50,7 +58,7 @@ class Progress:
     best_epoch: int | None = None
     history: list[Validation] = field(default_factory=list)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain data."""
         return {**vars(self), "history": [entry.to_json() for entry in self.history]}
 
@@ -96,7 +104,7 @@ class Choices:
     rows: str | None = None
     rows_at_once: int | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain data."""
         return asdict(self)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
+from smidgen.data.processor import Processor
 from smidgen.methods.capabilities import AddsTokens
 from smidgen.planning.prompt_positions import prompt_length
 from smidgen.planning.resolution import resolve
@@ -31,7 +31,7 @@ def room(model: nn.Module, recipe: Recipe) -> tuple[int | None, int]:
     return position_limit(model, rows[0][1]), sum(prompt_length(method, site) for method, site in rows)
 
 
-def longest(model: nn.Module, recipe: Recipe, processor: Any) -> int | None:
+def longest(model: nn.Module, recipe: Recipe, processor: Processor) -> int | None:
     """Most tokens of a text when nobody says: None for the processor's own limit, less where a prompt needs room."""
     limit, taken = room(model, recipe)
     return None if limit is None else min(getattr(processor, "model_max_length", 512), 512, limit - taken)

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -36,7 +36,7 @@ class RunFolder:
         self.path = None if path is None else Path(path)
         self.writer = writer and path is not None
 
-    def open(self, asked: Mapping[str, Any]) -> Choices | None:
+    def open(self, asked: Mapping[str, object]) -> Choices | None:
         """What was chosen at an earlier start of the same run, or None for a new one.
 
         Raises:
@@ -54,14 +54,14 @@ class RunFolder:
         check_same(self.path, record["asked"], asked)
         return Choices.from_json(record["chosen"])
 
-    def start(self, asked: Mapping[str, Any], chosen: Choices) -> None:
+    def start(self, asked: Mapping[str, object], chosen: Choices) -> None:
         """Write what was asked and every automatic choice, to be used again on resuming."""
         if self.writer and self.path:
             record = {"asked": asked, "chosen": chosen.to_json()}
             content = json.dumps(record, indent=1, sort_keys=True).encode()
             write_files(self.path, {RUN: content, METRICS: b""})
 
-    def agreed(self, asked: Mapping[str, Any], chosen: Choices, earlier: Choices | None) -> Choices:
+    def agreed(self, asked: Mapping[str, object], chosen: Choices, earlier: Choices | None) -> Choices:
         """The choices to train by: fresh ones, written down, or those of the earlier start.
 
         Raises:
@@ -99,7 +99,7 @@ class RunFolder:
         """Whether the run came to its end: the delta is there."""
         return self.path is not None and (self.path / META).is_file()
 
-    def log(self, entry: Mapping[str, Any]) -> None:
+    def log(self, entry: Mapping[str, object]) -> None:
         """Append one line to metrics.jsonl."""
         if self.writer and self.path:
             with open(self.path / METRICS, "a", encoding="utf-8") as file:
@@ -161,7 +161,7 @@ def hashed_by(file: Path) -> str:
     return str(asked.get("base_hash", SHA256)) if isinstance(asked, Mapping) and "base" in asked else XXH3
 
 
-def check_same(path: Path, before: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+def check_same(path: Path, before: Mapping[str, object], asked: Mapping[str, object]) -> None:
     """Raises TrainError, naming the first difference, if what is asked now is not what a folder was begun with."""
     for key in sorted(asked):
         if _spelled(before.get(key)) != _spelled(asked[key]):
@@ -170,11 +170,12 @@ def check_same(path: Path, before: Mapping[str, Any], asked: Mapping[str, Any]) 
             raise TrainError(f"{path} holds another run: {what}; choose another --out, or remove the folder")
 
 
-def _difference(key: str, before: Any, asked: Any) -> tuple[str, str, str]:
+def _difference(key: str, before: object, asked: object) -> tuple[str, str, str]:
     """What differs, and both of its values as a person reads them. Of settings, the first that differs."""
     if key == "recipe" and before is not None:
         with suppress(RecipeError):  # of an earlier version, with other fields
-            return key, str(Recipe.from_json(before)), str(Recipe.from_json(asked))
+            then, now = (str(Recipe.from_json(cast("list[dict[str, object]]", terms))) for terms in (before, asked))
+            return key, then, now
     if isinstance(before, list | tuple) and isinstance(asked, list | tuple):
         if len(before) != len(asked):
             return f"the number of {key}", str(len(before)), str(len(asked))
@@ -185,5 +186,5 @@ def _difference(key: str, before: Any, asked: Any) -> tuple[str, str, str]:
     return key, repr(before), repr(asked)
 
 
-def _spelled(value: Any) -> str:
+def _spelled(value: object) -> str:
     return json.dumps(value, sort_keys=True)  # as text, 1 (a count) is not 1.0 (a share)

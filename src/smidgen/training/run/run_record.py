@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +18,7 @@ from smidgen.training.run.run_spec import RunSpec
 from smidgen.training.run.settings import Settings
 
 
-def asked(run: RunSpec, algorithm: str = XXH3) -> dict[str, Any]:
+def asked(run: RunSpec, algorithm: str = XXH3) -> dict[str, object]:
     """What has to be the same when a run is resumed, plain data; `algorithm`: by which its record tells the base.
 
     Raises:
@@ -59,7 +58,7 @@ def choices(model: nn.Module, settings: Settings, rows: Encoded, steps: int, pro
 
 def outcome(
     run: RunSpec, max_length: int | None, progress: Progress, total: int, selection: Selection | None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """What a delta records of the run that it comes from, plain data. Without a validation the last epoch counts."""
     task, start = run.task, run.start
     best = next((entry for entry in progress.history if entry.epoch == progress.best_epoch), None)
