@@ -259,7 +259,6 @@ def unpacked(tree):
 # (file, callee) where something is unpacked all the same; nothing may join them
 UNPACKS = {
     "settings of `fit`, which a caller gives by keyword": {
-        ("delta/attaching.py", "attach"),
         ("studies/experiments/arm.py", "fit"),
         ("studies/experiments/fisher_stability.py", "fisher"),
         ("studies/experiments/fisher_stability.py", "fit"),
@@ -276,7 +275,6 @@ UNPACKS = {
     },
     "what torch's function gets": {("efficiency/first_token/last_block.py", "attend_once")},
     "arguments that several calls share": {
-        ("delta/hf_peft/conversion.py", "of"),
         ("planning/gaps.py", "beside"),
         ("ports/placement.py", "Attachment"),
         ("sites/discovery.py", "ConvSite"),

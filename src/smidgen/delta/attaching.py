@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from smidgen.common.errors import AttachError
 from smidgen.common.module_modes import modes_kept, renew_caches
@@ -105,12 +104,20 @@ def remove(model: nn.Module) -> None:
 
 
 @contextmanager
-def attached(model: nn.Module, what: str | Term | Recipe | Delta | Sum[Delta], **options: Any) -> Iterator[nn.Module]:
+def attached(
+    model: nn.Module,
+    what: str | Term | Recipe | Delta | Sum[Delta],
+    *,
+    pooling: str | None = None,
+    seed: int = 0,
+    selection: Selection | None = None,
+    verify: bool = True,
+) -> Iterator[nn.Module]:
     """`attach` on entry, take off on exit, also after an error; a delta switches the model to eval mode inside."""
     refuse_attached(model)
-    what = what.on(model, verify=options.get("verify", True)) if isinstance(what, Sum) else what
+    what = what.on(model, verify=verify) if isinstance(what, Sum) else what
     with modes_kept(model):
-        attach(model, what, **options)
+        attach(model, what, pooling=pooling, seed=seed, selection=selection, verify=verify)
         if isinstance(what, Delta):
             model.eval()
         try:
@@ -166,6 +173,7 @@ def fill_values(model: nn.Module, delta: Delta) -> None:
                 tensor.copy_(delta.tensors[name])
         for row in attachment(model).plan.rows:
             for symbol, _ in row.routes:
-                module: Any = module_at(model, row.site.path)
-                getattr(module.edits[row.key], symbol).copy_(delta.tensors[row.name(symbol) + INDICES])
+                name = row.name(symbol)
+                indices: Tensor = getattr(module_at(model, name.rpartition(".")[0]), symbol)
+                indices.copy_(delta.tensors[name + INDICES])
     renew_caches(model)

@@ -9,9 +9,8 @@ write to a tensor of up to `SAMPLE` values and any that goes over a whole larger
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import xxhash
@@ -43,7 +42,7 @@ class _Known:
     digests: dict[torch.dtype | None, bytes] = field(default_factory=dict)
 
 
-_known: Any = WeakIdKeyDictionary()
+_known: MutableMapping[Tensor, _Known] = WeakIdKeyDictionary()
 _lock = threading.RLock()
 
 
@@ -86,7 +85,7 @@ def tensor_bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:
 
 def _recalled(tensor: Tensor, content: Content | None, dtype: torch.dtype | None) -> bytes | None:
     with _lock:
-        known: _Known | None = _known.get(tensor)
+        known = _known.get(tensor)
         return None if known is None or known.content != content else known.digests.get(dtype)
 
 
@@ -94,7 +93,7 @@ def _remember(tensor: Tensor, content: Content | None, dtype: torch.dtype | None
     if content is None:
         return
     with _lock:
-        known: _Known | None = _known.get(tensor)
+        known = _known.get(tensor)
         if known is None or known.content != content:
             _known[tensor] = known = _Known(content)
         known.digests[dtype] = digest
@@ -146,7 +145,7 @@ def forget(tensors: Iterable[Tensor]) -> None:
             _known.pop(tensor, None)
 
 
-def _after_optimizer(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def _after_optimizer(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
     """Behind every step of any optimiser: fused kernels do not count their writes."""
     if _known:
         forget(p for group in optimizer.param_groups for p in group["params"])

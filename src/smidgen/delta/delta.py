@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -24,6 +24,7 @@ from smidgen.delta import model_card
 from smidgen.delta.arithmetic.sums import Operand
 from smidgen.delta.content_hash import tensor_bytes
 from smidgen.delta.fingerprint import Fingerprint
+from smidgen.delta.saved_form import FIELDS, DeltaForm, TensorForm
 from smidgen.methods.base import renewed
 from smidgen.planning.resolution import resolve
 from smidgen.planning.saved_layout import is_value, pack_indices, packed_shapes, unpack_indices
@@ -32,7 +33,6 @@ from smidgen.recipe.recipe import Recipe, Term
 
 FORMAT_VERSION = 1
 TENSORS, META, CARD = "delta.safetensors", "delta.json", "README.md"
-FIELDS = {"format_version", "smidgen_version", "recipe", "base", "head", "pooling", "labels", "info", "tensors"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class Delta(Operand):
     info: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, **info: Any) -> Delta:
+    def of(cls, model: nn.Module, **info: object) -> Delta:
         """What is attached to the model now, copied, for one's own training loop or Trainer.
 
         Raises:
@@ -75,7 +75,7 @@ class Delta(Operand):
         head = tuple(name for name, _ in record.plan.head)
         base = Fingerprint.of(model, (*head, *renewed(record.plan.recipe, model)))
         tensors = {name: p.detach().cpu().clone() for name, p in everything}
-        config: Any = getattr(model, "config", None)
+        config = getattr(model, "config", None)
         labels = _labels(config) if head else ()
         return cls(
             record.result,
@@ -88,7 +88,7 @@ class Delta(Operand):
         )
 
     @classmethod
-    def between(cls, base: nn.Module, tuned: nn.Module, recipe: str | Term | Recipe, **info: Any) -> Delta:
+    def between(cls, base: nn.Module, tuned: nn.Module, recipe: str | Term | Recipe, **info: object) -> Delta:
         """What a recipe would have trained, read from a base and a fine-tuned checkpoint of it.
 
         Raises:
@@ -131,11 +131,11 @@ class Delta(Operand):
             found.update(tensor_bytes(tensor, tensor.dtype))
         return found.hexdigest()
 
-    def with_info(self, **info: Any) -> Delta:
+    def with_info(self, **info: object) -> Delta:
         """The same delta with more recorded about it."""
         return replace(self, info={**self.info, **info})
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> DeltaForm:
         """Everything but the values."""
         return {
             "format_version": FORMAT_VERSION,
@@ -209,11 +209,11 @@ class Delta(Operand):
         return f"Delta({self.recipe} on {name}: {self.trained:,} values, head {self.head_values:,})"
 
 
-def _info(model: nn.Module, info: Mapping[str, Any]) -> dict[str, Any]:
+def _info(model: nn.Module, info: Mapping[str, object]) -> dict[str, object]:
     return {"model_class": type(model).__name__, **info}
 
 
-def _labels(config: Any) -> tuple[str, ...]:
+def _labels(config: object) -> tuple[str, ...]:
     names = getattr(config, "id2label", None) or {}
     return tuple(str(names[i]) for i in sorted(names))
 
@@ -241,7 +241,7 @@ def _listing(folder: Path) -> str:
     return ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
 
 
-def _meta(path: Path) -> dict[str, Any]:
+def _meta(path: Path) -> DeltaForm:
     meta = read_json(path)
     version = meta.get("format_version")
     if version != FORMAT_VERSION:
@@ -250,10 +250,10 @@ def _meta(path: Path) -> dict[str, Any]:
         wrong = [f"unexpected {k}" for k in sorted(set(meta) - FIELDS)]
         wrong += [f"missing {k}" for k in sorted(FIELDS - set(meta))]
         raise DeltaError(f"{path}: {', '.join(wrong)}")
-    return meta
+    return cast(DeltaForm, meta)
 
 
-def _tensors(path: Path, wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+def _tensors(path: Path, wanted: Mapping[str, TensorForm]) -> dict[str, Tensor]:
     """Names, dtypes and shapes are compared with the JSON before anything is allocated."""
     if not path.is_file():
         raise DeltaError(f"{path} is missing")

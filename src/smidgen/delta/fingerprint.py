@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 import xxhash
@@ -78,7 +77,7 @@ class Fingerprint:
         buffers = dict(sorted(base_buffers(model).items()))
         dtype = dtype or base_dtype(tensors)
         structure = hashlib.sha256("".join(f"{n}{tuple(t.shape)}" for n, t in tensors.items()).encode())
-        config: Any = getattr(model, "config", None)
+        config = getattr(model, "config", None)
         return cls(
             getattr(config, "model_type", type(model).__name__),
             structure.hexdigest()[:32],

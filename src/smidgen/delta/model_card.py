@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from smidgen.delta.mergeable import folds
+from smidgen.delta.saved_form import DeltaForm
 from smidgen.recipe.recipe import Recipe
 
 TEMPLATE = """---
@@ -34,7 +32,7 @@ MERGE = "merged = sm.merge(model, delta)  # a plain {architecture} model"
 KEPT = "# stays attached: not all of it can be folded into weights"
 
 
-def card_text(recipe: Recipe, trained: int, head: int, meta: Mapping[str, Any]) -> str:
+def card_text(recipe: Recipe, trained: int, head: int, meta: DeltaForm) -> str:
     """The card of a delta, in Markdown with the hub's front matter. meta: the content of delta.json."""
     base = meta["base"]
     rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in meta["info"].get("scores", {}).items())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -56,7 +55,6 @@ def _unset(model: nn.Module) -> str:
     if still:
         return "its config.tie_word_embeddings stays, for other weights: transformers below 5 would tie it again"
     for config in (model.config, model.config.get_text_config()):
-        text: Any = config
-        text.tie_word_embeddings = False
+        config.tie_word_embeddings = False
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     return "its config.tie_word_embeddings is False"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from smidgen.methods.base import Method
 from smidgen.methods.capabilities import Joins, Renews
 from smidgen.planning.plans import Plan
 from smidgen.planning.row import INDICES, Row
-from smidgen.recipe.recipe import Narrowing, Recipe
+from smidgen.planning.selection.select_term import Select
+from smidgen.recipe.recipe import Narrowing, Recipe, Term
 
 
 def check_alike(deltas: Sequence[Trained]) -> None:
@@ -165,9 +166,9 @@ def sum_recipe(recipes: Sequence[Recipe], plan: Plan, kept: Changes, own: Change
     return Recipe(tuple(terms), tuple(_sum_span(span, plan, kept, own) for span in recipes[0].narrowed))
 
 
-def _sum_term(methods: Sequence[Any]) -> Method:
-    first: Method = methods[0]
-    return _joined(methods) or first
+def _sum_term(terms: Sequence[Term]) -> Method:
+    methods = cast("Sequence[Method]", terms)  # whatever adds up is one
+    return _joined(methods) or methods[0]
 
 
 def _joined(methods: Sequence[Method]) -> Method | None:
@@ -179,5 +180,5 @@ def _sum_span(span: Narrowing, plan: Plan, kept: Changes, own: Changes) -> Narro
     rows = [row for row in plan.rows if span.start <= row.index < span.stop]
     names = [row.name(term) for row in rows for term, _ in row.terms]
     count, before = (sum(int(masks[name].sum()) for name in names) for masks in (kept, own))
-    by: Any = span.by
+    by = cast(Select, span.by)
     return span if count == before else replace(span, by=replace(by, keep=count, granularity="element", scope="global"))

@@ -6,7 +6,7 @@ All of it is on changes from the base (trained value minus base value), which a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Generic, TypeVar, cast
@@ -191,11 +191,16 @@ def dare(
 
 
 def _combined(
-    terms: Sequence[tuple[float, D]], model: nn.Module, rule: Rule, how: dict[str, Any], head: str, verify: bool = True
+    terms: Sequence[tuple[float, D]],
+    model: nn.Module,
+    rule: Rule,
+    how: Mapping[str, str | float],
+    head: str,
+    verify: bool = True,
 ) -> D:
     """The delta whose merged weights are those of a weighted rule over the deltas; `how` goes into its record."""
     weights, deltas = [weight for weight, _ in terms], [delta for _, delta in terms]
-    first: Any = deltas[0]
+    first: Any = deltas[0]  # a dataclass
     model = bare(model)
     check_model(model)
     if is_attached(model):
@@ -213,7 +218,7 @@ def _combined(
         return cast(D, replace(first, info=info))  # bit for bit, and whatever the method
     wholes = [resolve(model, delta.recipe, delta.pooling, delta.head) for delta in deltas]
     check_tensors(wholes)
-    check_linear(wholes[0], "sum" if rule is total else how["how"])
+    check_linear(wholes[0], "sum" if rule is total else str(how["how"]))
     starts = starts_of(model, wholes[0])
     changes, trained = zip(*(changes_of(plan, d, starts) for plan, d in zip(plans, deltas, strict=True)), strict=True)
     kept = {name: torch.stack([masks[name] for masks in trained]).any(0) for name in starts}
@@ -243,5 +248,5 @@ def _check_fits(model: nn.Module, result: Trained) -> None:
         raise DeltaError(f"the sum would be {result.recipe}, which is no recipe for this model: {error}") from None
 
 
-def _said(weight: float, delta: Trained) -> dict[str, Any]:
+def _said(weight: float, delta: Trained) -> dict[str, object]:
     return {"weight": weight, "recipe": str(delta.recipe), "info": dict(delta.info)}

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -54,13 +54,32 @@ _KNOWN = {
 _STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "pissa")
 
 
+class AdapterConfig(TypedDict, total=False):
+    """Fields of adapter_config.json that are read here."""
+
+    peft_type: str
+    task_type: str | None
+    target_modules: list[str] | str | None
+    modules_to_save: list[str] | None
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    alpha_pattern: dict[str, float] | None
+    use_rslora: bool
+    use_dora: bool
+    init_lora_weights: bool | str | None
+    bias: str
+    num_virtual_tokens: int
+    num_transformer_submodules: int | None
+
+
 @dataclass(frozen=True)
 class AdapterFile:
     """What an adapter's two files say; names of tensors come without PEFT's prefix."""
 
     source: str
     kind: str
-    config: Mapping[str, Any]
+    config: AdapterConfig
     tensors: Mapping[str, Tensor]
 
     @property
@@ -83,7 +102,7 @@ def read_adapter(source: str | os.PathLike[str]) -> AdapterFile:
             change what the tensors mean.
     """
     folder = _folder(source)
-    config = read_json(folder / CONFIG)
+    config = cast(AdapterConfig, read_json(folder / CONFIG))
     kind = config.get("peft_type")
     if kind not in MARKS:
         raise DeltaError(f"{folder / CONFIG}: peft_type {kind!r} cannot be read; {', '.join(MARKS)} can")
@@ -95,13 +114,13 @@ def read_adapter(source: str | os.PathLike[str]) -> AdapterFile:
     return adapter
 
 
-def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+def write_adapter(folder: Path, config: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Path:
     """Write both files of an adapter, each whole or not at all; names of tensors come without PEFT's prefix.
 
     Raises:
         DeltaError: the folder cannot be written.
     """
-    prefix = _prefix(config["peft_type"])
+    prefix = _prefix(str(config["peft_type"]))
     names = {name: name if name == PROMPT else prefix + name for name in sorted(tensors)}
     data = {names[name]: tensors[name].detach().cpu().contiguous() for name in names}
     text = json.dumps(config, indent=2, sort_keys=True).encode()
@@ -133,7 +152,7 @@ def _listed(module: str, targets: Iterable[str]) -> bool:
     return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
-def _check_fields(path: Path, kind: str, config: Mapping[str, Any]) -> None:
+def _check_fields(path: Path, kind: str, config: AdapterConfig) -> None:
     """Refuse fields of a PEFT configuration that have no counterpart here, and starts that change the base."""
     for field, value in config.items():
         if value and field not in _KNOWN[kind]:
@@ -149,8 +168,9 @@ def _check_fields(path: Path, kind: str, config: Mapping[str, Any]) -> None:
             "it in PEFT as a plain LoRA (path_initial_model_for_weight_conversion) first"
         )
     for field in ("r", "lora_alpha"):
-        if not isinstance(config.get(field), int | float) or config[field] <= 0:
-            raise DeltaError(f"{path}: {field}={config.get(field)!r} is not a number above 0")
+        value = config.get(field)
+        if not isinstance(value, int | float) or value <= 0:
+            raise DeltaError(f"{path}: {field}={value!r} is not a number above 0")
 
 
 def _prefix(kind: str) -> str:

@@ -98,12 +98,12 @@ def from_peft(source: str | os.PathLike[str], model: nn.Module) -> Delta:
     if found := not_finite(values):
         raise DeltaError(f"{source}: {found}; its training diverged, or the file is damaged")
     named = _by_saved_name(plan, values)
-    info = {"source": f"peft {adapter.kind}"} | ({"head_from_model": missing} if missing else {})
     with attached(model, recipe):
         with torch.no_grad():
             for name, parameter in trained_parameters(model).items():
                 parameter.copy_(named[name])
-        return Delta.of(model, **info)
+        delta = Delta.of(model, source=f"peft {adapter.kind}")
+    return delta.with_info(head_from_model=missing) if missing else delta
 
 
 def to_peft(delta: Delta, model: nn.Module, folder: str | os.PathLike[str]) -> Path:

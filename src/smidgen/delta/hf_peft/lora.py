@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +49,8 @@ def read_lora(reader: Reader) -> tuple[Method, Values]:
     (rank,) = ranks
     if cls is PiSSA:
         _check_starts(reader, sites, rank)
-    fields = _fields(reader, rank)
-    candidates = (cls(target=one_or_many(t), layers=layers, **fields) for layers, t in reader.places(sites))
+    like = _strengths(reader, cls(rank=rank))
+    candidates = (replace(like, target=one_or_many(t), layers=layers) for layers, t in reader.places(sites))
     return reader.pick(candidates, set(groups), lambda m, s: (s.name,) if m.acts(s) else ()), values
 
 
@@ -81,13 +81,14 @@ def _check_starts(reader: Reader, sites: Sequence[Site], rank: int) -> None:
             )
 
 
-def _fields(reader: Reader, rank: int) -> dict[str, Any]:
+def _strengths(reader: Reader, method: LoRA) -> LoRA:
+    """The method with the config's strength and dropout."""
     config = reader.adapter.config
     alpha = config["lora_alpha"]
     if any(value != alpha for value in (config.get("alpha_pattern") or {}).values()):
         raise reader.refusal(f"alpha_pattern={config['alpha_pattern']} sets several strengths; a recipe has one alpha")
-    fields = {"rank": rank, "alpha": alpha, "dropout": config.get("lora_dropout", 0.0)}
-    return {**fields, "scaling": "rslora"} if config.get("use_rslora") else fields
+    scaling = "rslora" if config.get("use_rslora") else method.scaling
+    return replace(method, alpha=alpha, dropout=config.get("lora_dropout", 0.0), scaling=scaling)
 
 
 def write_lora(method: Method, sites: list[Placed], model: nn.Module) -> Parts:
@@ -134,7 +135,7 @@ def _pair(method: LoRA, values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"A": torch.cat((values["A"], values["A0"])), "B": torch.cat((values["B"], -values["B0"]), dim=1)}
 
 
-def _strength(method: LoRA, rank: int) -> dict[str, Any]:
+def _strength(method: LoRA, rank: int) -> dict[str, object]:
     """r, lora_alpha and use_rslora with the method's scale at a rank that blocks may have raised."""
     root = method.scaling == "rslora"
     alpha = method.rank if method.alpha is None else method.alpha
@@ -164,8 +165,7 @@ def _lengths(group: list[Placed], model: nn.Module) -> Tensor:
     site, tensors = group[0]
     if not site.part:
         return tensors["m"]
-    module: Any = model.get_submodule(site.path)
-    weight, _ = stored(module)
+    weight, _ = stored(model.get_submodule(site.path))
     whole = torch.linalg.vector_norm(weight.T if site.transposed else weight, dim=1).to(tensors["m"])
     for part, values in group:
         whole = whole if (rows := part.rows) is None else rows.put(whole, values["m"])

@@ -9,11 +9,11 @@ function is not taken from a list of models: it is computed, on the model itself
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from smidgen.common.errors import DeltaError
 from smidgen.common.module_modes import evaluating
@@ -32,7 +32,6 @@ from smidgen.sites.task_head import own_pooling
 STATIC = ("default", "linear", "llama3", "yarn")  # rotary frequencies that no length of text changes
 TOKENS = 8  # of the text on which both functions are compared
 
-Model = Any
 Refuse = Callable[[str], DeltaError]
 
 
@@ -41,7 +40,7 @@ def read_prefix(reader: Reader) -> tuple[Method, Values]:
 
     `prefix_projection` has no effect: PEFT saves what the network gives.
     """
-    model, refuse = reader.model, reader.refusal
+    model, refuse = cast(PreTrainedModel, reader.model), reader.refusal
     n = _count(reader)
     method = Prefix(length=n)
     frequencies = _check_prefix(model, refuse)
@@ -56,8 +55,9 @@ def read_prefix(reader: Reader) -> tuple[Method, Values]:
     return method, values
 
 
-def write_prefix(method: Method, sites: list[Placed], model: nn.Module) -> Parts:
+def write_prefix(method: Method, sites: list[Placed], inside: nn.Module) -> Parts:
     """The inverse of `read_prefix`."""
+    model = cast(PreTrainedModel, inside)
     refuse, n = _naming(method), len(sites[0].tensors["K"][0])
     frequencies = _check_prefix(model, refuse)
     if len(sites) < len(resolve(model, Prefix(length=n)).rows):
@@ -75,19 +75,20 @@ def write_prefix(method: Method, sites: list[Placed], model: nn.Module) -> Parts
 
 def read_prompt(reader: Reader) -> tuple[Method, Values]:
     """Vectors in front of the text. Of two submodules' (encoder-decoders), PEFT uses the first, and so does this."""
-    n, config = _count(reader), reader.adapter.config
+    n, config, model = _count(reader), reader.adapter.config, cast(PreTrainedModel, reader.model)
     method = PromptTuning(length=n)
-    _check_prompt(reader.model, reader.refusal)
-    (row,) = resolve(reader.model, method).rows
+    _check_prompt(model, reader.refusal)
+    (row,) = resolve(model, method).rows
     assert isinstance(row.site, InputSite)
     rows = n * (config.get("num_transformer_submodules") or 1)
     whole = reader.shaped(PROMPT, reader.adapter.added[PROMPT], (rows, row.site.width_out))
-    _prove(reader.model, method, _with_vectors, reader.refusal)
+    _prove(model, method, _with_vectors, reader.refusal)
     return method, {f"{row.site.name}.P": whole[:n].contiguous()}
 
 
-def write_prompt(method: Method, sites: list[Placed], model: nn.Module) -> Parts:
+def write_prompt(method: Method, sites: list[Placed], inside: nn.Module) -> Parts:
     """The vectors as they are."""
+    model = cast(PreTrainedModel, inside)
     refuse, vectors = _naming(method), sites[0].tensors["P"]
     _check_prompt(model, refuse)
     _prove(model, method, _with_vectors, refuse)
@@ -116,15 +117,15 @@ def _count(reader: Reader) -> int:
     return n
 
 
-def _check_prefix(model: Model, refuse: Refuse) -> Tensor:
+def _check_prefix(model: PreTrainedModel, refuse: Refuse) -> Tensor:
     """The rotary frequencies of a model in which a prefix in the cache can be one beside it."""
     name, config = type(model).__name__, getattr(model, "config", None)
     if config is None or task_type(model) is None:
         raise refuse(f"PEFT leaves a prefix out of {name}, for which it has no task_type")
     if config.is_encoder_decoder:
         raise refuse(f"PEFT puts it into the decoder's self-attention of {name} alone, and counts it as positions")
-    rotary = [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
-    if not rotary or any(not torch.equal(m.inv_freq, rotary[0].inv_freq) for m in rotary):
+    rotary = [(m, found) for m in model.modules() if isinstance(found := getattr(m, "inv_freq", None), Tensor)]
+    if not rotary or any(not torch.equal(found, rotary[0][1]) for _, found in rotary):
         raise refuse(
             f"PEFT counts it as positions, so the text of {name} would get others: equal only with one set of rotary "
             "positions"
@@ -132,19 +133,19 @@ def _check_prefix(model: Model, refuse: Refuse) -> Tensor:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or (getattr(config, "sliding_window", None) and not _full(config)):
         raise refuse(f"PEFT lets a prefix leave the sliding window of {name}; here every token sees it")
-    kind = getattr(rotary[0], "rope_type", "default")
+    first, frequencies = rotary[0]
+    kind = getattr(first, "rope_type", "default")
     if kind not in STATIC:
         raise refuse(f"rotary positions of type {kind!r} depend on the length, in which PEFT counts a prefix")
-    frequencies: Tensor = rotary[0].inv_freq
     return frequencies
 
 
-def _full(config: Any) -> bool:
+def _full(config: object) -> bool:
     """Whether a window in the configuration is not used: layers say so one by one, or all at once."""
     return bool(getattr(config, "layer_types", None)) or getattr(config, "use_sliding_window", True) is False
 
 
-def _shape(model: Model, sites: list[Site], n: int, refuse: Refuse) -> torch.Size:
+def _shape(model: PreTrainedModel, sites: list[Site], n: int, refuse: Refuse) -> torch.Size:
     """(n, layers, 2, heads, head_dim) of PEFT's table."""
     attentions = [site for site in sites if isinstance(site, KeyValueSite)]
     shapes = {(site.heads, width) for site in attentions for width in (site.head_dim, site.value_dim)}
@@ -165,7 +166,7 @@ def _turned(keys: Tensor, frequencies: Tensor, by: int) -> Tensor:
     return torch.cat((one * cos - other * sin, other * cos + one * sin, rest), dim=-1)
 
 
-def _check_prompt(model: Model, refuse: Refuse) -> None:
+def _check_prompt(model: PreTrainedModel, refuse: Refuse) -> None:
     """PEFT feeds vectors in front of everything and leaves their places in what the model gives."""
     name, task = type(model).__name__, task_type(model)
     if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
@@ -181,7 +182,7 @@ def _check_prompt(model: Model, refuse: Refuse) -> None:
     )
 
 
-def _prove(model: Model, method: Method, theirs: Callable[..., Tensor], refuse: Refuse) -> None:
+def _prove(model: PreTrainedModel, method: Method, theirs: Callable[..., Tensor], refuse: Refuse) -> None:
     """Both functions on one short text, with values drawn at random: they must agree."""
     ids, more = _text(model)
     with evaluating(model), torch.no_grad():
@@ -199,13 +200,13 @@ def _prove(model: Model, method: Method, theirs: Callable[..., Tensor], refuse: 
         raise refuse(f"{type(model).__name__} computes something else with PEFT's (found by running both on one text)")
 
 
-def _text(model: Model) -> tuple[Tensor, dict[str, Tensor]]:
+def _text(model: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor]]:
     words = [i for i in range(TOKENS + 1) if i != model.config.pad_token_id][:TOKENS]
     ids = torch.tensor([words], device=model.device) % model.config.get_text_config().vocab_size
     return ids, {"decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder else {}
 
 
-def _with_cache(model: Model, ids: Tensor, more: dict[str, Tensor], values: list[Tensor]) -> Tensor:
+def _with_cache(model: PreTrainedModel, ids: Tensor, more: dict[str, Tensor], values: list[Tensor]) -> Tensor:
     """Logits with K, V, K, V, ... where PEFT puts them."""
     frequencies = _check_prefix(model, DeltaError)
     turned = [_turned(K, frequencies, K.shape[1]) for K in values[::2]]
@@ -214,7 +215,7 @@ def _with_cache(model: Model, ids: Tensor, more: dict[str, Tensor], values: list
     return logits
 
 
-def _with_vectors(model: Model, ids: Tensor, more: dict[str, Tensor], values: list[Tensor]) -> Tensor:
+def _with_vectors(model: PreTrainedModel, ids: Tensor, more: dict[str, Tensor], values: list[Tensor]) -> Tensor:
     """Logits of the text with vectors fed in front of its own."""
     vectors = torch.cat((values[0][None].to(model.dtype), model.get_input_embeddings()(ids)), dim=1)
     logits: Tensor = model(inputs_embeds=vectors, **more).logits

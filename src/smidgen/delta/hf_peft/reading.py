@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +107,7 @@ class Reader:
 
     def pick(
         self, candidates: Iterable[Method], wanted: set[str], names: Callable[[Method, Site], Iterable[str]]
-    ) -> Any:
+    ) -> Method:
         """The first candidate that trains exactly `wanted`; a refusal names how the nearest differs."""
         nearest_one: tuple[int, Method, set[str]] | None = None
         for method in candidates:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -17,12 +17,14 @@ from smidgen.planning.plans import Plan
 from smidgen.planning.row import START
 from smidgen.sites.site import Site
 
+Targets = list[str] | str  # names, or a pattern
+
 
 class Parts(NamedTuple):
     """Tensors by their names in the file, without PEFT's prefix, and fields of the config."""
 
     tensors: dict[str, Tensor]
-    fields: dict[str, Any]
+    fields: dict[str, object]
 
 
 class Placed(NamedTuple):
@@ -74,7 +76,7 @@ def write_ia3(method: Method, sites: list[Placed], model: nn.Module) -> Parts:
     return Parts(tensors, {"peft_type": "IA3", "fan_in_fan_out": any(s.transposed for s, _ in sites), **fields})
 
 
-def _ia3_targets(paths: set[str], inner: set[str], model: nn.Module) -> tuple[Any, Any]:
+def _ia3_targets(paths: set[str], inner: set[str], model: nn.Module) -> tuple[Targets, Targets]:
     """PEFT matches feedforward_modules by bare endings of names, and wants them among the targets."""
     wanted = spelled_targets(paths, model)
     if isinstance(wanted, list):
@@ -92,7 +94,7 @@ def whole_width(site: Site, model: nn.Module) -> int:
     return shape[1] if site.transposed else shape[0]
 
 
-def spelled_targets(paths: Collection[str], model: nn.Module) -> list[str] | str:
+def spelled_targets(paths: Collection[str], model: nn.Module) -> Targets:
     """`target_modules` that hit exactly these modules: last names, else whole paths, else a pattern."""
     modules = [name for name, _ in model.named_modules()]
     for choice in ({path.rpartition(".")[2] for path in paths}, set(paths)):
