@@ -16,6 +16,7 @@ from smidgen.common.errors import AttachError, PlanError
 from smidgen.methods.base import Method
 from smidgen.ports.attachment_record import attachment, is_attached, trained_parameters
 from smidgen.recipe.recipe import Term
+from smidgen.sites.site import OwnerSite
 from smidgen.sites.task_head import own_pooling
 from smidgen.testing.cases import inputs_for, shake, tiny
 from tests import helpers as h
@@ -191,7 +192,7 @@ class Everywhere(Method, abstract=True):
     """Scale what some modules of width 16 give."""
 
     def acts(self, site):
-        return site.path.endswith(("linear2", "out_proj"))
+        return isinstance(site, OwnerSite) and site.path.endswith(("linear2", "out_proj"))
 
     def init(self, site):
         return {"l": torch.ones(16)}

@@ -13,6 +13,7 @@ from smidgen.common.errors import AttachError, PlanError
 from smidgen.methods.prompt.prompt_tuning import PromptTuning
 from smidgen.ports import module_port as ports
 from smidgen.ports.attachment_record import attachment, trained_parameters
+from smidgen.ports.base import Port
 from smidgen.recipe.recipe import Term
 from smidgen.testing.checks.common import untrained
 from smidgen.testing.suite import MODELS, case, run_check
@@ -190,13 +191,14 @@ def tap_left(monkeypatch):
 
 
 def half_folded(monkeypatch):
-    fold = merging.fold
-    monkeypatch.setattr(merging, "fold", lambda e, w, b: (w, b) if "IA3" in str(e.method) else fold(e, w, b))
+    fold = ports.fold
+    monkeypatch.setattr(ports, "fold", lambda e, w, b: (w, b) if "IA3" in str(e.method) else fold(e, w, b))
 
 
 def merges_anything(monkeypatch):
     monkeypatch.setattr(merging, "_refuse", lambda model, record: None)
-    monkeypatch.setattr(merging, "fold", lambda edit, weight, bias: (weight, bias))
+    monkeypatch.setattr(ports, "fold", lambda edit, weight, bias: (weight, bias))
+    monkeypatch.setattr(Port, "folded", lambda self, model, path: {})
 
 
 def refuses_the_first_only(monkeypatch):
