@@ -8,6 +8,7 @@ import socket
 import sys
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from smidgen.steps.objectives import Needs, Objective, StayClose, TaskLoss
 from smidgen.steps.step import BASE, Step
 from smidgen.testing.cases import shake
 from smidgen.training.run.run_folder import METRICS
-from smidgen.training.run.settings import Settings
+from smidgen.training.run.settings import Settings, SettingsOptions
 from tests import helpers as h
 
 QUICK = {"epochs": 2, "batch_size": 8, "lr": 1e-2, "head_lr": 1e-2, "progress": False}
@@ -574,3 +575,7 @@ def test_two_processes_do_as_one(tmp_path):
     assert [entry["step"] for entry in metrics[1]] == [entry["step"] for entry in metrics[0]]
     assert [entry.get("validation") for entry in metrics[1]] == [entry.get("validation") for entry in metrics[0]]
     assert sorted(os.listdir(tmp_path / "first")) == sorted(os.listdir(tmp_path / "one"))
+
+
+def test_the_keywords_of_fit_are_the_fields_of_its_settings():
+    assert get_type_hints(SettingsOptions) == get_type_hints(Settings)

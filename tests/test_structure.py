@@ -289,7 +289,6 @@ UNPACKS = {
         ("ports/attention_port.py", "KeyValueEdits"),
         ("ports/in_place/master_weights.py", "_to"),
         ("studies/experiments/fisher_stability.py", "Trust"),
-        ("studies/experiments/selection_transfer.py", "Transfer"),
     },
 }
 

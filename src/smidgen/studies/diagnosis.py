@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,13 +117,13 @@ class Diagnosis:
         """All that is wrong, a line each."""
         return tuple(fault for finding in self.findings for fault in finding.faults)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The diagnosis as plain data."""
         return asdict(self) | {"faults": list(self.faults)}
 
 
 def doctor(
-    model: nn.Module, recipe: str | Term | Recipe | None = None, *, inputs: Mapping[str, Any] | None = None
+    model: nn.Module, recipe: str | Term | Recipe | None = None, *, inputs: Mapping[str, Tensor] | None = None
 ) -> Diagnosis:
     """Look a model over, and run recipes on it: whether what they attach acts, gets a gradient, folds away, comes off.
 
@@ -192,7 +191,7 @@ def _defaults() -> Iterator[Recipe]:
                 continue
 
 
-def _runnable(model: nn.Module, inputs: Mapping[str, Any] | None) -> tuple[nn.Module, Inputs | None, str]:
+def _runnable(model: nn.Module, inputs: Mapping[str, Tensor] | None) -> tuple[nn.Module, Inputs | None, str]:
     """A copy in eval mode, in the widest dtype that it runs in, with inputs for it; or without, and why."""
     if any(p.is_meta for p in model.parameters()):
         return copied(model).eval(), None, "its tensors are on the meta device, without content"

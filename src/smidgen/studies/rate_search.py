@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Unpack
 
 from accelerate import PartialState
 from torch import nn
@@ -31,7 +31,7 @@ from smidgen.studies.trial import Search, Trial
 from smidgen.training.run.run_folder import hashed_by
 from smidgen.training.run.run_record import asked
 from smidgen.training.run.run_spec import RunSpec
-from smidgen.training.run.settings import Settings
+from smidgen.training.run.settings import Settings, SharedOptions
 
 SPAN = 10.0  # the default rates reach from a tenth of a recipe's own to ten times it
 
@@ -44,7 +44,7 @@ def search(  # noqa: PLR0913 - options by keyword
     model: nn.Module, recipe: str | Term | Recipe, task: Task, *, lr: Sequence[float] | None = None,
     seeds: Sequence[int] = (0,), trials: int = 10, jobs: int = 1, out: str | os.PathLike[str] | None = None,
     processor: Processor | None = None, tokenizer: Processor | None = None, objective: Objective | None = None,
-    progress: bool | None = None, say: Callable[[str], None] | None = None, **settings: Any,
+    progress: bool | None = None, say: Callable[[str], None] | None = None, **settings: Unpack[SharedOptions],
 ) -> Search:  # fmt: skip
     """Train one recipe at several rates, and with several seeds; the best by validation comes back with its delta.
 
@@ -97,7 +97,7 @@ class Trials:
     @classmethod
     def of(
         cls, model: nn.Module, recipe: Recipe, task: Task, tried: tuple[Sequence[float] | None, Sequence[int], int],
-        objective: Objective, given: Mapping[str, Any],
+        objective: Objective, given: Mapping[str, object],
     ) -> Trials:  # fmt: skip
         """Everything is checked here, before anything is trained. `tried`: rates, seeds, number of default rates."""
         if PartialState().num_processes > 1:
@@ -121,7 +121,7 @@ class Trials:
         epochs = sum(each.epochs for each in self.settings)
         return Work(self.model, self.recipe, self.task, self.objective, processor, self.rate, epochs, folder)
 
-    def asked(self, algorithm: str) -> dict[str, Any]:
+    def asked(self, algorithm: str) -> dict[str, object]:
         """What has to be the same for a search to go on; `algorithm`: by which the base's content is told."""
         spec = RunSpec(self.model, self.recipe, self.task, self.settings[0], self.objective)
         same = asked(spec, algorithm)

@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from smidgen.common.atomic_files import read_json, write_files
 from smidgen.common.errors import DeltaError, TrainError
@@ -26,7 +25,7 @@ class Ledger:
     trials that are left.
     """
 
-    def __init__(self, out: str | os.PathLike[str] | None, asked: Mapping[str, Any]) -> None:
+    def __init__(self, out: str | os.PathLike[str] | None, asked: Mapping[str, object]) -> None:
         """Open or begin. Raises TrainError if the folder holds another search, or something else."""
         self.path = None if out is None else Path(out)
         self.asked, self.trials = asked, list[Trial]()
@@ -72,7 +71,7 @@ class Ledger:
             path.unlink(missing_ok=True)  # hidden states are of no more use
         return replace(found, delta=delta)
 
-    def _write(self, content: Mapping[str, Any]) -> None:
+    def _write(self, content: Mapping[str, object]) -> None:
         if self.path is not None:
             text = json.dumps({"asked": self.asked, **content}, indent=1)
             write_files(self.path, {FILE: text.encode()})

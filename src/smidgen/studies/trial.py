@@ -102,7 +102,7 @@ class Search:
     def __str__(self) -> str:
         return self.table()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain data: the trials, the best, and whether it lies at an edge of the rates."""
         said = {"recipe": str(self.recipe), "task": self.task, "metric": self.metric, "rate": self.rate}
         best = {**asdict(self.best), self.metric: self.best.value(self.metric)}

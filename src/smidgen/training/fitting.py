@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 from torch import nn
 
@@ -17,7 +17,7 @@ from smidgen.steps.objectives import Objective, TaskLoss
 from smidgen.training.run.callbacks import Callback
 from smidgen.training.run.loop import Loop
 from smidgen.training.run.run_spec import RunSpec
-from smidgen.training.run.settings import Settings
+from smidgen.training.run.settings import Settings, SettingsOptions
 
 
 def fit(  # noqa: PLR0913 - options by keyword
@@ -33,7 +33,7 @@ def fit(  # noqa: PLR0913 - options by keyword
     start: Delta | None = None,
     callbacks: Sequence[Callback] = (),
     progress: bool | None = None,
-    **settings: Any,
+    **settings: Unpack[SettingsOptions],
 ) -> Delta:
     """Train a recipe on a task and give it back as a Delta; the base comes back bit for bit.
 

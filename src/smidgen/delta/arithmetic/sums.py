@@ -97,9 +97,12 @@ class Sum(Generic[D]):
     __rmul__ = __mul__
 
     def __truediv__(self, weight: float) -> Sum[D]:
-        if isinstance(weight, Real) and weight == 0:
+        if not isinstance(weight, Real):
+            return NotImplemented
+        if weight == 0:
             raise DeltaError("a delta divided by 0; weights are finite numbers")
-        return self * (1 / weight) if isinstance(weight, Real) else NotImplemented
+        found: Sum[D] = self * (1 / weight)
+        return found
 
     def __neg__(self) -> Sum[D]:
         return self * -1.0

@@ -166,7 +166,7 @@ def _lengths(group: list[Placed], model: nn.Module) -> Tensor:
     if not site.part:
         return tensors["m"]
     weight, _ = stored(model.get_submodule(site.path))
-    whole = torch.linalg.vector_norm(weight.T if site.transposed else weight, dim=1).to(tensors["m"])
+    whole: Tensor = torch.linalg.vector_norm(weight.T if site.transposed else weight, dim=1).to(tensors["m"])
     for part, values in group:
         whole = whole if (rows := part.rows) is None else rows.put(whole, values["m"])
     return whole

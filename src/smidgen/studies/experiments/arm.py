@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from torch import nn
 
@@ -19,6 +18,21 @@ from smidgen.delta.saved_selection import Selection
 from smidgen.inference.evaluation import evaluate
 from smidgen.recipe.recipe import Recipe
 from smidgen.training.fitting import fit
+from smidgen.training.run.settings import SettingsOptions, UnseededOptions
+
+
+class Outcome(TypedDict):
+    """What one run came to: `value` is its metric, more is better or not as the metric has it."""
+
+    task: str
+    arm: str
+    seed: int
+    metric: str
+    value: float
+    scores: dict[str, float]
+    trained: int
+    head_values: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -34,17 +48,12 @@ class Bench:
     processor: Processor
     task: Task
     seed: int
-    settings: Mapping[str, Any]
+    settings: UnseededOptions
     split: str = "test"
     folder: Path | None = None
 
-    def run(self, arm: str, recipe: Recipe, selection: Selection | None = None) -> dict[str, Any]:
+    def run(self, arm: str, recipe: Recipe, selection: Selection | None = None) -> Outcome:
         """Train and score, or read the numbers of an earlier, equal run.
-
-        Returns:
-            "task", "arm", "seed", "metric", "value" (more is better or not as the metric has it), "scores", "trained",
-            "head_values", "seconds" (of training).
-
         Raises:
             DataError: the folder holds a run of other settings.
         """
@@ -54,7 +63,7 @@ class Bench:
             saved = read_json(path)
             if saved.get("asked") != json.loads(json.dumps(asked)):
                 raise DataError(f"{path} is of other data or settings; choose another folder, or remove it")
-            found: dict[str, Any] = saved["outcome"]
+            found: Outcome = saved["outcome"]
             return found
         outcome = self._train(arm, recipe, selection)
         if path is not None:
@@ -62,16 +71,16 @@ class Bench:
             write_files(path.parent, {path.name: content.encode()})
         return outcome
 
-    def _asked(self, arm: str, recipe: Recipe, selection: Selection | None) -> dict[str, Any]:
+    def _asked(self, arm: str, recipe: Recipe, selection: Selection | None) -> dict[str, object]:
         kept = None if selection is None else selection.digest
         asked = {"arm": arm, "recipe": recipe.to_json(), "selection": kept, "data": self.task.fingerprint}
         return {**asked, "settings": dict(self.settings), "seed": self.seed, "split": self.split}
 
-    def _train(self, arm: str, recipe: Recipe, selection: Selection | None) -> dict[str, Any]:
+    def _train(self, arm: str, recipe: Recipe, selection: Selection | None) -> Outcome:
         """One training run and its scores, as a record of plain values."""
         begin = time.perf_counter()
-        options: dict[str, Any] = {"processor": self.processor, "seed": self.seed, **self.settings}
-        delta = fit(self.model, recipe, self.task, selection=selection, **options)
+        options: SettingsOptions = {"seed": self.seed, **self.settings}
+        delta = fit(self.model, recipe, self.task, selection=selection, processor=self.processor, **options)
         seconds = time.perf_counter() - begin
         scores = evaluate(self.model, self.task, delta=delta, split=self.split, processor=self.processor)
         return {

@@ -56,10 +56,18 @@ class FisherMass:
     sizes: tuple[int, ...]
     task: str = ""
     kind: str = ""
-    info: Mapping[str, Any] = field(default_factory=dict)
+    info: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, scores: Mapping[str, Tensor], **about: Any) -> FisherMass:
+    def of(
+        cls,
+        model: nn.Module,
+        scores: Mapping[str, Tensor],
+        *,
+        task: str = "",
+        kind: str = "",
+        info: Mapping[str, object] | None = None,
+    ) -> FisherMass:
         """From what `fisher` gives: saved name -> tensor of squared gradients. A head's tensors are left out.
 
         Raises:
@@ -77,9 +85,9 @@ class FisherMass:
         if not any(total for _, total, _ in measured):
             raise ModelError(f"no Fisher information in {len(measured)} tensors: all of it is zero")
         parts, totals, sizes = zip(*measured, strict=True)
-        config: Any = getattr(model, "config", None)
+        config = getattr(model, "config", None)
         name = str(getattr(config, "_name_or_path", "") or type(model).__name__)
-        return cls(name, parts, totals, sizes, **about)
+        return cls(name, parts, totals, sizes, task, kind, info or {})
 
     @property
     def components(self) -> list[str]:
@@ -95,17 +103,16 @@ class FisherMass:
         found = self.table((by,))
         return sorted((key[0] for key in found), key=lambda name: -getattr(found[name,], of))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain data: every part, and the tables by component, layer and term."""
         tables = {}
         for by in (("component",), ("stack", "layer"), ("term",), ("component", "term")):
             rows = [{**dict(zip(by, key, strict=True)), **asdict(mass)} for key, mass in self.table(by).items()]
             tables[" x ".join(by)] = rows
-        whole: dict[str, Any] = {"model": self.model, "task": self.task, "fisher": self.kind, **self.info}
+        whole: dict[str, object] = {"model": self.model, "task": self.task, "fisher": self.kind, **self.info}
         numbers = zip(self.parts, self.totals, self.sizes, strict=True)
         whole["parts"] = [{**asdict(part), "total": total, "values": size} for part, total, size in numbers]
-        result: dict[str, Any] = plain({**whole, "tables": tables})
-        return result
+        return plain({**whole, "tables": tables})
 
     def _mass(self, members: Sequence[int]) -> Mass:
         total, values = sum(self.totals[i] for i in members), sum(self.sizes[i] for i in members)

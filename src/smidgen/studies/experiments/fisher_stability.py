@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TypedDict, Unpack, cast
 
 from torch import Tensor, nn
 
@@ -66,10 +66,29 @@ class Trust:
         means = (sum(found) / len(found) for found in self.draws)
         return next((n for n, mean in zip(self.enough, means, strict=True) if mean >= overlap), None)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Everything as plain data."""
-        result: dict[str, Any] = plain({**vars(self), "examples_needed": self.examples_needed()})
-        return result
+        return plain({**vars(self), "examples_needed": self.examples_needed()})
+
+
+class FisherOptions(TypedDict, total=False):
+    """How examples are read, by `fisher` and by `fit`."""
+
+    batch_size: int
+    max_length: int | None
+    pooling: str | None
+
+
+class _Heads(TypedDict):
+    """What a selection owes to its head, as fields of `Trust`."""
+
+    chance: float
+    heads: tuple[float, ...]
+    warmed: tuple[float, ...]
+    fresh_to_warmed: tuple[float, ...]
+    kinds: dict[str, float]
+    outliers: tuple[float, float]
+    mass: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -79,11 +98,11 @@ class _Probe:
     model_name: str | os.PathLike[str]
     task: Task
     recipe: Recipe
-    options: Mapping[str, Any]
+    options: FisherOptions
 
     def information(
         self, head: int, examples: int, draw: int, delta: Delta | None = None, kind: str = "empirical"
-    ) -> Any:
+    ) -> dict[str, Tensor]:
         """Fisher information with the head of one seed, over one draw of examples."""
         model, processor = load(self.model_name, task=self.task, seed=head)
         return fisher(
@@ -115,7 +134,7 @@ def measure_stability(
     seeds: int = 3,
     say: Callable[[str], None] | None = None,
     head_epochs: int = 1,
-    **options: Any,
+    **options: Unpack[FisherOptions],
 ) -> Trust:
     """Repeat a selection with other examples, other heads and other kinds of Fisher information.
 
@@ -140,7 +159,7 @@ def measure_stability(
     return Trust(*about, enough=tuple(sizes), draws=draws, reference=reference, **heads)
 
 
-def _heads(probe: _Probe, most: int, deltas: Sequence[Delta], best: Mapping[str, Tensor]) -> dict[str, Any]:
+def _heads(probe: _Probe, most: int, deltas: Sequence[Delta], best: Mapping[str, Tensor]) -> _Heads:
     """What the selection owes to the head, and to the kind of information; where the mass lies."""
     model, seeds = probe.model, range(len(deltas))
     fresh = [probe.chosen(probe.information(head, most, draw=0)) for head in seeds]
@@ -184,7 +203,7 @@ def _by_count(
 
 def _warm(probe: _Probe, head: int, epochs: int) -> Delta:
     model, processor = load(probe.model_name, task=probe.task, seed=head)
-    options = {k: v for k, v in probe.options.items() if k in ("batch_size", "max_length", "pooling")}
+    options = cast(FisherOptions, {k: v for k, v in probe.options.items() if k in FisherOptions.__annotations__})
     return fit(model, "Head()", probe.task, seed=head, epochs=epochs, processor=processor, **options)
 
 

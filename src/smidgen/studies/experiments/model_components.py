@@ -181,10 +181,9 @@ class _Places:
         stacks = list(find_blocks(model))
         first = min((order.index(stack) for stack in stacks), default=0)
         before = {path for path in order[:first] if not any(within(stack, path) for stack in stacks)}
-        known: Any = model  # as a transformers model; others have neither pooler nor output embedding
-        base = getattr(known, "base_model", known)
+        base = getattr(model, "base_model", model)  # only a model of transformers has a pooler or output embedding
         pooler = paths.get(id(getattr(base, "pooler", None)))
-        output = getattr(known, "get_output_embeddings", lambda: None)()
+        output = getattr(model, "get_output_embeddings", lambda: None)()
         return cls(frozenset(before), pooler, paths.get(id(output)))
 
 

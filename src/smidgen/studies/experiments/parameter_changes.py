@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,13 +30,22 @@ Values = NDArray[np.float64]
 Weights = nn.Module | Mapping[str, Tensor]
 
 
+class RunInfo(TypedDict, total=False):
+    """What is known of a training."""
+
+    scores: Mapping[str, float] | None
+    best_epoch: int | None
+    steps: int | None
+    lr_steps: float | None
+
+
 @dataclass(frozen=True)
 class Run:
     """One fine-tuned model: what it was trained on, and what is known of the training (scores, steps, lr_steps)."""
 
     task: str = ""
     seed: int = 0
-    info: Mapping[str, Any] = field(default_factory=dict)
+    info: RunInfo = field(default_factory=RunInfo)
 
 
 @dataclass(frozen=True)
@@ -105,10 +114,10 @@ class Changes:
         kept = [i for i, part in enumerate(self.parts) if part.component in wanted]
         return replace(self, parts=tuple(self.parts[i] for i in kept), values=self.values[:, kept])
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Everything, as plain data: every tensor's numbers, the cells per component and the rankings."""
         cells = {m: {str(k[0]): asdict(c) for k, c in self.table(m).items()} for m in MEASURES}
-        whole: dict[str, Any] = {
+        whole: dict[str, object] = {
             "model": self.model,
             "recipe": self.recipe,
             "measures": MEASURES,
@@ -116,8 +125,7 @@ class Changes:
         }
         whole |= {"rankings": {m: self.ranking(m) for m in MEASURES}, "components": cells}
         whole |= {"runs": [asdict(run) for run in self.runs], "parts": [asdict(part) for part in self.parts]}
-        result: dict[str, Any] = plain({**whole, "values": self.values.tolist()})
-        return result
+        return plain({**whole, "values": self.values.tolist()})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Changes:
@@ -178,7 +186,7 @@ def compare_changes(
     values = np.array([found], dtype=np.float64)
     if not values[0, :, 0].any():
         raise ModelError(f"nothing changed: all {len(parts)} tensors are equal; is the tuned model the base itself?")
-    config: Any = getattr(shape, "config", None)
+    config = getattr(shape, "config", None)
     name = str(getattr(config, "_name_or_path", "") or type(shape).__name__)
     return Changes(name, "", tuple(parts), (run or Run(),), values)
 

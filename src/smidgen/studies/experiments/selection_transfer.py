@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TypedDict, Unpack, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,8 @@ from smidgen.planning.selection.budgets import chance_overlap
 from smidgen.planning.selection.combine_scores import combine
 from smidgen.planning.selection.select_term import Select
 from smidgen.recipe.recipe import Recipe, Term, as_recipe
-from smidgen.studies.experiments.arm import Bench
+from smidgen.studies.experiments.arm import Bench, Outcome
+from smidgen.training.run.settings import UnseededOptions
 
 ARMS = ("own", "transferred", "random", "all")
 Scores = dict[str, Tensor]
@@ -50,17 +51,16 @@ class Transfer:
     overlaps: NDArray[np.float64]
     carried: dict[str, list[float]]
     chance: float
-    outcomes: tuple[dict[str, Any], ...] = field(default=())
+    outcomes: tuple[Outcome, ...] = field(default=())
 
     def values(self, task: str, arm: str) -> list[float]:
         """The task's metric in this arm, one number per seed."""
         return [run["value"] for run in self.outcomes if run["task"] == task and run["arm"] == arm]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Everything as plain data."""
         whole = {**vars(self), "overlaps": self.overlaps.tolist(), "outcomes": list(self.outcomes)}
-        result: dict[str, Any] = plain(whole)
-        return result
+        return plain(whole)
 
 
 def measure_transfer(  # noqa: PLR0913 - options by keyword
@@ -74,7 +74,7 @@ def measure_transfer(  # noqa: PLR0913 - options by keyword
     split: str = "test",
     out: str | os.PathLike[str] | None = None,
     say: Say | None = None,
-    **settings: Any,
+    **settings: Unpack[UnseededOptions],
 ) -> Transfer:
     """Leave one task out: select on the others, combine, train on the one left out, and compare.
 
@@ -96,6 +96,16 @@ def measure_transfer(  # noqa: PLR0913 - options by keyword
     return setting.run(wanted, seeds)
 
 
+class _ScoreOptions(TypedDict, total=False):
+    """The settings that scores depend on as well."""
+
+    pooling: str | None
+    batch_size: int
+    max_length: int | None
+    lr: float | None
+    head_lr: float | None
+
+
 @dataclass(frozen=True)
 class _Setting:
     """What is the same for all seeds and targets."""
@@ -106,7 +116,7 @@ class _Setting:
     how: str
     split: str
     folder: Path | None
-    settings: dict[str, Any]
+    settings: UnseededOptions
     say: Say
 
     def run(self, targets: Sequence[str], seeds: int) -> Transfer:
@@ -114,7 +124,7 @@ class _Setting:
         names = tuple(task.name for task in self.tasks)
         overlaps = np.full((seeds, len(names), len(names)), np.nan)
         carried: dict[str, list[float]] = {name: [] for name in targets}
-        outcomes: list[dict[str, Any]] = []
+        outcomes: list[Outcome] = []
         for seed in range(seeds):
             found, own = self.scored(seed)
             overlaps[seed] = [[a.overlap(b) for b in own.values()] for a in own.values()]
@@ -125,13 +135,22 @@ class _Setting:
         model = load(self.model_name, task=self.tasks[0])[0]
         plan = resolve(model, self.recipe, self.settings.get("pooling"))
         chance = chance_overlap(model, plan, self.recipe.narrowed[0])
-        about = (os.fspath(self.model_name), str(self.recipe), self.how, names, tuple(range(seeds)))
-        return Transfer(*about, overlaps, carried, chance, tuple(outcomes))
+        return Transfer(
+            model=os.fspath(self.model_name),
+            recipe=str(self.recipe),
+            how=self.how,
+            tasks=names,
+            seeds=tuple(range(seeds)),
+            overlaps=overlaps,
+            carried=carried,
+            chance=chance,
+            outcomes=tuple(outcomes),
+        )
 
     def scored(self, seed: int) -> tuple[dict[str, Scores], dict[str, Selection]]:
         """Scores and own selection of every task, under this seed's head."""
-        names = ("pooling", "batch_size", "max_length", "lr", "head_lr")
-        kept = {key: self.settings[key] for key in names if key in self.settings}
+        names = _ScoreOptions.__annotations__
+        kept = cast(_ScoreOptions, {key: value for key, value in self.settings.items() if key in names})
         found, own = {}, {}
         for task in self.tasks:
             model, processor = load(self.model_name, task=task, seed=seed)
@@ -141,9 +160,7 @@ class _Setting:
             self.say(f"{task.name}, seed {seed}: {chosen.kept:,} of {chosen.candidates:,} values selected")
         return found, own
 
-    def left_out(
-        self, task: Task, seed: int, scores: dict[str, Scores], own: Selection
-    ) -> tuple[list[dict[str, Any]], float]:
+    def left_out(self, task: Task, seed: int, scores: dict[str, Scores], own: Selection) -> tuple[list[Outcome], float]:
         """All arms of one target, and how far its own selection is that of the others."""
         model, processor = load(self.model_name, task=task, seed=seed)
         others = {name: found for name, found in scores.items() if name != task.name}
@@ -165,7 +182,7 @@ def choose_on(
     *,
     how: str = "mean",
     seed: int = 0,
-    **settings: Any,
+    **settings: Unpack[UnseededOptions],
 ) -> Selection:
     """What one task chooses, or several together; no task is needed for a score that needs no data.
 
@@ -188,7 +205,11 @@ def choose_on(
 
 
 def carry(
-    model: nn.Module, recipe: Recipe, scores: dict[str, Scores], how: str = "mean", settings: Any = None
+    model: nn.Module,
+    recipe: Recipe,
+    scores: dict[str, Scores],
+    how: str = "mean",
+    settings: UnseededOptions | None = None,
 ) -> Selection:
     """The selection that the scores of several tasks make together, trimmed to the recipe's budget."""
     pooling = (settings or {}).get("pooling")
@@ -212,7 +233,7 @@ def _checked(recipe: Recipe, names: Sequence[str], targets: Sequence[str]) -> li
     return list(targets)
 
 
-def _random(model: nn.Module, recipe: Recipe, seed: int, settings: Any) -> Selection:
+def _random(model: nn.Module, recipe: Recipe, seed: int, settings: UnseededOptions) -> Selection:
     (span,) = recipe.narrowed
     by = cast(Select, span.by)
     drawn = replace(recipe, narrowed=(replace(span, by=replace(by, score="random", warmup=0, seed=seed)),))

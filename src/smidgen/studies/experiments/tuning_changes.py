@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import nn
@@ -21,9 +21,9 @@ from smidgen.delta.delta import Delta
 from smidgen.delta.merging import RoundingWarning, merge
 from smidgen.inference.loading import load
 from smidgen.recipe.recipe import Recipe, Term, as_recipe
-from smidgen.studies.experiments.parameter_changes import Changes, Run, compare_changes, join_changes
+from smidgen.studies.experiments.parameter_changes import Changes, Run, RunInfo, compare_changes, join_changes
 from smidgen.training.fitting import fit
-from smidgen.training.run.settings import Settings
+from smidgen.training.run.settings import Settings, SettingsOptions, UnseededOptions
 
 Recipes = str | Term | Recipe
 
@@ -36,7 +36,7 @@ def analyze_changes(
     *,
     out: str | os.PathLike[str] | None = None,
     say: Callable[[str], None] | None = None,
-    **settings: Any,
+    **settings: Unpack[UnseededOptions],
 ) -> Changes:
     """Fine-tune on every task with every seed through `fit`, and say how far each component moved.
 
@@ -79,7 +79,8 @@ def change_of(model: nn.Module, delta: Delta) -> Changes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RoundingWarning)  # nothing rounds: float32
         tuned = merge(model, replace(delta, pooling=None), dtype=torch.float32)  # no pooling: only weights are read
-    info = {key: delta.info.get(key) for key in ("scores", "best_epoch", "steps")}
+    said = delta.info
+    info: RunInfo = {"scores": said.get("scores"), "best_epoch": said.get("best_epoch"), "steps": said.get("steps")}
     found = Run(delta.info.get("task", {}).get("name", ""), delta.info.get("settings", {}).get("seed", 0), info)
     rates = lr_steps(delta)
     found = replace(found, info={**info, "lr_steps": rates})
@@ -90,17 +91,18 @@ def lr_steps(delta: Delta) -> float | None:
     """Sum of the learning rates of the steps up to the best epoch; None if unknown or if its methods' rates differ."""
     kept = delta.info.get("settings", {})
     known = {key: kept[key] for key in (f.name for f in fields(Settings)) if key in kept}
-    rates: set[Any] = {known.get("lr") or getattr(term, "lr", None) for term in delta.recipe}
+    rates = {known.get("lr") or getattr(term, "lr", None) for term in delta.recipe}
     steps, best = delta.info.get("steps"), delta.info.get("best_epoch")
-    if len(rates) != 1 or None in rates or not steps or not best:
+    rate = rates.pop() if len(rates) == 1 else None
+    if rate is None or not steps or not best:
         return None
     settings = Settings(**known)
     done = delta.info.get("best_step", steps * best // settings.epochs)  # older files: epochs were equally long
-    return float(rates.pop()) * sum(settings.rate(step, steps) for step in range(done))
+    return float(rate) * sum(settings.rate(step, steps) for step in range(done))
 
 
 def _run(
-    name: str | os.PathLike[str], task: Task, recipe: Recipe, settings: dict[str, Any], kept: Path | None
+    name: str | os.PathLike[str], task: Task, recipe: Recipe, settings: SettingsOptions, kept: Path | None
 ) -> Changes:
     """One run, or its numbers where they are kept already."""
     asked = {"model": os.fspath(name), "recipe": recipe.to_json(), "data": task.fingerprint, "settings": settings}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from smidgen.studies.reports.errors import ReportError
 from smidgen.studies.reports.number_format import power, times
@@ -28,7 +29,7 @@ PAGE |= {colour: f"var(--s{i})" for i, colour in enumerate(SERIES)}
 DRAWN = {colour: colour for colour in PAGE}
 WIDTH, DPI = 7.6, 160
 Paint = Mapping[str, str]
-STYLE: dict[str, Any] = {
+STYLE: dict[str, object] = {
     "svg.fonttype": "path", "svg.hashsalt": "smidgen", "font.family": "DejaVu Sans", "font.size": 9,
     "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": GRID, "xtick.color": MUTED, "ytick.color": INK,
     "xtick.labelsize": 8.5, "axes.labelsize": 8.5, "legend.fontsize": 8.5, "grid.color": GRID, "grid.linewidth": 0.7,
@@ -84,7 +85,7 @@ def _place(value: Number, log: bool) -> float | None:
     return math.log10(value) if log else value
 
 
-def _matplotlib() -> Any:
+def _matplotlib() -> ModuleType:
     try:
         import matplotlib
     except ImportError:
@@ -99,9 +100,8 @@ def _styled(paint: Paint) -> Iterator[None]:
 
 
 def _figure(section: Section, paint: Paint) -> Figure:
-    drawers: dict[type, Any] = {Bars: _bars, Lines: _lines, HeatMap: _heat}
-    figure: Figure = drawers[type(section)](section, paint)
-    return figure
+    drawers: dict[type[Section], Callable[..., Figure]] = {Bars: _bars, Lines: _lines, HeatMap: _heat}
+    return drawers[type(section)](section, paint)
 
 
 def _new(height: float) -> tuple[Figure, Axes]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-from smidgen.studies.experiments.fisher_mass import FisherMass
-from smidgen.studies.experiments.model_components import TERMS, stack_names
+from smidgen.studies.experiments.fisher_mass import FisherMass, Mass
+from smidgen.studies.experiments.model_components import TERMS, Key, stack_names
 from smidgen.studies.reports.parameter_changes import norm_groups, short_name, spans_powers
 from smidgen.studies.reports.report import Report
-from smidgen.studies.reports.sections import Bars, Column, HeatMap, Section, Table, Text
+from smidgen.studies.reports.sections import Bars, Cell, Column, HeatMap, Section, Table, Text
 
 TOP = 15
 NUMBERS = (Column("share of mass", best="max", percent=True), Column("mean per value", best="max"), Column("values"))
@@ -46,10 +45,10 @@ def _facts(result: FisherMass) -> dict[str, str]:
 
 def _sections(result: FisherMass) -> Iterator[Section]:
     """The sections of the report, in order."""
-    yield Table("By component", [Column("component"), *NUMBERS], _rows(result, ("component",)))
+    yield Table("By component", [Column("component"), *NUMBERS], _rows(result, "component"))
     for of, title, unit in (("share", "Total mass", "share of mass"), ("mean", "Mean per value", "mean per value")):
         yield _bars(result, of, title, unit)
-    yield Table("By term", [Column("term"), *NUMBERS], _rows(result, ("term",)))
+    yield Table("By term", [Column("term"), *NUMBERS], _rows(result, "term"))
     yield Table("By component and term", [Column("component"), Column("term"), *NUMBERS], _terms(result))
     if any(part.layer is not None for part in result.parts):
         yield _heat(result, "share")
@@ -64,13 +63,17 @@ def _sections(result: FisherMass) -> Iterator[Section]:
     ))  # fmt: skip
 
 
-def _rows(result: FisherMass, by: tuple[str, ...]) -> list[tuple[Any, ...]]:
-    return [(*key, mass.share, mass.mean, mass.values) for key, mass in result.table(by).items()]
+def _rows(result: FisherMass, by: str) -> list[tuple[Cell, ...]]:
+    return [_row(key, mass) for key, mass in result.table((by,)).items()]
 
 
-def _terms(result: FisherMass) -> list[tuple[Any, ...]]:
-    order = result.components
-    return sorted(_rows(result, ("component", "term")), key=lambda r: (order.index(r[0]), TERMS.index(r[1])))
+def _terms(result: FisherMass) -> list[tuple[Cell, ...]]:
+    order, table = result.components, result.table(("component", "term"))
+    return [_row(key, table[key]) for key in sorted(table, key=lambda k: (order.index(k[0]), TERMS.index(k[1])))]
+
+
+def _row(key: Key, mass: Mass) -> tuple[Cell, ...]:
+    return (*key, mass.share, mass.mean, mass.values)
 
 
 def _bars(result: FisherMass, of: str, title: str, unit: str) -> Bars:

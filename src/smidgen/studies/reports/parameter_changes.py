@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from smidgen.studies.experiments.change_measures import MEASURES, TITLES
-from smidgen.studies.experiments.model_components import TERMS, stack_names
+from smidgen.studies.experiments.model_components import TERMS, Key, stack_names
 from smidgen.studies.experiments.parameter_changes import Changes
 from smidgen.studies.reports.number_format import Format, brief
 from smidgen.studies.reports.report import Report
-from smidgen.studies.reports.sections import Bars, Cell, Column, HeatMap, Lines, Section, Table, Text
+from smidgen.studies.reports.sections import Bars, Cell, Column, HeatMap, Lines, Number, Section, Table, Text
 
 NORM_WORDS = ("LN", "norm")
 SHOWN_LAYERS = 2  # from so many layers on, a course over the layers is worth a picture
@@ -122,7 +121,7 @@ def _columns(*first: str) -> list[Column]:
     return [*map(Column, first), *rest]
 
 
-def _cells(result: Changes, by: Sequence[str]) -> dict[tuple[Any, ...], list[Cell]]:
+def _cells(result: Changes, by: Sequence[str]) -> dict[Key, list[Cell]]:
     """Key -> the four measures, each a mean with its spread."""
     tables = [result.table(measure, by) for measure in MEASURES]
     return {key: [(table[key].mean, table[key].spread) for table in tables] for key in tables[0]}
@@ -179,10 +178,10 @@ def _courses(result: Changes) -> Lines:
     norms = [name for name in inside if name.endswith(NORM_WORDS)]
     chosen = [name for name in inside if name in (norms + [n for n in inside if n not in norms][:4])[:6]]
     layers = sorted({key[2] for key in cells if key[1] == stack})
-    series: dict[str, Any] = {}
+    series: dict[str, tuple[list[Number], list[Number]]] = {}
     for name in chosen:
         found = [cells.get((name, stack, layer)) for layer in layers]
-        series[name] = ([c and c.mean for c in found], [c and c.spread for c in found])
+        series[name] = ([c.mean if c else None for c in found], [c.spread if c else None for c in found])
     where = stack_names(result.parts)[stack]
     across = f"layer of the {where}" if where else "layer, from the input"
     return Lines("Absolute change over the layers", layers, series, across, MEASURES["absolute"], note=_spread(result))

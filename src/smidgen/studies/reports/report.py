@@ -12,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from smidgen.common.atomic_files import write_files
 from smidgen.common.json_numbers import plain
@@ -43,11 +42,11 @@ class Report:
     sections: Sequence[Section]
     facts: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
-    data: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, object] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Everything as plain data; numbers that are not finite are null."""
-        result: dict[str, Any] = plain({
+        return plain({
             "title": self.title,
             "summary": list(self.summary),
             "facts": dict(self.facts),
@@ -56,7 +55,6 @@ class Report:
             "versions": versions(),
             "data": dict(self.data),
         })  # fmt: skip
-        return result
 
     def html(self) -> str:
         """The page: styles and charts inside, nothing is loaded.
@@ -110,7 +108,7 @@ def versions() -> dict[str, str]:
     return {**found, "Python": platform.python_version()}
 
 
-def _view(section: Section, slug: str) -> dict[str, Any]:
+def _view(section: Section, slug: str) -> dict[str, object]:
     """What the template shows of a section: strings only."""
     view = {"kind": section.kind, "title": section.title, "slug": slug, "note": getattr(section, "note", "")}
     if isinstance(section, Table):
@@ -122,12 +120,12 @@ def _view(section: Section, slug: str) -> dict[str, Any]:
     return view | {"paragraphs": getattr(section, "paragraphs", ())}
 
 
-def _table(section: Table) -> dict[str, Any]:
+def _table(section: Table) -> dict[str, object]:
     columns = shown_columns(section)
     return {"columns": columns, "rows": list(zip(*(column.cells for column in columns), strict=True))}
 
 
-def _heat_map(section: HeatMap) -> dict[str, Any]:
+def _heat_map(section: HeatMap) -> dict[str, object]:
     """What the page template needs of a heat map: text and colour of each cell, and the scale."""
     known = [v for row in section.values for v in row]
     style, rows = Format.of(known, section.percent), []

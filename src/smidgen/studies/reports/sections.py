@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from smidgen.studies.reports.errors import ReportError
 
@@ -27,7 +27,7 @@ class Section:
     kind: ClassVar[str] = ""
     title: str
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain data with the kind."""
         return {"kind": self.kind, **asdict(self)}
 

@@ -17,7 +17,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -97,9 +96,9 @@ def trials(work: Work, todo: Todo, jobs: int, progress: bool | None) -> Iterator
     """
     if jobs > 1 and len(todo) > 1:
         shown = sys.stderr.isatty() if progress is None else progress
-        about: Any = {"total": len(todo), "console": Console(stderr=True), "disable": not shown}
         with closing(_at_once(work, todo, min(jobs, len(todo)))) as found:
-            yield from track(found, f"{work.recipe}, trials", **about)
+            label, console = f"{work.recipe}, trials", Console(stderr=True)
+            yield from track(found, label, total=len(todo), console=console, disable=not shown)
         return
     kept = work.kept()
     for settings, out in todo:
@@ -142,7 +141,15 @@ def _written(work: Work, jobs: int) -> Iterator[Path]:
         yield path
 
 
-_STATE: dict[str, Any] = {}  # of a process that runs trials: its work, and what it has kept
+@dataclass
+class _Process:
+    """A process that runs trials: its work, and what it has kept."""
+
+    work: Work
+    kept: Kept
+
+
+_process: list[_Process] = []  # one, once it is ready
 
 
 def _begin(path: str, threads: int, parent: int) -> None:
@@ -151,12 +158,12 @@ def _begin(path: str, threads: int, parent: int) -> None:
     torch.set_num_threads(threads)
     # Whole objects, so no weights_only: the file was written by the search itself, into a folder of its user alone.
     work = torch.load(path, weights_only=False, mmap=True)
-    _STATE.update(work=work, kept=work.kept())
+    _process[:] = [_Process(work, work.kept())]
 
 
 def _one(settings: Settings, out: Path | None) -> tuple[Trial, Delta | None]:
-    found: tuple[Trial, Delta | None] = _STATE["work"].run(settings, out, False, _STATE["kept"])
-    return found
+    (here,) = _process
+    return here.work.run(settings, out, False, here.kept)
 
 
 def _end_with(parent: int) -> None:

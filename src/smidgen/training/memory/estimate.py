@@ -179,7 +179,7 @@ def _loss(model: nn.Module, inputs: Inputs) -> Tensor:
     takes = inspect.signature(model.forward).parameters
     masked = "attention_mask" in takes and "input_ids" in inputs
     mask = {"attention_mask": torch.ones_like(inputs["input_ids"])} if masked else {}
-    logits = model(**inputs, **mask)[0].float()
+    logits: Tensor = model(**inputs, **mask)[0].float()
     if "labels" not in takes:
         return logits.sum()
     logits = logits.flatten(0, -2)  # (B, C), or (B T, C)
@@ -190,10 +190,10 @@ def _not_counted() -> dict[object, Callable[..., int]]:
     """Operators that torch leaves out -> FLOPs from shapes: the CPU's fused attention, the product of experts."""
 
     def forward(query: Shape, key: Shape, value: Shape, *args: object, **kwargs: object) -> int:
-        return sdpa_flop_count(query, key, value)
+        return int(sdpa_flop_count(query, key, value))
 
     def backward(grad: Shape, query: Shape, key: Shape, value: Shape, *args: object, **kwargs: object) -> int:
-        return sdpa_backward_flop_count(grad, query, key, value)
+        return int(sdpa_backward_flop_count(grad, query, key, value))
 
     ops = torch.ops.aten
     experts = {} if OPERATOR is None else {OPERATOR: flops}

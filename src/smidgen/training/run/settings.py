@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self, TypedDict
 
 from smidgen.common.byte_sizes import parse_bytes
 from smidgen.common.errors import TrainError
@@ -74,10 +74,11 @@ class Settings:
             raise TrainError("weight_decay must not be negative, and checkpoint_steps be at least 1")
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Self:
+    def of(cls, given: Mapping[str, object]) -> Self:
         """From keywords. Raises TrainError if one is unknown or out of range."""
+        make: Callable[..., Self] = cls
         try:
-            return cls(**given)
+            return make(**given)
         except TypeError as error:
             known = ", ".join(cls.__dataclass_fields__)
             raise TrainError(f"{str(error).partition(') ')[2] or error}; settings: {known}") from None
@@ -86,3 +87,37 @@ class Settings:
         """Share of the full learning rate at a step: linear warm-up, then linear decay; never 0."""
         rise = max(1, round(self.warmup * total))
         return min((step + 1) / rise, (total - step) / max(1, total - rise + 1), 1.0)
+
+
+class SharedOptions(TypedDict, total=False):
+    """Fields of `Settings` as keywords of what trains at several rates and with several seeds."""
+
+    epochs: int
+    head_lr: float | None
+    batch_size: int
+    max_length: int | None
+    pooling: str | None
+    warmup: float
+    clip: float
+    weight_decay: float
+    checkpoint_steps: int | None
+    batching: str
+    batch_tokens: int | None
+    cache: bool | None
+    cache_bytes: int
+    only_read: bool | None
+    fast_dropout: bool
+    recompute: bool
+    max_memory: int | str | None
+
+
+class UnseededOptions(SharedOptions, total=False):
+    """The same of what trains with several seeds."""
+
+    lr: float | None
+
+
+class SettingsOptions(UnseededOptions, total=False):
+    """The same of one run."""
+
+    seed: int
