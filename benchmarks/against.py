@@ -87,8 +87,9 @@ def main() -> None:
         old = Path(folder) / "old"
         subprocess.run(["git", "worktree", "add", "-q", "--detach", str(old), args.old], cwd=ROOT, check=True)
         try:
-            for _ in range(args.rounds):
-                for which, source in (("old", old), ("new", ROOT)):
+            for turn in range(args.rounds):
+                pair = (("old", old), ("new", ROOT))
+                for which, source in pair if turn % 2 == 0 else pair[::-1]:
                     for name, seconds in timed(source, args.repeats).items():
                         found[which].setdefault(name, []).extend(seconds)
         finally:
@@ -96,7 +97,8 @@ def main() -> None:
     rows = {}
     for name, new in found["new"].items():
         before, now = statistics.median(found["old"][name]), statistics.median(new)
-        rows[name] = {"old": before, "new": now, "ratio": now / before}
+        runs = {which: [round(each, 3) for each in found[which][name]] for which in found}
+        rows[name] = {"old": before, "new": now, "ratio": now / before, "runs": runs}
         print(f"{name:<26} old {before:7.2f} s   new {now:7.2f} s   new/old {now / before:.2f}")
     args.out.write_text(json.dumps({"old": args.old, "environment": describe(), "seconds": rows}, indent=1) + "\n")
 
