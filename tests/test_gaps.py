@@ -1,12 +1,14 @@
 """A plan names what its recipe's words would cover and it does not reach: where, and why; and nothing else."""
 
 import json
+import re
 
 import pytest
 import torch
 import transformers as T
 from rich.console import Console
 from torch import nn
+from transformers.models.vits.modeling_vits import VitsTextEncoder
 
 from smidgen.cli.views.plans import plan_view as view
 from smidgen.planning import gaps
@@ -145,7 +147,7 @@ OTHERS = {
     ("deepseek_v32", "LN()"): [INDEXER],
     ("mamba", "LoRA(target='linear')"): [(("backbone.layers.*.mixer.dt_proj",), 2, gaps.UNCALLED)],
     ("wavlm", "IA3()"): [(("wavlm.encoder.layers.*.attention",), 2, gaps.UNCALLED)],
-    ("xlnet", "LoRA(target='linear')"): [(("transformer.layer.*.rel_attn",), 2, gaps.STACKED)],
+    ("xlnet", "LoRA(target='linear')"): [(("transformer.layer.*.rel_attn",), 2, gaps.BY_HEAD)],
     ("jamba", "LoRA()"): [(("model.layers.*.mamba",), 1, gaps.LAYOUT)],
     ("jamba", "LoRA(layers=1)"): [],
     ("recurrent_gemma", "LoRA()"): [(("model.layers.*.temporal_block",), 1, gaps.LAYOUT)],
@@ -173,16 +175,108 @@ def test_nothing_is_named_where_all_is_known(name):
 
 
 def test_it_is_shown_in_every_form(capsys):
-    model, line = experts("mixtral"), f"model.layers.*.mlp.experts: {gaps.STACKED}"
+    advice = "LoRA with target=('experts.gate_up_proj', 'experts.down_proj') acts there"
+    model, line = experts("mixtral"), f"model.layers.*.mlp.experts: {gaps.STACKED}; {advice}"
     plan = resolve(model, "LN() + IA3()")
     assert str(plan).splitlines()[-1] == f"left out by IA3(): {line}"
     data = json.loads(json.dumps(plan.to_json()))
-    assert data["left_out"] == [
-        {"method": "IA3()", "reason": gaps.STACKED, "places": ["model.layers.*.mlp.experts"], "count": 2}
-    ]
-    console = Console(width=200)
+    gap = {"method": "IA3()", "reason": gaps.STACKED, "places": ["model.layers.*.mlp.experts"], "count": 2}
+    assert data["left_out"] == [{**gap, "advice": advice}]
+    console = Console(width=300)
     console.print(view(plan))
     shown = " ".join(capsys.readouterr().out.split())
     assert f"left out IA3: {line}" in shown
     console.print(view(resolve(model, "LN()")))
     assert "left out" not in capsys.readouterr().out
+
+
+SIGLIP = {**h.BASE, "image_size": 8, "patch_size": 4}
+
+
+def siglip():
+    with torch.device("meta"):
+        return T.SiglipVisionModel(T.SiglipVisionConfig(**SIGLIP))
+
+
+def test_what_lies_outside_of_the_blocks_is_named_for_every_linear_map():
+    """SigLIP's head: an nn.MultiheadAttention and a feed-forward network behind the blocks."""
+    model = siglip()
+    for recipe in ("LoRA()", "LoRA(target='linear')", "SSF()", "IA3()", "Adapter()", "Prefix(length=2)"):
+        assert found(model, recipe) == [(("head",), 1, gaps.OUTSIDE)], recipe
+    assert found(model, "LN()") == []
+
+
+def test_what_is_never_read_is_named_for_all_methods_whose_words_mean_it():
+    """The classifier takes the mean of the tower's states, and nothing of its head."""
+    with torch.device("meta"):
+        model = T.SiglipForImageClassification(T.SiglipConfig(vision_config=SIGLIP, num_labels=3))
+    for recipe in ("LoRA()", "LoRA(target='linear')", "SSF()", "IA3()", "Adapter()", "Prefix(length=2)", "LN()"):
+        plan = resolve(model, recipe)
+        assert (plan.unread, plan.left_out) == (("vision_model.head",), ()), recipe
+    for recipe in ("LoRA(layers=0)", "LN(layers=0)", "LoRA(target='ff_out')"):
+        assert resolve(model, recipe).unread == (), recipe
+
+
+class OwnFormula(nn.Module):
+    """Experts in one parameter of two axes, as DBRX has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.zeros(48, 16))
+
+
+class OwnMLP(Convolving):
+    def __init__(self):
+        super().__init__()
+        self.attn = OddAttention()
+        self.pwconv1 = self.pwconv2 = None
+        self.mixture_mlp = type("OddExperts", (OwnFormula,), {})()
+
+
+def vits():
+    """A text encoder whose feed-forward part is made of convolutions."""
+    config = T.VitsConfig(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=24)
+    with torch.device("meta"):
+        return VitsTextEncoder(config)
+
+
+def test_feed_forward_parts_that_are_no_linear_maps():
+    own = (("tower.*.mixture_mlp",), 3, gaps.OWN)
+    assert own in found(both(OwnMLP), "IA3()")
+    assert own in found(both(OwnMLP), "SSF()")
+    convolved = (("encoder.layers.*.feed_forward",), 2, gaps.CONVOLVED)
+    assert found(vits(), "IA3()") == [convolved]
+    assert found(vits(), "SSF()") == found(vits(), "LoRA()") == [], "SSF acts at convolutions"
+
+
+ADVISED = {
+    "experts": (lambda: experts("mixtral"), "LoRA(target='linear')", "LoRA"),
+    "experts, by another method": (lambda: experts("qwen3_moe"), "IA3()", "LoRA"),
+    "torch's attention": (lambda: both(lambda: Attending(nn.MultiheadAttention(16, 2))), "LoRA()", "LoRA"),
+    "maps that are read": (lambda: odd_models.build("mamba"), "LoRA(target='linear')", "LoRA"),
+    "a forward of its own": (lambda: odd_models.build("llama4"), "LoRA(target='linear')", "LoRA"),
+    "names of its own": (lambda: both(lambda: Attending(OddAttention())), "IA3()", "IA3"),
+    "outside": (lambda: siglip(), "SSF()", "SSF"),
+    "outside, by LoRA": (lambda: siglip(), "Adapter()", "LoRA"),
+}
+
+
+@pytest.mark.parametrize("name", ADVISED)
+def test_what_is_advised_acts_there_and_nowhere_else(name):
+    make, recipe, by = ADVISED[name]
+    model = make()
+    for gap in resolve(model, recipe).left_out:
+        assert gap.advice.startswith("target=" if recipe.startswith(by) else f"{by} with target=")
+        target = re.search(r"target=(\(.*?\)|'.*?')", gap.advice)[1]
+        fields = {"LoRA": "rank=1, ", "SSF": "norms=False, convs=False, "}.get(by, "")
+        plan = resolve(model, f"{by}({fields}target={target})")
+        rows = [re.sub(r"\.\d+(?=\.|$)", ".*", row.site.path) for row in plan.rows]
+        assert all(any(f"{row}.".startswith(f"{place}.") for place in gap.places) for row in rows), (gap, rows)
+        assert {place for place in gap.places for row in rows if f"{row}.".startswith(f"{place}.")} == set(gap.places)
+
+
+def test_nothing_is_advised_where_nothing_acts():
+    (xlnet,) = resolve(odd_models.build("xlnet"), "LoRA(target='linear')").left_out
+    assert not xlnet.advice
+    (own,) = (gap for gap in resolve(both(OwnMLP), "IA3()").left_out if gap.reason == gaps.OWN)
+    assert not own.advice

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from smidgen.common.errors import PlanError
 from smidgen.methods.base import Method, renewed
 from smidgen.methods.capabilities import Grows, ReadsWeight
+from smidgen.planning.advice import Advice
 from smidgen.planning.row import Row
 from smidgen.planning.site_rules import rules_for
 from smidgen.recipe.recipe import Recipe
@@ -51,8 +52,17 @@ def no_match(method: Method, model: nn.Module, sites: Sequence[Site]) -> str:
     if not any(site.roles & set(LINEAR_ROLES) for site in sites):
         text += f"; {UNKNOWN}"
     if stacked := [site.path for site in sites if is_stacked(model, site)]:
-        text += f"; {stacked[0]} holds stacked 3-D weights (of experts or heads), which hooks cannot reach"
+        text += _of_stacked(method, model, sites, stacked[0])
     return text
+
+
+def _of_stacked(method: Method, model: nn.Module, sites: Sequence[Site], path: str) -> str:
+    """What a module holds several weights in one parameter for, and what acts at those of experts."""
+    if re.search("attention|attn", type(model.get_submodule(path)).__name__, re.IGNORECASE):
+        return f"; {path} holds weights with an axis of heads, no maps of two axes"
+    advice = Advice(method, sites).for_module(path)
+    said = f"; {path} holds weights of several experts stacked in one parameter, whose inputs and outputs no hook sees"
+    return f"{said}; {advice}" if advice else said
 
 
 def _of_norms(method: Method, model: nn.Module, sites: Sequence[Site]) -> str:

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smidgen.common.errors import PlanError
 from smidgen.methods.base import Method
+from smidgen.planning.advice import Advice, without_numbers
 from smidgen.planning.compatibility import is_stacked
 from smidgen.planning.row import Row
 from smidgen.planning.rules.attention import keys_at
@@ -42,14 +43,16 @@ from smidgen.sites.site import (
 from smidgen.sites.unread_parts import unread
 
 LAYOUT = "its layout is not known, so nothing says which map is which"
-STACKED = "weights of several experts or heads stacked in one parameter, which no hook reaches"
-UNCALLED = "maps that are read and never called, so no hook acts"
+STACKED = "weights of several experts stacked in one parameter, whose inputs and outputs no hook sees"
+BY_HEAD = "weights with an axis of heads, no maps of two axes"
+UNCALLED = "maps that are read and never called, whose inputs and outputs no hook sees"
 OWN = "a forward of its own: no plain map of a weight"
 FUSED = "which rows of the fused map are which is not known"
 RUNNING = "statistics that run, as BatchNorm's"
 SHAPE = "its gain is not one by channel or by head"
 PLACE = "which sublayer the norm belongs to is not known"
 NAMED = "named by its path, and no linear map"
+CONVOLVED = "a feed-forward part of convolutions, where linear maps are looked for"
 OUTSIDE = "it lies outside of all stacks of blocks, where no parts are looked for"
 NO_GRADIENT = "no gradient passes: under torch.no_grad"
 ABSENT = "a stack without the parts that it names"
@@ -62,16 +65,19 @@ class Gap:
     Attributes:
         places: module paths, * for the numbers of layers.
         count: how many modules these are.
+        advice: what would reach them; "" if nothing is known to.
     """
 
     method: str
     reason: str
     places: tuple[str, ...]
     count: int
+    advice: str = ""
 
     def __str__(self) -> str:
         more = f" and {len(self.places) - 3} more" if len(self.places) > 3 else ""
-        return f"{', '.join(self.places[:3])}{more}: {self.reason}"
+        advice = f"; {self.advice}" if self.advice else ""
+        return f"{', '.join(self.places[:3])}{more}: {self.reason}{advice}"
 
 
 def left_out(
@@ -94,19 +100,21 @@ def left_out(
     found += [_Candidate(s.path, s, (), NO_GRADIENT) for s in shut if _reaches(method, s)]
     found += _whole_stacks(method, sites, [c.path for c in found], rows)
     never = unread(model)  # named apart
-    why = {c.path: c.reason for c in found if not any(within(c.path, path) for path in never)}
-    reasons: dict[str, list[str]] = {}
-    for path, reason in why.items():
+    why = {c.path: c for c in found if not any(within(c.path, path) for path in never)}
+    alike, advice = dict[tuple[str, str], list[str]](), Advice(method, sites)
+    for path, one in why.items():
         if not any(outer in why for outer in _around(path) if outer != path):
-            reasons.setdefault(reason, []).append(path)
+            text = advice.for_module(path) if one.sides and one.reason != BY_HEAD else ""
+            alike.setdefault((one.reason, text), []).append(path)
     return tuple(
-        Gap(str(method), reason, tuple(dict.fromkeys(map(_pattern, paths))), len(paths))
-        for reason, paths in reasons.items()
+        Gap(str(method), reason, tuple(dict.fromkeys(map(without_numbers, paths))), len(paths), text)
+        for (reason, text), paths in alike.items()
     )
 
 
-def _pattern(path: str) -> str:
-    return re.sub(r"(^|[._])\d+(?=\.|$)", r"\1*", path)
+def meant(method: Method, model: nn.Module, sites: Sequence[Site]) -> list[str]:
+    """Paths of the modules that a method's words mean and that are no sites of it, wherever they lie."""
+    return [c.path for c in _candidates(model, sites) if _wants(method, c)]
 
 
 class _Covered:
@@ -159,10 +167,9 @@ WORDS: dict[str, tuple[Site, ...]] = {
 
 
 def _means(method: Method, side: str, path: str, place: Site) -> bool:
-    """Whether the method would stand at a module of this path and place if it were what `side` says."""
+    """Whether the method would stand at a module of this path and place if it were what `side` says, in a block."""
     for example in WORDS[side]:
-        roles = example.roles if place.layer is not None else example.roles - {"block"}
-        here = replace(example, path=path, roles=roles, layer=place.layer, depth=place.depth, stack=place.stack)
+        here = replace(example, path=path, layer=place.layer, depth=place.depth, stack=place.stack)
         try:
             if method.acts(here):
                 return True
@@ -200,12 +207,18 @@ def _candidates(model: nn.Module, sites: Sequence[Site]) -> Iterator[_Candidate]
 
 
 def _outside(model: nn.Module, sites: Iterable[Site], stacks: Collection[str]) -> Iterator[_Candidate]:
-    """Attentions outside of the blocks: those that pool a tower's places, or stand between two towers."""
+    """Attentions and feed-forward networks outside of the blocks: those that pool a tower's places, or stand between
+    two towers."""
     held = {outer for stack in stacks for outer in _around(stack)}
+    feeds: dict[str, list[Site]] = {}
     for site in sites:
-        top = _attention(model, "", site.path, held)
-        if top and any(len(shape) > 1 for _, shape in site.terms):
+        if not any(len(shape) > 1 for _, shape in site.terms):
+            continue
+        if top := _attention(model, "", site.path, held):
             yield _Candidate(top, site, ("attention",), OUTSIDE)
+        elif isinstance(site, LinearSite) and (top := _feed_forward(model, "", site.path, held)):
+            feeds.setdefault(top, []).append(site)
+    yield from (_Candidate(top, maps[0], ("feed_forward",), OUTSIDE) for top, maps in feeds.items() if len(maps) > 1)
 
 
 def _of_block(model: nn.Module, root: str, sites: Sequence[Site], idle: Collection[int]) -> Iterator[_Candidate]:
@@ -216,7 +229,11 @@ def _of_block(model: nn.Module, root: str, sites: Sequence[Site], idle: Collecti
     for site in (s for s in parts if not s.roles & {"attention", "ff"} and not s.part):
         module, top = model.get_submodule(site.path), _attention(model, root, site.path)
         if is_stacked(model, site):
-            yield _Candidate(site.path, site, ("linear", "attention" if top else "feed_forward"), STACKED)
+            side, reason = ("attention", BY_HEAD) if top else ("feed_forward", STACKED)
+            yield _Candidate(site.path, site, ("linear", side), reason)
+            continue
+        if isinstance(site, OtherSite) and not _is_map(module) and _is_feed_forward(model, root, site):
+            yield _Candidate(site.path, site, ("linear", "feed_forward"), OWN)
             continue
         if _is_map(module) and not isinstance(site, LinearSite):
             yield _Candidate(site.path, site, ("linear",), _why(module, idle))
@@ -233,6 +250,7 @@ def _of_block(model: nn.Module, root: str, sites: Sequence[Site], idle: Collecti
         is_expert = any(outer in mixtures for outer in _around(owner) if outer != owner)
         sides = ("feed_forward", "attention") if lacking and not is_expert else ("feed_forward",)
         yield _Candidate(owner, place, sides, LAYOUT)
+    yield from _convolved(model, root, sites, known)
     if "attention" in roles and "query" not in roles:
         fused = (s for s in parts if s.roles == {"attention", "block"})
         yield from (_Candidate(s.path, s, ("attention",), FUSED) for s in fused)
@@ -257,10 +275,35 @@ def _other_parts(maps: Iterable[Site], known: Collection[str]) -> Iterator[tuple
     return ((owner, found[0]) for owner, found in owners.items() if len(found) > 1 and owner not in known)
 
 
+def _convolved(model: nn.Module, root: str, sites: Sequence[Site], known: Collection[str]) -> Iterator[_Candidate]:
+    """Feed-forward parts of two convolutions or more and no known map."""
+    tops: dict[str, list[Site]] = {}
+    for site in sites:
+        if isinstance(site, ConvSite) and (top := _feed_forward(model, root, site.path)) and top not in known:
+            tops.setdefault(top, []).append(site)
+    for top, found in tops.items():
+        if len(found) > 1 and not any(isinstance(s, LinearSite) and within(s.path, top) for s in sites):
+            yield _Candidate(top, found[0], ("feed_forward",), CONVOLVED)
+
+
+def _is_feed_forward(model: nn.Module, root: str, site: Site) -> bool:
+    """Whether a module has weights of its own and lies in, or is, what says by its class that it is feed-forward."""
+    return any(len(shape) > 1 for _, shape in site.terms) and bool(_feed_forward(model, root, site.path))
+
+
 def _attention(model: nn.Module, root: str, path: str, held: Collection[str] = ()) -> str:
     """The outermost module below `root`, around a path, that says by its class that it is an attention; "" if none."""
+    return _by_class("attention|attn", model, root, path, held)
+
+
+def _feed_forward(model: nn.Module, root: str, path: str, held: Collection[str] = ()) -> str:
+    """The same for a feed-forward network."""
+    return _by_class("mlp|ffn|feed_?forward|experts?(?![a-z])", model, root, path, held)
+
+
+def _by_class(pattern: str, model: nn.Module, root: str, path: str, held: Collection[str]) -> str:
     around = [o for o in _around(path) if within(o, root) and o != root and o not in held]
-    named = (o for o in reversed(around) if re.search("attention|attn", type(model.get_submodule(o)).__name__, re.I))
+    named = (o for o in reversed(around) if re.search(pattern, type(model.get_submodule(o)).__name__, re.I))
     return next(named, "")
 
 

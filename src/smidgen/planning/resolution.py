@@ -21,7 +21,7 @@ from smidgen.planning.compatibility import (
     refuse_unfoldable,
     refuse_unsupported,
 )
-from smidgen.planning.gaps import Gap, left_out
+from smidgen.planning.gaps import Gap, left_out, meant
 from smidgen.planning.plans import Plan
 from smidgen.planning.row import Row, Shape
 from smidgen.planning.rules.builtin import all_rules
@@ -67,7 +67,7 @@ def resolve(
         sites += rules.find(model, sites)
     barred = [site for site in sites if any(within(site.path, path) for path in without_gradient(model))]
     sites = [site for site in sites if site not in barred]
-    left = _unread(recipe, sites, unread(model))
+    left = _unread(model, recipe, sites, unread(model))
     sites = read_sites(model, sites)
     try:
         rows = _all_rows(model, recipe, sites, parameters, closed)
@@ -98,11 +98,12 @@ def resolve(
     )
 
 
-def _unread(recipe: Recipe, sites: Sequence[Site], closed: Sequence[str]) -> tuple[str, ...]:
-    """Those of the parts that are never read in which the recipe has sites."""
+def _unread(model: nn.Module, recipe: Recipe, sites: Sequence[Site], closed: Sequence[str]) -> tuple[str, ...]:
+    """Those of the parts that are never read in which the recipe has sites, or would have some if they were known."""
     inside = [site for site in sites if any(within(site.path, path) for path in closed)]
     methods = [term for term in recipe if isinstance(term, Method)]
     wanted = [site.path for site in inside if any(term.trains(site) or term.acts(site) for term in methods)]
+    wanted += [path for term in methods for path in meant(term, model, inside)] if inside else []
     return tuple(path for path in closed if any(within(place, path) for place in wanted))
 
 
