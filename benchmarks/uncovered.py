@@ -1,7 +1,8 @@
 """What a recipe's words would cover on a model and its plan does not, found without the library's own sites.
 
 By class names and names of parameters alone, so that both can be wrong in different ways: norms, biases, and the
-attention modules and feed-forward modules of every block.
+attention modules and feed-forward modules of every block. A module of convolutions alone is no attention, one with a
+single weight no feed-forward network, and the attention to another sequence is a part of its own for adapters.
 """
 
 import re
@@ -14,6 +15,7 @@ FEED = re.compile(r"(mlp|feedforward|ffn|experts|feed_forward)$", re.IGNORECASE)
 NOT_A_BLOCK = re.compile(
     r"(output|norm|embedding|mask|pool|lora|rotary|router|bias|gate|act|pruner|selfoutput)", re.IGNORECASE
 )
+CROSS = re.compile(r"cross|enc_?dec|x_attn", re.IGNORECASE)
 BIAS = re.compile(r"(^|[._])bias$")
 
 
@@ -79,12 +81,19 @@ def _biases(model, rows, head):
     return _left_of(model, wanted, rows, head, "biases")
 
 
+def _holds(module, pattern):
+    """Whether a module has the weights that its class's name promises."""
+    if pattern is FEED:
+        return sum(p.ndim > 1 for p in module.parameters()) > 1
+    return any(p.ndim in (2, 3) for p in module.parameters())
+
+
 def _modules(model, pattern):
     """Paths of modules of such a class that hold weights and no further module of such a class."""
     found = {}
     for path, module in model.named_modules():
         name = type(module).__name__
-        if pattern.search(name) and not NOT_A_BLOCK.search(name) and any(p.ndim > 1 for p in module.parameters()):
+        if pattern.search(name) and not NOT_A_BLOCK.search(name) and _holds(module, pattern):
             found[path] = module
     return [p for p in found if p and not any(q != p and q.startswith(p + ".") for q in found)]
 
@@ -93,9 +102,11 @@ def _touched(rows):
     return {row.site.path for row in rows}
 
 
-def _left(model, rows, pattern, what, around=0):
-    """Modules of a kind in which no edit stands; `around` counts the levels above that count as the module's own."""
+def _left(model, rows, pattern, what, around=0, leave=None):
+    """Modules of a kind in which no edit stands; `around` counts the levels above that count as the module's own,
+    paths with `leave` in them are not asked for."""
     paths, edited, left = _modules(model, pattern), _touched(rows), []
+    paths = [path for path in paths if leave is None or not leave.search(path)]
     for path in paths:
         top = path.rsplit(".", around)[0] if around and path.count(".") >= around else path
         if not any(e == top or e.startswith(top + ".") or (path.startswith(e + ".") and e) for e in edited):
@@ -108,7 +119,10 @@ def _attentions(model, rows, head):
 
 
 def _both(model, rows, head):
-    return _left(model, rows, ATTENTION, "attention modules", 1) + _left(model, rows, FEED, "feed-forward modules", 1)
+    """Of an adapter at its usual sites, which are not the attention to another sequence."""
+    return _left(model, rows, ATTENTION, "attention modules", 1, CROSS) + _left(
+        model, rows, FEED, "feed-forward modules", 1
+    )
 
 
 def _feeds_too(model, rows, head):

@@ -54,6 +54,8 @@ class Subject:
                     base = tensors(run(ready, given))
                 if not all(torch.isfinite(t).all() for t in base):
                     raise ArithmeticError("its output is not finite")
+                if dtype is None and any(p.is_floating_point() and p.dtype != kind for p in ready.parameters()):
+                    raise ArithmeticError("it casts a part of itself while it runs")
                 return kind, ready, given, base
             except Exception as error:
                 last = error

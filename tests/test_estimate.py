@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as T
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -249,3 +250,10 @@ def test_what_cannot_be_counted_says_why_in_words(capfd):
     costs = sm.plan(Reads(), "LN()").costs
     assert costs == {"unknown": "its forward pass depends on values, which tensors without content have not"}
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_that_knows_no_longest_text():
+    """XLNet's configuration says -1."""
+    config = T.XLNetConfig(vocab_size=30, d_model=16, n_layer=1, n_head=2, d_inner=24)
+    assert config.max_position_embeddings == -1
+    assert sm.plan(T.XLNetForSequenceClassification(config), "LN()", length=24).costs["length"] == 24

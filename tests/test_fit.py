@@ -22,6 +22,7 @@ from smidgen.inference.evaluation import Scores
 from smidgen.planning.frozen_modules import frozen_prefix
 from smidgen.planning.resolution import resolve
 from smidgen.ports.attachment_record import trained_parameters
+from smidgen.steps.divergence import remedy
 from smidgen.steps.objectives import Needs, Objective, StayClose, TaskLoss
 from smidgen.steps.step import BASE, Step
 from smidgen.testing.cases import shake
@@ -336,6 +337,31 @@ def test_a_gradient_that_is_not_finite_later(task):
         pytest.raises(DivergedError, match=r"the gradient is nan at step 2, lr \S+; try a lower lr"),
     ):
         fit(task, "LN()", model, objective=objective)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float16_is_named_where_a_gradient_is_not_finite(dtype, task):
+    """Its largest number is the likely reason, and no rate helps."""
+    model = h.bert().to(dtype)
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight[0, 0] = float("nan")
+    with pytest.raises(TrainError, match="not finite") as caught:
+        fit(task, "LN()", model)
+    said = "the base is in float16, whose largest number is 65504: load it in bfloat16 or float32, else try a lower lr"
+    assert (said in str(caught.value)) == (dtype is torch.float16)
+    assert "try a lower lr, or look at the data of this step" in str(caught.value)
+
+
+def test_autocast_in_float16_is_named():
+    model = sm.attach(h.bert(), "LN()")
+    usual = "try a lower lr, or look at the data of this step"
+    assert remedy(model) == remedy(model, "no") == remedy(model, "bf16") == usual
+    wanted = f"autocast computes in float16, whose largest number is 65504: choose bfloat16 or none, else {usual}"
+    assert remedy(model, "fp16") == wanted
+    with torch.autocast("cpu", torch.float16):
+        assert remedy(model) == wanted
+    with torch.autocast("cpu", torch.bfloat16):
+        assert remedy(model) == usual
 
 
 def test_a_tensor_that_is_not_reached(task):

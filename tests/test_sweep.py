@@ -247,6 +247,23 @@ def test_what_is_left_out_is_found(pairs):
     assert not uncovered.uncovered(model, sm.plan(model, "LN()"))
 
 
+def test_what_a_recipe_does_not_mean_is_not_asked_for(pairs):
+    """An adapter's usual sites are no attention to another sequence, a convolution is no attention."""
+    model = subject(pairs["t5/T5ForConditionalGeneration"]).model
+    assert not uncovered.uncovered(model, sm.plan(model, "Adapter(width=4)"))
+    assert "attention" in uncovered.uncovered(model, sm.plan(model, "Adapter(width=4, layers=0)"))
+    model = subject(pairs["cvt/CvtForImageClassification"]).model
+    assert not uncovered.uncovered(model, sm.plan(model, "LoRA(rank=2, target='linear')"))
+
+
+def test_a_model_that_casts_a_part_of_itself_is_judged_in_float32(pairs):
+    """Switch's router makes its map a float32 one while it runs."""
+    found = subject(pairs["switch_transformers/SwitchTransformersForConditionalGeneration"])
+    assert found.dtype == torch.float32
+    assert verdicts.judge(found, "LoRA(rank=2, target='linear')")["outcome"] == "ok"
+    assert verdicts.judge(found, "Full()")["outcome"] == "ok"
+
+
 def test_the_file_holds_what_was_found(tmp_path):
     class Options:
         recipes = ("LN()", "Full()")

@@ -18,4 +18,7 @@ def first_of(output: object) -> tuple[Tensor, tuple[object, ...]]:
 
 def like(output: object, first: Tensor, rest: tuple[object, ...]) -> object:
     """Tensor and rest again, in the form of what was given."""
-    return (first, *rest) if isinstance(output, tuple) else first
+    if not isinstance(output, tuple):
+        return first
+    named: Any = type(output)
+    return named(first, *rest) if hasattr(named, "_fields") else (first, *rest)

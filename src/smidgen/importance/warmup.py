@@ -16,6 +16,7 @@ from smidgen.data.processor import Processor
 from smidgen.data.task import Task
 from smidgen.planning.frozen_modules import frozen_prefix
 from smidgen.ports.attachment_record import attachment, trained_parameters
+from smidgen.steps.divergence import remedy
 from smidgen.steps.loss_computation import At, Beside, loss_of
 from smidgen.steps.objectives import Objective, TaskLoss
 from smidgen.steps.optimizer_groups import optimizer
@@ -84,7 +85,7 @@ def _steps(
         loss = loss_of(model, batch, objective, beside, At(step, course.steps, places=places))
         if not torch.isfinite(loss):
             raise TrainError(
-                f"the loss is {float(loss.detach())} at step {step} of the warm-up for Select; try a lower lr"
+                f"the loss is {float(loss.detach())} at step {step} of the warm-up for Select; {remedy(model)}"
             )
         loss.backward()
         for name, p in trained.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,8 @@ from smidgen.sites.discovery import roles_found, shares_layers
 from smidgen.sites.module_calls import without_gradient
 from smidgen.sites.module_kinds import is_norm
 from smidgen.sites.new_tensors import resized
-from smidgen.sites.site import ROLES, NormSite, Site
+from smidgen.sites.roles import within
+from smidgen.sites.site import ROLES, InputSite, NormSite, Site
 from smidgen.sites.sublayers import UNKNOWN
 from smidgen.sites.targeting import LINEAR_ROLES
 
@@ -170,6 +172,32 @@ def refuse_resized(model: nn.Module, recipe: Recipe) -> None:
             f"not fit in a new process: save the resized model (save_pretrained) and load it from there, or train it "
             f"whole: + Full(target={names if len(names) > 1 else names[0]!r})"
         )
+
+
+# transformers' classes of attention that give zeros without a kernel -> the variable of their file that holds it
+KERNELS = {"MraSelfAttention": "mra_cuda_kernel"}
+
+
+def refuse_without_kernel(model: nn.Module, rows: Sequence[Row]) -> None:
+    """Raises PlanError if all that a term adds lies in attentions that give zeros here, or acts through them alone."""
+    without = {path: kernel for path, m in model.named_modules() if (kernel := _missing_kernel(m))}
+    if not without:
+        return
+    path, kernel = next(iter(without.items()))
+    for index in dict.fromkeys(row.index for row in rows):
+        here = [row for row in rows if row.index == index]
+        inside = all(any(within(row.site.path, other) for other in without) for row in here)
+        if all(row.added for row in here) and (inside or all(isinstance(row.site, InputSite) for row in here)):
+            raise PlanError(
+                f"{here[0].method}: {type(model.get_submodule(path)).__name__} gives zeros without its CUDA kernel "
+                f"({kernel} is not loaded), so nothing that is added there has an effect; load the model on a CUDA "
+                "device with the kernels package, or tune other parts (LN, BitFit)"
+            )
+
+
+def _missing_kernel(module: nn.Module) -> str:
+    name = KERNELS.get(type(module).__name__, "")
+    return name if name and getattr(sys.modules[type(module).__module__], name, None) is None else ""
 
 
 def refuse_unfoldable(rows: Sequence[Row]) -> None:

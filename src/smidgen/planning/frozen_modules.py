@@ -6,13 +6,16 @@ from torch import nn
 
 from smidgen.planning.plans import Plan
 from smidgen.sites.discovery import find_blocks
+from smidgen.sites.reversible_stacks import reversible
+from smidgen.sites.roles import within
 
 
 def frozen_prefix(model: nn.Module, plan: Plan) -> list[nn.Module]:
     """Modules that are computed before anything trained, in whole; empty if the embeddings are edited.
 
     Stacks come in order of registration (encoder first): a stack without edits is frozen whole, the first one with
-    edits is frozen below its lowest, what comes after it is not.
+    edits is frozen below its lowest, what comes after it is not. A stack that is computed again on the way back asks
+    for train mode in all of its blocks.
     """
     if plan.lowest == "embeddings":
         return []
@@ -22,7 +25,10 @@ def frozen_prefix(model: nn.Module, plan: Plan) -> list[nn.Module]:
             lowest[site.stack] = min(site.layer, lowest.get(site.stack, site.layer))
     stacks = find_blocks(model)
     frozen: list[nn.Module] = _before(model, next(iter(stacks), ""))
+    again = reversible(model)
     for stack, blocks in stacks.items():
+        if stack in lowest and any(within(stack, path) for path in again):
+            break
         frozen += blocks[: lowest.get(stack, len(blocks))]
         if stack in lowest:
             break

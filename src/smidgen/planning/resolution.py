@@ -20,6 +20,7 @@ from smidgen.planning.compatibility import (
     refuse_twice,
     refuse_unfoldable,
     refuse_unsupported,
+    refuse_without_kernel,
 )
 from smidgen.planning.gaps import Gap, left_out, meant
 from smidgen.planning.plans import Plan
@@ -77,6 +78,7 @@ def resolve(
         rules.refuse_together(model, rows)
     refuse_twice(rows, parameters)
     refuse_unfoldable(rows)
+    refuse_without_kernel(model, rows)
     refuse_headless(model, recipe, rows, trained)
     refuse_resized(model, recipe)
     outside = {id(parameters[name]) for name in names}

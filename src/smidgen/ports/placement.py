@@ -26,6 +26,7 @@ from smidgen.ports.in_place.parameter_port import swaps
 from smidgen.ports.in_place.sparse_values import SparseValues, add_part, check_free, drop_parts
 from smidgen.ports.module_port import add_guard, drop_guard
 from smidgen.ports.pooling import place_pooling
+from smidgen.ports.reversible import open_entries
 from smidgen.sites.module_calls import never_called, read_at
 from smidgen.sites.new_tensors import new_names
 from smidgen.sites.site import module_at
@@ -71,6 +72,7 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
         record.handles += place_casts(model, low)
     record.plug(model)
     held.hold(model)
+    record.handles += open_entries(model, [row.site.path for row in plan.rows])
     record.handles += _around_passes(model, one_at_a_time=bool(low))
     if plan.pooling is not None:
         record.handles.append(place_pooling(model, plan.pooling))

@@ -83,7 +83,7 @@ def _limit(entry: Any, embedding: nn.Embedding) -> int | None:
     """How many positions a model has, if it looks them up in a table."""
     count = getattr(entry.config.get_text_config(), "max_position_embeddings", None)
     for module in entry.get_decoder().modules():
-        if isinstance(module, nn.Embedding) and module is not embedding and count and module.num_embeddings >= count:
+        if isinstance(module, nn.Embedding) and module is not embedding and 0 < (count or 0) <= module.num_embeddings:
             padding = module.padding_idx
             return count if padding is None else module.num_embeddings - padding - 1
     return None

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from smidgen.common.errors import DivergedError, TrainError
 from smidgen.common.finite_values import not_finite
 from smidgen.common.module_modes import evaluating
-from smidgen.planning.stack_choice import stack_advice
+from smidgen.planning.stack_choice import NAMED, stack_advice, stacks_around
 from smidgen.ports.attachment_record import attachment, trained_parameters
 from smidgen.sites.data_flow import only_called
 from smidgen.sites.discovery import find_blocks, is_block
 from smidgen.sites.roles import within
 from smidgen.sites.site import EmbeddingSite
+from smidgen.steps.divergence import remedy
 
 MANY = 50  # steps after which chance is no reason any more: a layer is dropped with 0.5 in all of them once in 1e15
 FEW = 5  # steps in which each tensor moves, LoRA's A as well, which stands still in the first
@@ -137,7 +138,7 @@ def check_gradients(model: nn.Module, finite: bool = True, excused: Iterable[str
         raise TrainError(f"{said}; {_narrow(model, unreached, excused)}")
     broken = [n for n, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
     if broken and finite:
-        raise TrainError(f"the gradient of {broken[0]} is not finite; lower the learning rate or check the data")
+        raise TrainError(f"the gradient of {broken[0]} is not finite; {remedy(model)}")
 
 
 def check_depends(model: nn.Module, outputs: object) -> None:
@@ -148,7 +149,21 @@ def check_depends(model: nn.Module, outputs: object) -> None:
     """
     if not any(tensor.requires_grad for tensor in floats(outputs)):
         names = list(trained_parameters(model))
-        raise TrainError(f"the loss depends on nothing that is trained: {_never(names, len(names))}")
+        text, where = f"the loss depends on nothing that is trained: {_never(names, len(names))}", _unrun(model)
+        raise TrainError(f"{text}; {where}" if where else text)
+
+
+def _unrun(model: nn.Module) -> str:
+    """Where all that is trained lies, if other stacks of blocks hold nothing of it: those are what runs."""
+    sites = [row.site for row in attachment(model).plan.rows]
+    others = [f"{stack}." for stack in find_blocks(model) if all(site.stack != stack for site in sites)]
+    found = stacks_around([f"{site.path}." for site in sites], others) if others else []
+    if not 0 < len(found) <= NAMED:
+        return ""
+    return (
+        f"all of it lies in {', '.join(found)}, which these inputs do not run: give some that do (images, sounds), "
+        f"or a recipe that finds something to train in {others[0][:-1]}"
+    )
 
 
 def _never(names: list[str], count: int) -> str:
@@ -162,6 +177,8 @@ def _narrow(model: nn.Module, unreached: list[str], excused: Iterable[str]) -> s
     shared = {name for row in plan.rows if row.owns_shared for name, _ in row.names()}
     reached = [name for name in trained_parameters(model) if name not in aside | set(unreached) | shared]
     idle = [name for name in unreached if name not in aside | shared]
+    if not reached and (where := _unrun(model)):
+        return where  # but for the head
     fields = stack_advice(map(_module, reached), [_module(name) for name in idle])
     return f"narrow the recipe ({fields or 'which=, layers=, target=, stack='}) to what this model runs"
 
@@ -264,7 +281,7 @@ def check_finite(model: nn.Module, step: int) -> None:
     if torch.isfinite(norms).all():
         return
     if found := not_finite({name: p.detach() for name, p in parameters.items()}):
-        raise DivergedError(f"after step {step}, {found}; try a lower lr, or look at the data of this step")
+        raise DivergedError(f"after step {step}, {found}; {remedy(model)}")
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

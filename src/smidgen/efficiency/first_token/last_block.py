@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from smidgen.common.errors import TrainError
-from smidgen.common.hook_types import Args, Kwargs
+from smidgen.common.hook_types import Args, Kwargs, first_of, like
 from smidgen.efficiency.first_token.single_query_attention import Maps, attend_once, check_unchanged
 from smidgen.efficiency.prefix_cache.cut_point import irregular
 from smidgen.efficiency.prefix_cache.equivalence_check import check_logits
@@ -181,12 +181,13 @@ def _hidden(args: Args, kwargs: Kwargs) -> Tensor:
 def _reads_first(model: nn.Module, block: nn.Module, batch: Batch, wanted: Tensor) -> None:
     """Spoil all other rows that leave the last block: nothing may come of it."""
 
-    def spoil(module: nn.Module, args: Args, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-        states = (output[0] if isinstance(output, tuple) else output).clone()
+    def spoil(module: nn.Module, args: Args, output: object) -> object:
+        first, rest = first_of(output)
+        states = first.clone()
         if states.ndim != 3 or states.shape[1] < 2:
             raise TrainError("examples of one token have no rows to leave out")
         states[:, 1:] = float("nan")
-        return (states, *output[1:]) if isinstance(output, tuple) else states
+        return like(output, states, rest)
 
     handle = block.register_forward_hook(spoil)
     try:

@@ -75,7 +75,8 @@ def _tried(model: nn.Module, resolved: Plan, batch_size: int, length: int, recom
     config = getattr(model, "config", None)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
     prompt = sum(prompt_length(row.method, row.site) for row in resolved.rows if isinstance(row.site, InputSite))
-    length = min(length, (longest or length + prompt) - prompt)
+    if longest and longest > 0:  # XLNet has -1, for no limit
+        length = min(length, longest - prompt)
     main, why = getattr(model, "main_input_name", "input_ids"), ""
     for candidate in input_candidates(model, batch_size, length):
         inputs = {name: value for name, value in candidate.items() if name != "attention_mask"}  # nothing is padded

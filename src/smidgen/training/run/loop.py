@@ -17,6 +17,7 @@ from smidgen.common.byte_sizes import parse_bytes
 from smidgen.common.errors import DivergedError, TrainError
 from smidgen.common.folder_lock import folder_lock_held
 from smidgen.common.memory import give_back_memory, memory_guard
+from smidgen.common.wrappers import bare
 from smidgen.data.encoded import Encoded
 from smidgen.data.kinds.base import Batch
 from smidgen.delta.attaching import attach, detach
@@ -30,6 +31,8 @@ from smidgen.inference.evaluation import Scores, compute_scores
 from smidgen.inference.forward_pass import run_examples
 from smidgen.inference.processors import processor_of
 from smidgen.ports.attachment_record import attachment, trained_parameters
+from smidgen.sites.reversible_stacks import reversible
+from smidgen.steps.divergence import remedy
 from smidgen.steps.gradient_checks import FEW, MANY, Watch, check_depends, snapshot
 from smidgen.steps.growth import assign
 from smidgen.steps.loss_computation import At, Beside, loss_of
@@ -74,6 +77,11 @@ class Loop:
         if self.accelerator.distributed_type in UNTESTED:
             kind = self.accelerator.distributed_type.value
             raise TrainError(f"{kind} is not supported yet; use one process or DDP (accelerate launch --multi_gpu)")
+        if again := reversible(bare(run.model)):
+            raise TrainError(
+                f"{type(next(iter(again.values()))).__name__} trains on texts whose length is a multiple of its chunks "
+                "alone, and fit's batches have any; attach, and train it in a loop of your own (smidgen.optimizer)"
+            )
         if run.settings.batching == PACK:
             check_kind(run.task.kind)
         check_coupling(run.task.task_kind, run.settings, self.accelerator.num_processes)
@@ -257,15 +265,14 @@ class Loop:
                     if not math.isfinite(value):
                         raise DivergedError(
                             f"the loss is {value} at step {progress.step}, lr {self.rates[0] * factor:.2g}; "
-                            "try a lower lr, or look at the data of this step"
+                            f"{self._remedy()}"
                         )
                     self.accelerator.backward(loss)
         self.watch.saw(self.model)
         norm = float(nn.utils.clip_grad_norm_(self.trained, self.settings.clip))
         if not math.isfinite(norm):
             raise DivergedError(
-                f"the gradient is {norm} at step {progress.step}, lr {self.rates[0] * factor:.2g}; try a lower lr, "
-                "look at the data of this step, or, if the base is in float16, load it in bfloat16 or float32"
+                f"the gradient is {norm} at step {progress.step}, lr {self.rates[0] * factor:.2g}; {self._remedy()}"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -278,6 +285,9 @@ class Loop:
         """Where the loss of a piece stands; processes average their gradients, which a sum has to make up for."""
         weight = piece.weight * self.world if self.reduction == SUM else piece.weight
         return At(self.progress.step, self.total, weight, piece.share, piece.places)
+
+    def _remedy(self) -> str:
+        return remedy(self.model, self.accelerator.mixed_precision)
 
     def _told(self, loss: float, lr: float, examples: int) -> None:
         """Tell of a step; what was put in place of trained tensors is trained from here on."""
