@@ -5,7 +5,9 @@
     python benchmarks/sweep.py --dtype bfloat16 --out benchmarks/results/sweep-bf16.json
 
 Each type runs in a process of its own, so that a crash or a hang ends that type and not the sweep; what --out holds
-of the same source and options is not run again (--again runs all).
+of the same source and options is not run again (--again runs all). After a change that some types alone can feel:
+
+    python benchmarks/sweep.py --types mra,reformer --merge    the rest of --out stays as another source left it
 """
 
 import argparse
@@ -213,9 +215,20 @@ def kept(options, environment):
         old = json.loads(Path(options.out).read_text())
     except (OSError, ValueError):
         return {}
+    if options.merge:
+        return _merged(old, options, environment)
     same = all(old.get(key) == environment[key] for key in ("source", "versions")) and old.get("dtype") == options.dtype
     found = unpacked(old) if same and not options.again else {}
     return {k: v for k, v in found.items() if set(options.recipes) <= set(v.get("recipes", ()))}
+
+
+def _merged(old, options, environment):
+    """All of an earlier run but the types that are run now; the sources of both are named."""
+    if old["versions"] != environment["versions"] or old["dtype"] != options.dtype:
+        raise SystemExit(f"{options.out} is of other versions or of another dtype, so nothing can be merged into it")
+    again = set(options.types.split(","))
+    environment["source"] = f"{old['source']}, of {len(again)} types {environment['source']}"
+    return {key: result for key, result in unpacked(old).items() if key.partition("/")[0] not in again}
 
 
 def described():
@@ -249,6 +262,7 @@ def parsed():
     parser.add_argument("--dtype", choices=DTYPES, default="float64", help="float64, or float32 where that fails")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seconds-per-pair", type=int, default=60, help="to build, and for each recipe")
+    parser.add_argument("--merge", action="store_true", help="put --types into what --out holds of another source")
     parser.add_argument("--again", action="store_true", help="run again what --out holds")
     parser.add_argument("--out", default="benchmarks/results/sweep.json")
     options = parser.parse_args()

@@ -21,13 +21,31 @@ BIAS = re.compile(r"(^|[._])bias$")
 
 def uncovered(model, plan):
     """One line that names what is left out, or an empty text."""
+    return "; ".join(_short(what, names, total) for what, names, total in left_by(model, plan))
+
+
+def unnamed(model, plan):
+    """Those of the modules that are left out of which the plan says nothing: neither of them nor of one around or in
+    them. Paths without numbers."""
+    said = [*plan.unread, *(place for gap in plan.left_out for place in gap.places)]
+    said = [_plain(place).removesuffix(".*") for place in said]
+    missing = dict.fromkeys(_plain(name) for _, names, _ in left_by(model, plan) for name in names)
+    return [path for path in missing if not any(_near(path, place) for place in said)]
+
+
+def _near(path, place):
+    return f"{path}.".startswith(f"{place}.") or f"{place}.".startswith(f"{path}.")
+
+
+def left_by(model, plan):
+    """(what, names of modules or tensors that are left out, how many there are) of each method and kind of part."""
     found = []
     for index, method in enumerate(plan.recipe):
         name = type(method).__name__
         rows = [row for row in plan.rows if row.index == index]
         whole = model if method.stack is None else Inside(model, method.stack)
         found += WORDS.get(name, _nothing)(whole, rows, {name for name, _ in plan.head})
-    return "; ".join(found)
+    return found
 
 
 class Inside:
@@ -53,16 +71,20 @@ def _nothing(model, rows, head):
     return []
 
 
+def _plain(name):
+    return re.sub(r"(^|[._])[0-9]+(?=[.]|$)", r"\1*", name)
+
+
 def _short(what, names, total):
-    shown = dict.fromkeys(re.sub(r"(^|[.])[0-9]+(?=[.]|$)", r"\1*", name) for name in names)
-    return [f"{len(names)} of {total} {what}: {', '.join(list(shown)[:3])}"] if names else []
+    shown = dict.fromkeys(map(_plain, names))
+    return f"{len(names)} of {total} {what}: {', '.join(list(shown)[:3])}"
 
 
 def _left_of(model, wanted, rows, head, what):
     """Parameters of a kind that no row trains and that are not the head's."""
     trained = {id(model.get_parameter(name)) for row in rows if not row.added for name, _ in row.names()}
     left = [name for name, p in wanted if id(p) not in trained and name not in head and name.split(".")[0] != "lm_head"]
-    return _short(what, left, len(wanted))
+    return [(what, left, len(wanted))] if left else []
 
 
 def _norms(model, rows, head):
@@ -102,31 +124,32 @@ def _touched(rows):
     return {row.site.path for row in rows}
 
 
-def _left(model, rows, pattern, what, around=0, leave=None):
-    """Modules of a kind in which no edit stands; `around` counts the levels above that count as the module's own,
-    paths with `leave` in them are not asked for."""
+def _left(model, rows, head, pattern, what, around=0, leave=None):
+    """Modules of a kind in which no edit stands; `around` counts the levels above that count as the module's own.
+    Those of the head are trained whole, paths with `leave` in them are not asked for."""
     paths, edited, left = _modules(model, pattern), _touched(rows), []
     paths = [path for path in paths if leave is None or not leave.search(path)]
+    kept = [name for name, _ in model.named_parameters() if name not in head]
+    paths = [path for path in paths if any(name.startswith(path + ".") for name in kept)]
     for path in paths:
         top = path.rsplit(".", around)[0] if around and path.count(".") >= around else path
         if not any(e == top or e.startswith(top + ".") or (path.startswith(e + ".") and e) for e in edited):
             left.append(path)
-    return _short(what, left, len(paths))
+    return [(what, left, len(paths))] if left else []
 
 
 def _attentions(model, rows, head):
-    return _left(model, rows, ATTENTION, "attention modules")
+    return _left(model, rows, head, ATTENTION, "attention modules")
 
 
 def _both(model, rows, head):
     """Of an adapter at its usual sites, which are not the attention to another sequence."""
-    return _left(model, rows, ATTENTION, "attention modules", 1, CROSS) + _left(
-        model, rows, FEED, "feed-forward modules", 1
-    )
+    attentions = _left(model, rows, head, ATTENTION, "attention modules", 1, CROSS)
+    return attentions + _left(model, rows, head, FEED, "feed-forward modules", 1)
 
 
 def _feeds_too(model, rows, head):
-    return _left(model, rows, ATTENTION, "attention modules") + _left(model, rows, FEED, "feed-forward modules")
+    return _attentions(model, rows, head) + _left(model, rows, head, FEED, "feed-forward modules")
 
 
 WORDS = {

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from tiny_configs import LABELS
 from tiny_inputs import line, run, tensors
-from uncovered import uncovered
+from uncovered import uncovered, unnamed
 
 import smidgen as sm
 from smidgen.common.errors import AttachError, SmidgenError
@@ -161,11 +161,9 @@ def once(subject, recipe):
 def _attach(subject, model, recipe, notes):
     sm.attach(model, recipe)
     plan = attachment(model).plan
-    missing = uncovered(subject.model, plan)
-    named = [" ".join(str(text).split()) for text in (*plan.left_out, *plan.unread)]
-    if missing:
+    if missing := uncovered(subject.model, plan):
         notes["left"] = missing
-        notes["named"] = bool(named)
+        notes["named"] = not unnamed(subject.model, plan)
 
 
 def _head(subject, model, recipe, notes):

@@ -6,6 +6,7 @@ The whole of it, every type and method, is benchmarks/sweep.py.
 import json
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -326,3 +327,36 @@ def test_the_page_tells_what_breaks_in_low_precision(page, dtype, monkeypatch, t
     text = page.text()
     assert f"- {dtype}, breaks: it broke: `LN` on `{first.partition('/')[2]}`" in text
     assert f"- {dtype}, not built: no kernel: `{second.partition('/')[2]}`" in text
+
+
+def test_what_is_left_out_is_named_one_by_one(pairs):
+    model = subject(pairs["mixtral/MixtralForCausalLM"]).model
+    plan = sm.plan(model, "SSF()")
+    assert uncovered.uncovered(model, plan) == "2 of 2 feed-forward modules: model.layers.*.mlp.experts"
+    assert not uncovered.unnamed(model, plan)
+    gap = replace(plan.left_out[0], places=("model.layers.*.self_attn",))
+    assert uncovered.unnamed(model, replace(plan, left_out=(gap,))) == ["model.layers.*.mlp.experts"]
+
+
+def test_what_is_the_heads_is_not_asked_for(pairs):
+    """Perceiver's decoder is trained whole."""
+    model = subject(pairs["perceiver/PerceiverForSequenceClassification"]).model
+    assert "decoder" not in uncovered.uncovered(model, sm.plan(model, "SSF()"))
+
+
+def test_types_are_merged_into_what_is_there(tmp_path):
+    class Options:
+        recipes, dtype, types, merge, again, out = ("LN()",), "float64", "b", True, False, tmp_path / "sweep.json"
+
+    ok, refused = ({"dtype": "float64", "recipes": {"LN()": {"outcome": o}}} for o in ("ok", "refused"))
+    old = {"a/A": ok, "b/B": ok}
+    sweep.save(Options.out, old, Options, {"source": "one", "versions": {"torch": "2"}})
+    now = {"source": "two", "versions": {"torch": "2"}}
+    left = sweep.kept(Options, now)
+    assert left == {"a/A": ok}
+    sweep.save(Options.out, left | {"b/B": refused}, Options, now)
+    content = json.loads(Options.out.read_text())
+    assert sweep.unpacked(content) == {"a/A": ok, "b/B": refused}
+    assert content["source"] == "one, of 1 types two"
+    with pytest.raises(SystemExit, match="nothing can be merged"):
+        sweep.kept(Options, {"source": "two", "versions": {"torch": "3"}})
