@@ -155,6 +155,22 @@ def table(runs):
     return "\n".join(lines)
 
 
+def elsewhere(runs):
+    """What the runs of today's defaults that were added to a file later were made on -> their arms."""
+    found = {}
+    for run in runs:
+        if "made" in run and key(run) == key(run | detailed(run)):
+            found.setdefault(made_on(run["made"]), {})[run["arm"]] = None
+    return {where: list(arms) for where, arms in found.items()}
+
+
+def made_on(content):
+    """Machine, versions and commit in a line."""
+    machine, versions = content["machine"], content["versions"]
+    where = machine.get("accelerator", f"{machine['cores']} cores" if machine["cores"] > 1 else "one core")
+    return f"{where}, torch {versions['torch']}, transformers {versions['transformers']}, commit {content['commit']}"
+
+
 def options_of():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="minilm")
@@ -185,11 +201,13 @@ def main():
         raise SystemExit(f"{out} has runs of {results['options']}; give --out for others")
     if options.table:
         return print(table(results["runs"]))
-    todo = missing(wanted(options), results["runs"])
+    todo, here = missing(wanted(options), results["runs"]), describe()
+    # of a file that was begun on another machine or commit, each run that is added tells its own
+    own = {} if all(results[name] == found for name, found in here.items()) else {"made": here}
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         for run in filter(None, pool.imap_unordered(work, [(run, options, end) for run in todo])):
-            results["runs"].append(run)
+            results["runs"].append(run | own)
             write(out, results)
             shown = run.get("accuracy", run.get("refused"))
             print(f"{run['pooling']} {run['budget']} seed {run['seed']}  {run['arm']:28} {shown}", flush=True)

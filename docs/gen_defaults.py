@@ -31,12 +31,13 @@ rate is one of many. Blank is a default that has changed since it was measured h
 def section(name: str, file: str) -> str:
     """The table of a model, with what it was measured on."""
     content = json.loads((RESULTS / file).read_text())
-    machine, versions = content["machine"], content["versions"]
-    where = machine.get("accelerator", f"{machine['cores']} cores")
     model = content["options"]["model"]
     command = f"python benchmarks/defaults.py --model {model} --out benchmarks/results/{file}"
-    made = f"{where}, torch {versions['torch']}, transformers {versions['transformers']}, commit {content['commit']}"
-    return f"## {name}\n\n`{command}`; {made}.\n\n{defaults.table(content['runs'])}\n"
+    later = [
+        f"{', '.join(f'`{arm}`' for arm in a)}: {where}." for where, a in defaults.elsewhere(content["runs"]).items()
+    ]
+    made = " ".join([f"{defaults.made_on(content)}.", *later])
+    return f"## {name}\n\n`{command}`; {made}\n\n{defaults.table(content['runs'])}\n"
 
 
 def text() -> str:

@@ -143,6 +143,15 @@ def test_a_run_at_other_rates_than_todays_stands_blank():
     assert "LN()" not in defaults.table(old)
 
 
+def test_a_row_that_was_measured_elsewhere_says_where():
+    defaults = generator("gen_defaults").defaults
+    run = {"arm": "LN()", "recipe": "LN()", "pooling": "own", "budget": "300x2", "seed": 0, "dtype": "bfloat16"}
+    run |= defaults.detailed(run) | {"accuracy": 0.75}
+    made = {"machine": {"cores": 2}, "versions": {"torch": "2", "transformers": "5"}, "commit": "abc"}
+    assert defaults.elsewhere([run]) == {}
+    assert defaults.elsewhere([run, run | {"made": made}]) == {"2 cores, torch 2, transformers 5, commit abc": ["LN()"]}
+
+
 def test_a_stale_page_would_be_seen(tmp_path, monkeypatch):
     module = generator("gen_catalogue")
     (tmp_path / "methods.md").write_text(module.PAGE.read_text().replace("38,400", "38,401"))
