@@ -1,5 +1,7 @@
 """Models that compute in ways of their own: Reformer's reversible blocks, MRA's kernel."""
 
+from collections import namedtuple
+
 import pytest
 import torch
 import transformers as T
@@ -7,6 +9,7 @@ from transformers.models.mra import modeling_mra
 
 import smidgen as sm
 from smidgen.common.errors import PlanError, TrainError
+from smidgen.common.hook_types import first_of, like
 from smidgen.planning.frozen_modules import frozen_prefix
 from smidgen.planning.resolution import resolve
 from smidgen.ports.attachment_record import attachment, trained_parameters
@@ -98,3 +101,15 @@ def test_an_attention_without_its_kernel(recipe, monkeypatch):
     assert resolve(model, "LoRA(rank=2, target=('query', 'ff_in'))").trained, "something has an effect"
     monkeypatch.setattr(modeling_mra, "mra_cuda_kernel", object())
     assert resolve(model, recipe).trained
+
+
+def test_a_block_that_gives_a_named_tuple_keeps_it():
+    """Reformer's stack reads what its blocks give by name."""
+    Output = namedtuple("Output", ["states", "buckets"])
+    one, two = torch.zeros(2), torch.ones(2)
+    output = Output(one, None)
+    found = like(output, two, first_of(output)[1])
+    assert type(found) is Output
+    assert found.states is two
+    assert type(like((one, None), two, (None,))) is tuple
+    assert like(one, two, ()) is two
