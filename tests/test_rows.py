@@ -1,13 +1,16 @@
 """Mixed batches: each row has what its own delta alone gives, or the recipe is refused by name."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
 import smidgen as sm
 from smidgen.common.errors import AttachError, DeltaError
-from smidgen.ports import rows as rows_module
-from smidgen.ports.attachment_record import trained_parameters
+from smidgen.ports.attachment_record import attachment, trained_parameters
+from smidgen.ports.forward_state import state
+from smidgen.ports.mixed import in_place_terms, mixture
 from smidgen.testing.cases import shake
 from tests import helpers as h
 
@@ -90,8 +93,9 @@ def test_what_has_no_form_by_row_is_refused_by_name(recipe):
     sm.attach(model, recipe)
     shake(trained_parameters(model).values(), 0.1)
     if "mlp" in recipe:  # what it is saved as can be mixed; what is trained cannot
-        with pytest.raises(AttachError, match=REFUSED[recipe]):
-            rows_module.stack_results(model, [])
+        plan = attachment(model).plan
+        sm.detach(model)
+        assert any(re.search(REFUSED[recipe], why) for why in mixture.why_no_rows(model, plan).values())
         return
     delta = sm.detach(model)
     with (
@@ -145,16 +149,20 @@ def test_two_threads_have_rows_of_their_own():
     assert len(found) == 3
 
 
+def first_head_for_all(path, module, args, output):
+    heads = state().mixed().heads
+    return nn.functional.linear(args[0], heads[f"{path}.weight"][0], heads[f"{path}.bias"][0])
+
+
 BROKEN = {
-    "gain left out": ("terms_by_row", lambda site, tables, module, args, output: output),
-    "first head for all": ("head_by_row", lambda tables, module, args, output: nn.functional.linear(
-        args[0], tables["weight"][0], tables["bias"][0])),
-}  # fmt: skip
+    "gain left out": (in_place_terms, "terms_by_row", lambda terms, module, args, output: output),
+    "first head for all": (mixture, "head_by_row", first_head_for_all),
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_wrong_row_would_be_seen(name, monkeypatch):
     model = h.bert().double()
     deltas = several(model, "LN()")
-    monkeypatch.setattr(rows_module, *BROKEN[name])
+    monkeypatch.setattr(*BROKEN[name])
     assert differences(model, deltas, [2, 0, 1])[0] > 1e-6

@@ -64,6 +64,11 @@ from .ports import rows_from as rows_from
 from .recipe import Recipe as Recipe
 from .recipe import Term as Term
 from .recipe import parse as parse
+from .serving import Bank as Bank
+from .serving import Completion as Completion
+from .serving import Limits as Limits
+from .serving import Sampling as Sampling
+from .serving import Server as Server
 from .sites import Site as Site
 from .sites import find_sites as find_sites
 from .steps import DPO as DPO

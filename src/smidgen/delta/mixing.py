@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from smidgen.common.errors import DeltaError
-from smidgen.common.module_modes import modes_kept
 from smidgen.common.wrappers import bare
-from smidgen.delta.attaching import attach, remove
+from smidgen.delta.compatibility import fitted
 from smidgen.delta.delta import Delta
-from smidgen.ports.rows import stack_results
+from smidgen.ports.forward_state import RESULTS, Mix, RowBlock
+from smidgen.ports.mixed.mixture import Mixture
+
+LAYOUT = "rows"
 
 
 @contextmanager
@@ -21,7 +24,7 @@ def attached_rows(model: nn.Module, deltas: Sequence[Delta], verify: bool = True
 
     Inside, `with rows_from(index): model(**batch)` computes row b of a batch with `deltas[index[b]]`, as that delta
     alone would: LN and the other methods that have a form by row. A head may have other values in each, not another
-    shape.
+    shape. For deltas of different recipes see `smidgen.Server`.
 
     Args:
         deltas: at least one; all of one recipe, with tensors of the same names and shapes.
@@ -32,20 +35,32 @@ def attached_rows(model: nn.Module, deltas: Sequence[Delta], verify: bool = True
         AttachError: a method has no form by row.
     """
     check_same_layout(deltas)
-    with modes_kept(model):
-        for delta in deltas if verify else ():
-            attach(model, delta)
-            remove(model)
-        attach(model, deltas[0], verify=False)
-        handles = []
-        try:
-            handles = stack_results(bare(model), [delta.tensors for delta in deltas])
-            model.eval()
-            yield model
-        finally:
-            for handle in handles:
-                handle.remove()
-            remove(model)
+    plans = [fitted(model, delta, verify) for delta in (deltas if verify else deltas[:1])]
+    mixture = Mixture(model)
+    try:
+        mixture.add(LAYOUT, plans[0])
+        stacked = {name: torch.stack([delta.tensors[name] for delta in deltas]) for name in plans[0].shapes}
+        device = next(model.parameters()).device
+        tables = {name: tensor.to(device) for name, tensor in stacked.items()}
+        bare(model).__dict__[RESULTS] = Results(tables, frozenset(deltas[0].head), deltas[0].pooling)
+        yield model
+    finally:
+        bare(model).__dict__.pop(RESULTS, None)
+        mixture.close()
+
+
+class Results:
+    """The results of one layout, stacked, by name (n, ...); called with rows (B,) it gives each row's."""
+
+    def __init__(self, tables: Mapping[str, Tensor], head: frozenset[str], pooling: str | None) -> None:
+        self.tables, self.head, self.pooling = tables, head, pooling
+
+    def __call__(self, rows: Tensor) -> Mix:
+        """One block of all rows."""
+        found = {name: tensor[rows.to(tensor.device)] for name, tensor in self.tables.items()}
+        block = RowBlock(LAYOUT, slice(0, len(rows)), {n: t for n, t in found.items() if n not in self.head})
+        heads = {name: tensor for name, tensor in found.items() if name in self.head}
+        return Mix((block,), heads, {self.pooling: torch.arange(len(rows))} if self.pooling else {})
 
 
 def check_same_layout(deltas: Sequence[Delta]) -> None:

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from smidgen.importance.per_example_rules import Call, Tensors, embedding, general
 from smidgen.importance.targets import Target
 from smidgen.ports.edit import Edit
-from smidgen.ports.module_port import ModuleEdit
+from smidgen.ports.module_edits import ModuleEdit
 
 Before = Callable[[Tensor], Tensor]
 Base = Mapping[str, Tensor] | None  # the base's tensors, where an edit reads them

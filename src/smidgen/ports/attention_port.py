@@ -8,9 +8,10 @@ module's own configuration names: the model's masks are made for that one, after
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from inspect import unwrap
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from smidgen.planning.row import Row
 from smidgen.planning.rules.attention import KeyValueRules
 from smidgen.ports.base import Port
 from smidgen.ports.edit import Edit, Edits, edits_at
+from smidgen.ports.forward_state import state
 from smidgen.sites.site import Site
 
 NAME = "smidgen"
@@ -48,6 +50,19 @@ class KeyValueEdit(Edit):
         return self.by_row(function, master_dtype(key.dtype), key)
 
 
+@dataclass(frozen=True)
+class AddedKeys:
+    """Keys (B, H_kv, n, h) and values (.., value_dim) to stand before the text's, and which of them a row has.
+
+    Attributes:
+        there: (B, n), None if every row has all of them.
+    """
+
+    keys: Tensor
+    values: Tensor
+    there: Tensor | None = None
+
+
 class KeyValueEdits(Edits):
     """The edits at one attention module, the configuration that it had, and where its code looks up what to run."""
 
@@ -55,10 +70,67 @@ class KeyValueEdits(Edits):
         super().__init__()
         self.config, self.interface, self.eager = config, interface, eager
 
+    def added(self, key: Tensor) -> AddedKeys | None:
+        """What the edits that are on add for keys (B, H_kv, S, h); None if there is nothing."""
+        edits = cast("list[KeyValueEdit]", list(self.values()))
+        found = [edit.keys_values(key) for edit in edits if edit.enabled]
+        if not found:
+            return None
+        keys, values = (torch.cat(part, dim=2) for part in zip(*found, strict=True))
+        return AddedKeys(_batched(keys, key), _batched(values, key))
+
     def running(self) -> tuple[str, Function]:
         """The implementation that the model asks for now, by name, and its function."""
         name = self.config._attn_implementation
         return name, self.interface.get_interface(name, self.eager)  # type: ignore[arg-type]
+
+
+class KeyValueLayouts(KeyValueEdits):
+    """Layout -> its edits at one attention module; each row of a mixed batch has its own keys."""
+
+    def add(self, layout: str, key: str, edit: Edit) -> None:
+        """Put an edit behind those of its layout."""
+        if layout not in self:
+            self[layout] = KeyValueEdits(self.config, self.interface, self.eager)
+        layouts: Any = self[layout]
+        layouts[key] = edit.eval()
+
+    def drop(self, layout: str) -> None:
+        """Take a layout's edits away."""
+        self._modules.pop(layout, None)
+
+    def added(self, key: Tensor) -> AddedKeys | None:
+        """What each row's layout adds, right before the text; places in front stay empty where it adds less."""
+        now = state()
+        mix = now.mixed()
+        found: list[AddedKeys | None] = []
+        for block in mix.blocks:
+            edits = cast("KeyValueEdits | None", self._modules.get(block.layout or ""))
+            if edits is None:
+                found.append(None)
+                continue
+            mix.check(key, f"an attention with {block.layout}")
+            with now.on(block):
+                found.append(edits.added(key[block.rows]))
+        longest = max((each.keys.shape[2] for each in found if each is not None), default=0)
+        return None if not longest else _side_by_side(found, [block.size for block in mix.blocks], longest)
+
+
+def _side_by_side(found: Sequence[AddedKeys | None], sizes: Sequence[int], longest: int) -> AddedKeys:
+    """One AddedKeys of several blocks of rows, each filled up to the longest in front."""
+    some = next(each for each in found if each is not None)
+    keys, values, there = list[Tensor](), list[Tensor](), list[Tensor]()
+    for each, size in zip(found, sizes, strict=True):
+        count = 0 if each is None else each.keys.shape[2]
+        for parts, like in ((keys, some.keys), (values, some.values)):
+            parts.append(like.new_zeros((size, like.shape[1], longest - count, like.shape[3])))
+        if each is not None:
+            keys[-1] = torch.cat([keys[-1], each.keys], dim=2)
+            values[-1] = torch.cat([values[-1], each.values], dim=2)
+        places = torch.arange(longest, device=some.keys.device) >= longest - count
+        there.append(places.expand(size, -1))
+    shown = torch.cat(there)
+    return AddedKeys(torch.cat(keys), torch.cat(values), None if bool(shown.all()) else shown)
 
 
 def attend_with_added_keys(
@@ -67,16 +139,18 @@ def attend_with_added_keys(
     """An attention function of transformers: query (B, H, T, h), key and value (B, H_kv, S, h), mask (B, 1, T, S)."""
     edits = module.edits
     name, function = edits.running()
-    found = [edit.keys_values(key) for edit in edits.values() if edit.enabled]
-    if found:
+    added = edits.added(key)
+    if added is not None:
         check_implementation(name, type(module).__name__)
-        count = sum(k.shape[2] for k, _ in found)
+        count = added.keys.shape[2]
         is_causal = kwargs.get("is_causal") if CAUSAL[name] else False
         attention_mask = _widened(module, query, key, attention_mask, count, is_causal)
+        if added.there is not None:
+            attention_mask = _closed(attention_mask, added.there, query, key.shape[2], as_bool=CAUSAL[name])
         if kwargs.get("position_bias") is not None:
             kwargs["position_bias"] = _in_front(kwargs["position_bias"], count)
-        key = torch.cat([*(_batched(k, key) for k, _ in found), key], dim=2)
-        value = torch.cat([*(_batched(v, value) for _, v in found), value], dim=2)
+        key = torch.cat([added.keys, key], dim=2)
+        value = torch.cat([added.values, value], dim=2)
     output: tuple[Tensor, Tensor | None] = function(module, query, key, value, attention_mask, **kwargs)
     return output
 
@@ -104,6 +178,25 @@ def _widened(
     return _in_front(mask, count)
 
 
+def _closed(mask: Tensor | None, there: Tensor, query: Tensor, text: int, as_bool: bool) -> Tensor:
+    """A mask (B or 1, 1, T or 1, n + S) that hides the new places (B, n) which a row has not got.
+
+    Args:
+        mask: with the new places let through; None lets all through.
+        text: S, number of the text's keys.
+        as_bool: of a mask that is made here: whether the implementation takes one of bool, else numbers to add.
+    """
+    if mask is None:
+        dtype = torch.bool if as_bool else query.dtype
+        shape = (len(there), 1, 1, there.shape[1] + text)
+        mask = torch.ones(shape, dtype=dtype) if as_bool else torch.zeros(shape, dtype=dtype)
+        mask = mask.to(query.device)
+    mask = mask.expand(len(there), -1, -1, -1).clone()
+    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    mask[..., : there.shape[1]].masked_fill_(~there[:, None, None, :], hidden)
+    return mask
+
+
 def check_attention(module: Any, site: Site) -> None:
     """Raises AttachError, before anything is touched, if an attention module cannot take more keys."""
     check_implementation(module.config._attn_implementation, f"{type(module).__name__} at {site.name}")
@@ -122,6 +215,13 @@ def check_implementation(name: str | None, place: str) -> None:
         )
 
 
+def _take_over(module: Any, cls: type[KeyValueEdits]) -> None:
+    """Give an attention module an empty place for edits, and a configuration of its own that has them asked."""
+    module.add_module("edits", cls(module.config, *_looked_up(module)))
+    module.config = copy.copy(module.config)
+    module.config._attn_implementation_internal = NAME
+
+
 class AttentionPort(KeyValueRules, Port):
     """Attentions that ask transformers' AttentionInterface."""
 
@@ -135,9 +235,7 @@ class AttentionPort(KeyValueRules, Port):
         """At the attention module, which gets a configuration of its own."""
         module: Any = model.get_submodule(site.path)
         if not edits_at(module, KeyValueEdits):
-            module.add_module("edits", KeyValueEdits(module.config, *_looked_up(module)))
-            module.config = copy.copy(module.config)
-            module.config._attn_implementation_internal = NAME
+            _take_over(module, KeyValueEdits)
         module.edits[key] = edit.train(module.training)
         return []
 
@@ -151,6 +249,22 @@ class AttentionPort(KeyValueRules, Port):
     def why_no_rows(self, edit: Edit) -> str | None:
         """Each row has keys and values of its own."""
         return None
+
+    def place_layout(self, model: nn.Module, site: Site, layout: str, key: str, edit: Edit) -> list[RemovableHandle]:
+        """At the attention module; a row that has fewer keys than others does not see the places in front."""
+        module: Any = model.get_submodule(site.path)
+        if not edits_at(module, KeyValueLayouts):
+            _take_over(module, KeyValueLayouts)
+        module.edits.add(layout, key, edit)
+        return []
+
+    def remove_layout(self, model: nn.Module, site: Site, layout: str) -> None:
+        """Take a layout's edits away; with the last one the module's own configuration comes back."""
+        module: Any = model.get_submodule(site.path)
+        if edits_at(module, KeyValueLayouts):
+            module.edits.drop(layout)
+            if not len(module.edits):
+                self.remove(model, site)
 
 
 def _looked_up(module: nn.Module) -> tuple[AttentionInterface, Function | None]:

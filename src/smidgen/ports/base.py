@@ -58,6 +58,17 @@ class Port(SiteRules, ABC):
         """
         return "its port has no form by row"
 
+    def place_layout(self, model: nn.Module, site: Site, layout: str, key: str, edit: Edit) -> list[RemovableHandle]:
+        """Put an edit on its module that acts on those rows of mixed batches that have its layout (`RowBlock`).
+
+        Several layouts stand beside each other. Asked only where `why_no_rows` names nothing; gives the hooks that
+        `remove_layout` does not take away.
+        """
+        raise AttachError(f"{type(self).__name__} has no form by row")
+
+    def remove_layout(self, model: nn.Module, site: Site, layout: str) -> None:
+        """Take a layout's edits off a site's module; nothing where there are none."""
+
 
 PORTS: dict[type[Site], Port] = {}
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from smidgen.methods.base import Method
 from smidgen.methods.capabilities import Tensors
-from smidgen.ports.forward_state import check_rows, state
+from smidgen.ports.forward_state import state
 from smidgen.ports.in_place.sparse_values import SparseValues
 from smidgen.sites.site import Site
 
@@ -35,7 +35,7 @@ class Edit(nn.Module):
         self.method, self.site, self.enabled = method, site, True
         self.symbols, self.subsets = (*tensors, *(f"{s}0" for s in method.keeps)), nn.ModuleDict()
         self.pool: tuple[Edit, ...] = ()  # in a tuple, so that the pool is not registered here as well
-        self.tables: dict[str, Tensor] = {}  # symbol -> (n, ...), of n results for the rows of mixed batches
+        self.saved_as = ""  # what stands before a symbol in a file, of edits whose tensors come row by row
         for symbol in method.keeps:
             self.register_buffer(f"{symbol}0", tensors[symbol].clone())
         for symbol, tensor in tensors.items():
@@ -76,17 +76,13 @@ class Edit(nn.Module):
     def by_row(self, function: Callable[..., Result], dtype: torch.dtype, *inputs: Tensor) -> Result:
         """A function of this edit's tensors, matrices in a dtype, and of inputs (B, ...).
 
-        In a mixed batch it is called under `torch.vmap`, with a batch of one row and the tensors of that row.
-
-        Raises:
-            AttachError: an input has not one part for each row, or nothing says which result a row belongs to.
+        On rows of a mixed batch it is called under `torch.vmap`, with a batch of one row and that row's tensors.
         """
-        if not self.tables:
+        block = state().block
+        if block is None:
             return function(self.cast(dtype), *inputs)
-        rows, place = state().batch_rows(), f"{self.method} at {self.site.name}"
-        for x in inputs:
-            check_rows(x, rows, place)
-        each = {k: _cast(v, dtype, v.ndim - 1)[rows] for k, v in self.tables.items()}
+        found = {symbol: block.tables[self.saved_as + symbol] for symbol in self.symbols}
+        each = {symbol: _cast(tensor, dtype, tensor.ndim - 1) for symbol, tensor in found.items()}
 
         def one(p: Tensors, *row: Tensor) -> Result:
             found = function(p, *(x[None] for x in row))

@@ -7,7 +7,7 @@ do not see each other's. A `contextvars.ContextVar` would do the same, but torch
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,56 @@ from torch import Tensor, nn
 from smidgen.common.errors import AttachError
 from smidgen.common.hook_types import Args
 from smidgen.methods.token_map import TokenMap
+
+RESULTS = "_smidgen_results"  # attribute of a model: rows (B,) of results -> Mix
+
+
+@dataclass(frozen=True, eq=False)
+class RowBlock:
+    """Rows of a mixed batch, one behind the other, that have results of one layout.
+
+    Attributes:
+        layout: which edits act on them; None for the untouched base.
+        rows: their places in the batch.
+        tables: saved name -> (n, ...) of n rows, the tensors of each.
+    """
+
+    layout: str | None
+    rows: slice
+    tables: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+        return int(self.rows.stop - self.rows.start)
+
+
+@dataclass(frozen=True, eq=False)
+class Mix:
+    """A batch whose rows have different results.
+
+    Attributes:
+        blocks: all rows, in their order.
+        heads: name -> (B, ...), the head's tensors of each row, where any row brings its own.
+        poolings: pooling -> (n,) int64, the rows that have it; the others have the class's own.
+    """
+
+    blocks: tuple[RowBlock, ...]
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
+    poolings: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+        return int(self.blocks[-1].rows.stop)
+
+    def check(self, x: Tensor, place: str) -> None:
+        """Raises AttachError if a tensor has not one part for each row."""
+        if len(x) != self.size:
+            raise AttachError(
+                f"{place} gets {tuple(x.shape)} in a mixed batch of {self.size} rows, so which part belongs to which "
+                "row is not known; run such results one at a time"
+            )
 
 
 @dataclass(eq=False)
@@ -46,7 +96,9 @@ class ForwardState:
     Attributes:
         owner: the model whose pass it is; None for modules that are called by themselves.
         outer: the state of the pass around it.
-        rows: (B,) int64, which of several tensors each row of the batch is computed with; None where there is one.
+        rows: (B,) int64, which of several results each row of the batch is computed with; None where there is one.
+        mix: the results themselves, row by row.
+        block: the rows on which edits act just now.
         inputs: of modules with edits, what came to each edit's level.
         taps: what entered a sublayer.
         prompts: of embeddings with edits, what is known of the vectors among the text.
@@ -57,30 +109,35 @@ class ForwardState:
     owner: nn.Module | None = None
     outer: ForwardState | None = None
     rows: Tensor | None = None
+    mix: Mix | None = None
+    block: RowBlock | None = None
     inputs: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
     taps: dict[nn.Module, tuple[Tensor, ...]] = field(default_factory=dict)
     prompts: dict[nn.Module, Any] = field(default_factory=dict)
     streams: dict[str, Stream] = field(default_factory=dict)
     called: dict[nn.Module, bool] = field(default_factory=dict)
 
-    def batch_rows(self) -> Tensor:
-        """`rows`, of a model on which several results stand.
+    def mixed(self) -> Mix:
+        """`mix`, of a model on which several results stand.
 
         Raises:
             AttachError: nothing says which result a row belongs to.
         """
-        if self.rows is None:
+        results = None if self.owner is None else self.owner.__dict__.get(RESULTS)
+        if self.mix is None and self.rows is not None and results is not None:
+            self.mix = results(self.rows)
+        if self.mix is None:
             raise AttachError("several results are attached; say which one each row has, in `with rows_from(index):`")
-        return self.rows
+        return self.mix
 
-
-def check_rows(x: Tensor, rows: Tensor, place: str) -> None:
-    """Raises AttachError if a tensor has not one part for each row of a mixed batch."""
-    if len(x) != len(rows):
-        raise AttachError(
-            f"{place} gets {tuple(x.shape)} in a mixed batch of {len(rows)} rows, so which part belongs to which row "
-            "is not known; run such results one at a time"
-        )
+    @contextmanager
+    def on(self, block: RowBlock) -> Iterator[None]:
+        """Inside, edits take the tensors of these rows."""
+        self.block = block
+        try:
+            yield
+        finally:
+            self.block = None
 
 
 class _Thread(threading.local):
@@ -105,7 +162,9 @@ def open_pass(model: nn.Module, args: Args) -> None:
     """Forward pre-hook of an attached model. Compiled passes have the thread's one state: they are not nested."""
     outer = _THREAD.current
     if not torch.compiler.is_compiling():
-        _THREAD.current = ForwardState(model, outer, None if outer is None else outer.rows)
+        _THREAD.current = ForwardState(model, outer)
+        if outer is not None:
+            _THREAD.current.rows, _THREAD.current.mix = outer.rows, outer.mix
 
 
 def close_pass(model: nn.Module, args: Args, output: object) -> None:
@@ -134,6 +193,17 @@ def rows_from(index: Tensor | Sequence[int]) -> Iterator[None]:
     """Inside, row b of a batch is computed with result `index[b]` of those that are attached (`attached_rows`)."""
     outer = _THREAD.current
     _THREAD.current = ForwardState(outer=outer, rows=torch.as_tensor(index, dtype=torch.long))
+    try:
+        yield
+    finally:
+        _THREAD.current = outer
+
+
+@contextmanager
+def mixed(mix: Mix) -> Iterator[None]:
+    """Inside, a batch's rows are computed as a mix says."""
+    outer = _THREAD.current
+    _THREAD.current = ForwardState(outer=outer, mix=mix)
     try:
         yield
     finally:

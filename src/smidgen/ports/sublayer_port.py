@@ -11,7 +11,9 @@ from smidgen.planning.row import Row
 from smidgen.planning.rules.sublayers import SublayerRules
 from smidgen.ports.base import Port
 from smidgen.ports.edit import Edit, drop_edits
-from smidgen.ports.module_port import ModuleEdit, add_edit, check_editable, folded_module, why_no_module_rows
+from smidgen.ports.mixed.module_layouts import add_layout, drop_layout
+from smidgen.ports.module_edits import ModuleEdit, add_edit, check_editable
+from smidgen.ports.module_port import folded_module, why_no_module_rows
 from smidgen.ports.tap import add_tap, drop_tap
 from smidgen.sites.site import Site, Sublayer
 
@@ -52,3 +54,22 @@ class SublayerPort(SublayerRules, Port):
     def why_no_rows(self, edit: Edit) -> str | None:
         """As at a module."""
         return why_no_module_rows(edit)
+
+    def place_layout(self, model: nn.Module, site: Site, layout: str, key: str, edit: Edit) -> list[RemovableHandle]:
+        """At the sublayer's end, with a tap at its beginning."""
+        assert isinstance(site, Sublayer)
+        assert isinstance(edit, ModuleEdit)
+        module = model.get_submodule(site.path)
+        add_layout(module, layout, key, edit)
+        if edit.reads_entry and (handle := add_tap(model.get_submodule(site.entry), module)) is not None:
+            module._layout_handles.append(handle)  # type: ignore[union-attr, operator]
+        return []
+
+    def remove_layout(self, model: nn.Module, site: Site, layout: str) -> None:
+        """Take a layout's edits away; with the last one also the tap."""
+        assert isinstance(site, Sublayer)
+        module = model.get_submodule(site.path)
+        drop_layout(module, layout)
+        if "layouts" not in module._modules:
+            for path in (site.entry, site.path):
+                drop_tap(model.get_submodule(path))

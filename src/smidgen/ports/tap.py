@@ -28,10 +28,8 @@ def keep_input(module: Any, args: Args) -> None:
     taps[module.tap] = (*taps.get(module.tap, ())[-1:], args[0])
 
 
-def entered(module: Any, output: Tensor) -> Tensor | None:
-    """What a tap brings, to a module that a sublayer is left by; the one it is entered by may have edits as well."""
-    if not any(edit.reads_entry for edit in module.edits.values()):
-        return None
+def entered(module: Any, output: Tensor) -> Tensor:
+    """What a tap brings to a module that a sublayer is left by."""
     taps = state().taps
     values = taps.get(module.tap, ())
     value, taps[module.tap] = values[-1] if values else None, values[:-1]

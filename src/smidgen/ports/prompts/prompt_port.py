@@ -103,6 +103,41 @@ class InputEdits(Edits):
         return torch.cat(found, 1) if found else None
 
 
+class InputLayouts(InputEdits):
+    """Layout -> its edits at one embedding."""
+
+    def add(self, layout: str, key: str, edit: Edit) -> None:
+        """Put an edit behind those of its layout."""
+        if layout not in self:
+            self[layout] = InputEdits(self.names, self.at, self.blank, self.limit, self.taken_out)
+        layouts: Any = self[layout]
+        layouts[key] = edit.eval()
+
+    def drop(self, layout: str) -> None:
+        """Take a layout's edits away."""
+        self._modules.pop(layout, None)
+
+    def prompt(self, dtype: torch.dtype) -> Tensor | None:
+        """The vectors of each row, (B, n, width); None where no row has any.
+
+        Raises:
+            AttachError: some rows have other numbers of vectors than others.
+        """
+        now = state()
+        blocks = now.mixed().blocks
+        layouts: list[Any] = [self._modules.get(block.layout or "") for block in blocks]
+        if not any(layouts):
+            return None
+        found = []
+        for block, edits in zip(blocks, layouts, strict=True):
+            with now.on(block):
+                found.append(None if edits is None else edits.prompt(dtype))
+        lengths = {0 if vectors is None else vectors.shape[1] for vectors in found}
+        if len(lengths) > 1:
+            raise AttachError(f"rows of one batch have prompts of {sorted(lengths)} vectors; they go one after another")
+        return torch.cat([vectors for vectors in found if vectors is not None])
+
+
 @dataclass(eq=False)
 class Prompted:
     """What a pass knows of the prompt among its tokens.
@@ -135,17 +170,7 @@ class PromptPort(InputRules, Port):
         assert isinstance(site, InputSite)
         module: Any = model.get_submodule(site.path)
         entry: Any = model.get_submodule(site.entry)
-        handles: list[RemovableHandle] = []
-        if not edits_at(module, InputEdits):
-            decoder, names = _decoder(model, entry), tuple(signature(entry.forward).parameters)
-            place, blank, limit = _place(model, entry), _blank(module, model), _limit(entry, module)
-            module.add_module("edits", InputEdits(names, place, blank, limit, decoder is None))
-            module._edit_handles = [module.register_forward_hook(fill_prompts)]
-            handles.append(entry.register_forward_pre_hook(make_room, with_kwargs=True, prepend=True))
-            if decoder is not None:
-                handles.append(decoder.register_forward_pre_hook(widen_cross, with_kwargs=True))
-            else:
-                handles.append(entry.register_forward_hook(take_out, with_kwargs=True))
+        handles = [] if edits_at(module, InputEdits) else _take_over(model, entry, module, InputEdits)
         module.edits[key] = edit.train(module.training)
         place_generation(model, site.path)
         return handles
@@ -158,6 +183,37 @@ class PromptPort(InputRules, Port):
     def why_no_rows(self, edit: Edit) -> str | None:
         """Each row has vectors of its own."""
         return None
+
+    def place_layout(self, model: nn.Module, site: Site, layout: str, key: str, edit: Edit) -> list[RemovableHandle]:
+        """At the embedding. All rows of a batch have as many vectors."""
+        assert isinstance(site, InputSite)
+        module: Any = model.get_submodule(site.path)
+        entry: Any = model.get_submodule(site.entry)
+        handles = [] if edits_at(module, InputLayouts) else _take_over(model, entry, module, InputLayouts)
+        module._edit_handles += handles
+        module.edits.add(layout, key, edit)
+        return []
+
+    def remove_layout(self, model: nn.Module, site: Site, layout: str) -> None:
+        """Take a layout's vectors away; with the last ones also the hooks."""
+        module: Any = model.get_submodule(site.path)
+        if edits_at(module, InputLayouts):
+            module.edits.drop(layout)
+            if not len(module.edits):
+                drop_edits(module)
+
+
+def _take_over(model: nn.Module, entry: Any, module: Any, cls: type[InputEdits]) -> list[RemovableHandle]:
+    """Give an embedding an empty place for edits; gives the hooks of the models around it."""
+    decoder, names = _decoder(model, entry), tuple(signature(entry.forward).parameters)
+    place, blank, limit = _place(model, entry), _blank(module, model), _limit(entry, module)
+    module.add_module("edits", cls(names, place, blank, limit, decoder is None))
+    module._edit_handles = [module.register_forward_hook(fill_prompts)]
+    handles = [entry.register_forward_pre_hook(make_room, with_kwargs=True, prepend=True)]
+    if decoder is not None:
+        return [*handles, decoder.register_forward_pre_hook(widen_cross, with_kwargs=True)]
+    # before the pooling of rows, which may stand there already
+    return [*handles, entry.register_forward_hook(take_out, with_kwargs=True, prepend=cls is not InputEdits)]
 
 
 def _place(model: nn.Module, entry: Any) -> int:

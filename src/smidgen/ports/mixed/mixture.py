@@ -1,0 +1,161 @@
+"""Results of several recipes on one model, a row of a batch each.
+
+Nothing of a result stands on the model: of each layout (a recipe on this model) there are edits without values, which
+take those of their rows from the pass (`Mix`). So a result is added and removed by whoever makes the passes, and the
+model is touched, and compiled again, for a new layout only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from smidgen.common.errors import AttachError
+from smidgen.common.wrappers import bare
+from smidgen.planning.plans import Plan
+from smidgen.planning.row import Row
+from smidgen.ports.attachment_record import refuse_attached
+from smidgen.ports.builtin_ports import port_of
+from smidgen.ports.edit import Edit
+from smidgen.ports.forward_state import close_pass, open_pass
+from smidgen.ports.mixed.heads import head_by_row, pool_by_row
+from smidgen.ports.mixed.in_place_terms import InPlace, NeutralTerms, why_not_in_place
+from smidgen.sites.site import module_at
+
+
+def why_no_rows(model: nn.Module, plan: Plan) -> dict[str, str]:
+    """Method -> why rows of one batch cannot have different results of it; empty if they can."""
+    found: dict[str, str] = {}
+    for row in plan.rows:
+        why = _of_edit(row) if row.added else why_not_in_place(row)
+        if why:
+            found.setdefault(str(row.method), why)
+    for name, _ in plan.head:
+        module = model.get_submodule(name.rpartition(".")[0])
+        if type(module) is not nn.Linear:
+            found.setdefault("the head", f"{type(module).__name__} at {name} is no plain linear map")
+    return found
+
+
+def _of_edit(row: Row) -> str | None:
+    if row.owns_shared or row.sites:
+        return "its sites share tensors"
+    if row.subsets or row.kept or row.routes:
+        return "a file holds more than its trained tensors, such as indices or a start"
+    if row.method.settled() != row.method:
+        return "it is saved as another method"
+    return port_of(row.site).why_no_rows(_valueless(row))
+
+
+def _valueless(row: Row) -> Edit:
+    """An edit whose tensors come row by row: its own have no values."""
+    tensors = {symbol: torch.empty(shape, device="meta") for symbol, shape in row.terms}
+    edit = port_of(row.site).edit(row.method, row.site, tensors)
+    edit.saved_as = row.name("")
+    return edit
+
+
+class Mixture:
+    """A model that rows of different results go through, in eval mode, frozen.
+
+    Use `with mixed(mix): model(**batch)`. The model's Parameter objects come back by `close`.
+
+    Raises:
+        AttachError: something is attached to the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        refuse_attached(model)
+        self.model = bare(model)
+        self._plans: dict[str, Plan] = {}
+        self._terms: dict[str, NeutralTerms] = {}
+        self._heads: dict[str, RemovableHandle] = {}
+        self._handles: list[RemovableHandle] = []
+        self._flags = [(p, p.requires_grad) for p in self.model.parameters()]
+        self._training = [module for module in self.model.modules() if module.training]
+        self.model.eval().requires_grad_(False)
+        self._handles += [
+            self.model.register_forward_pre_hook(open_pass, prepend=True),
+            self.model.register_forward_hook(close_pass, always_call=True),
+        ]
+        self._base: Any = getattr(self.model, "base_model", None)
+        if self._base is not None:
+            self._handles.append(self._base.register_forward_hook(pool_by_row, with_kwargs=True))
+        self.model.__dict__["_smidgen_mixture"] = self
+
+    def add(self, layout: str, plan: Plan) -> None:
+        """Make place for results of a plan, under a name of letters and digits.
+
+        Raises:
+            AttachError: a method has no form by row, or a place cannot be edited; nothing is changed then.
+        """
+        if why := why_no_rows(self.model, plan):
+            listed = "; ".join(f"{method}: {reason}" for method, reason in why.items())
+            raise AttachError(f"rows of one batch cannot have different results of this recipe: {listed}")
+        self._plans[layout] = plan
+        try:
+            self._place(layout, plan)
+        except Exception:
+            self.remove(layout)
+            raise
+        torch.compiler.reset()
+
+    def _place(self, layout: str, plan: Plan) -> None:
+        for row in plan.rows:
+            site: Any = row.site
+            if row.added:
+                edit = _valueless(row)
+                self._handles += port_of(site).place_layout(self.model, site, layout, row.key, edit)
+            elif site.path not in self._terms:
+                terms = NeutralTerms(self.model, site)
+                terms.place()
+                self._terms[site.path] = terms
+        for name, _ in plan.head:
+            path = name.rpartition(".")[0]
+            if path not in self._heads:
+                hook = partial(head_by_row, path)
+                self._heads[path] = module_at(self.model, path).register_forward_hook(hook, prepend=True)
+
+    def remove(self, layout: str) -> None:
+        """Take a layout's edits off; hooks of norms and heads stay, for others."""
+        plan = self._plans.pop(layout, None)
+        for row in plan.rows if plan is not None else ():
+            if row.added:
+                port_of(row.site).remove_layout(self.model, row.site, layout)
+
+    def close(self) -> None:
+        """Take everything off: the model is as it was, with its very Parameter objects."""
+        for layout in list(self._plans):
+            self.remove(layout)
+        for terms in self._terms.values():
+            terms.remove()
+        for handle in (*self._heads.values(), *self._handles):
+            handle.remove()
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        for module in self._training:
+            module.training = True
+        self._terms, self._heads, self._handles = {}, {}, []
+        self.model.__dict__.pop("_smidgen_mixture", None)
+        torch.compiler.reset()
+
+    @property
+    def base_terms(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and value, in master precision, of the base's tensors in whose place neutral ones stand."""
+        for path, terms in self._terms.items():
+            yield from ((f"{path}.{term}", value) for term, value in terms.own.items())
+
+
+def mixture_on(model: nn.Module) -> Mixture | None:
+    """What several results stand on, if the model is one that does."""
+    found: Mapping[str, object] = bare(model).__dict__
+    mixture = found.get("_smidgen_mixture")
+    return mixture if isinstance(mixture, Mixture) else None
+
+
+__all__ = ["InPlace", "Mixture", "mixture_on", "why_no_rows"]

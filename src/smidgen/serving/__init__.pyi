@@ -1,0 +1,5 @@
+from .bank import Bank as Bank
+from .decoding import Completion as Completion
+from .engine import Limits as Limits
+from .sampling import Sampling as Sampling
+from .server import Server as Server

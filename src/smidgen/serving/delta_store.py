@@ -1,0 +1,133 @@
+"""Where deltas lie: a folder of folders, on the disk or at any URL that fsspec knows (s3://, gs://, memory://, ...)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from smidgen.common.errors import DeltaError
+from smidgen.delta.delta import META, TENSORS, Delta
+from smidgen.serving.errors import ServingError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+BASE = "base"
+
+
+def check_name(name: object) -> str:
+    """A delta's name: 1 to 128 letters, digits, `.`, `_`, `-`, the first a letter or a digit.
+
+    Raises:
+        ServingError: it is none, or the base's.
+    """
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ServingError(
+            f"{str(name)[:40]!r} is no name for a delta: up to 128 letters, digits, '.', '_' and '-', "
+            "the first a letter or a digit"
+        )
+    if name == BASE:
+        raise ServingError(f"{BASE!r} is the untouched base; give the delta another name")
+    return name
+
+
+class DeltaStore:
+    """Deltas by name in one place, each in a folder of its own.
+
+    Args:
+        place: a folder, or a URL of fsspec.
+
+    Raises:
+        ServingError: there is no such folder, or its protocol is unknown.
+    """
+
+    def __init__(self, place: str | os.PathLike[str]) -> None:
+        self.place = os.fspath(place)
+        try:
+            fs, root = fsspec.core.url_to_fs(self.place)
+        except (ValueError, ImportError, OSError) as error:
+            raise ServingError(f"{self.place} cannot be opened: {error}") from None
+        self.fs: Any = fs
+        self.root: str = root
+        if not self.fs.isdir(self.root):
+            raise ServingError(f"{self.place} is no folder; give one that holds deltas, each in a folder of its own")
+
+    @property
+    def local(self) -> bool:
+        """Whether it is on the disk."""
+        return isinstance(self.fs, LocalFileSystem)
+
+    def names(self) -> list[str]:
+        """All deltas that are there now, sorted."""
+        self.fs.invalidate_cache(self.root)
+        found = (str(path).rstrip("/").rpartition("/")[2] for path in self.fs.ls(self.root, detail=False))
+        return sorted(name for name in found if NAME.fullmatch(name) and self.has(name))
+
+    def has(self, name: str) -> bool:
+        """Whether a delta of this name is there."""
+        return bool(NAME.fullmatch(name)) and bool(self.fs.exists(f"{self.root}/{name}/{META}"))
+
+    def size(self, name: str) -> int:
+        """Bytes of a delta's values."""
+        return int(self.fs.size(f"{self.root}/{name}/{TENSORS}"))
+
+    def load(self, name: str) -> Delta:
+        """Read a delta. Raises DeltaError if it is damaged or was taken away."""
+        folder = f"{self.root}/{name}"
+        if self.local:
+            return Delta.load(Path(folder))
+        with tempfile.TemporaryDirectory() as copy:
+            for file in (META, TENSORS):
+                try:
+                    self.fs.get_file(f"{folder}/{file}", f"{copy}/{file}")
+                except FileNotFoundError:
+                    raise DeltaError(f"{self.place}/{name} holds no delta: {file} is missing") from None
+            return Delta.load(copy)
+
+    def save(self, name: str, delta: Delta) -> None:
+        """Write a delta, whole or not at all, in the place of one of the same name.
+
+        Raises:
+            DeltaError: the disk is full, or the folder cannot be written; what was there stays.
+        """
+        with self._beside(name) as fresh:
+            if self.local:
+                delta.save(fresh)
+            else:
+                with tempfile.TemporaryDirectory() as copy:
+                    delta.save(copy)
+                    self.fs.put(f"{copy}/", f"{fresh}/", recursive=True)
+
+    @contextmanager
+    def _beside(self, name: str) -> Iterator[str]:
+        """A folder beside a delta's, which takes its place at the end; nothing is left of it after an error."""
+        final = f"{self.root}/{name}"
+        if not self.local:  # object stores have no folders to rename: values first, then what makes them a delta
+            yield final
+            return
+        fresh = tempfile.mkdtemp(prefix=f".{name}.", dir=self.root)
+        old = f"{fresh}.old"
+        try:
+            yield fresh
+            if os.path.isdir(final):
+                os.rename(final, old)
+            os.rename(fresh, final)
+        except BaseException:
+            if os.path.isdir(old) and not os.path.isdir(final):
+                os.rename(old, final)
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def remove(self, name: str) -> None:
+        """Take a delta away."""
+        if self.has(name):
+            self.fs.rm(f"{self.root}/{name}", recursive=True)

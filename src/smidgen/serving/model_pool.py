@@ -1,0 +1,102 @@
+"""The classes of one base, a classifier, a tagger, a causal LM; what they have in common is in memory once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from threading import RLock
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from smidgen.data.kinds.base import TaskKind
+from smidgen.data.processor import Processor
+from smidgen.delta.delta import Delta
+from smidgen.inference.loading import load
+from smidgen.inference.processors import processor_of
+from smidgen.serving.errors import ServingError
+from smidgen.serving.served_model import ServedModel
+
+
+class ModelPool:
+    """Gives for each kind of task the base in the class that it needs; loaded when it is first needed.
+
+    Args:
+        model: the base in one class.
+        processor: its tokenizer or other processor; None for that of the model's name.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: Processor | None = None) -> None:
+        self.model, self._lock = model, RLock()
+        self.first = ServedModel(model, processor_of(model) if processor is None else processor)
+        self._served: dict[str, ServedModel] = {type(model).__name__: self.first}
+
+    def of(self, kind: TaskKind, delta: Delta | None = None) -> ServedModel:
+        """The base for a kind of task.
+
+        Args:
+            delta: whose head shapes a class that is loaded; None takes what is there.
+
+        Raises:
+            ServingError: the base has no class for it, or does not say where it came from.
+        """
+        with self._lock:
+            name = class_for(self.model, kind)
+            if name not in self._served:
+                self._served[name] = self._loaded(kind, name, delta)
+            return self._served[name]
+
+    def _loaded(self, kind: TaskKind, name: str, delta: Delta | None) -> ServedModel:
+        source = getattr(self.model.config, "_name_or_path", "")
+        if delta is None or not source:
+            raise ServingError(
+                f"a {kind.name} task needs the base as {name}, and it is a {type(self.model).__name__} that "
+                "does not say where it came from; load it with smidgen.load"
+            )
+        dtype = next(self.model.parameters()).dtype
+        model, processor = load(source, delta=delta, dtype=dtype)
+        share(self.model, model)
+        return ServedModel(model.to(cast(Any, self.model.device)), processor)
+
+    @property
+    def served(self) -> Mapping[str, ServedModel]:
+        """Class name -> model."""
+        return dict(self._served)
+
+    def close(self) -> None:
+        """Take everything off."""
+        for served in self._served.values():
+            served.close()
+
+
+def class_for(model: PreTrainedModel, kind: TaskKind) -> str:
+    """Name of the class that a kind of task takes of a model's type; the model's own if it fits.
+
+    Raises:
+        ServingError: transformers has none.
+    """
+    auto: Any = getattr(transformers, kind.model_class)
+    mapping = getattr(auto, "_model_mapping", None)
+    if mapping is None:
+        return str(auto.__name__)
+    found = mapping.get(type(model.config), None)
+    if found is None:
+        raise ServingError(f"transformers has no {kind.model_class} for {type(model.config).__name__}: {kind.name} "
+                           "tasks of this base are not served")  # fmt: skip
+    return str((found[0] if isinstance(found, tuple | list) else found).__name__)
+
+
+def share(first: nn.Module, other: nn.Module) -> int:
+    """Let a model have another's Parameter objects wherever name, shape and values are the same; gives their number."""
+    known, count = dict(first.named_parameters(remove_duplicate=False)), 0
+    for path, module in list(other.named_modules()):
+        for term, own in list(module._parameters.items()):
+            given = known.get(f"{path}.{term}" if path else term)
+            if own is None or given is None or own is given or own.shape != given.shape or own.dtype != given.dtype:
+                continue
+            if torch.equal(own.to(given.device), given):
+                module._parameters[term] = given
+                count += 1
+    return count

@@ -1,0 +1,279 @@
+"""ServedModel: one base of one class, the layouts that stand on it, and deltas as its tenants."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from math import prod
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from smidgen.common.dtypes import master_dtype
+from smidgen.common.errors import AttachError, DeltaError
+from smidgen.common.wrappers import bare
+from smidgen.data.kinds.base import Collate, TaskKind
+from smidgen.data.processor import Processor
+from smidgen.delta.attaching import attached
+from smidgen.delta.compatibility import check_values, fitted
+from smidgen.delta.delta import Delta
+from smidgen.inference.sample_inputs import fitting_inputs
+from smidgen.planning.initial_values import initial
+from smidgen.planning.plans import Plan
+from smidgen.planning.prompt_positions import prompt_length
+from smidgen.planning.resolution import resolve
+from smidgen.planning.row import INDICES, START
+from smidgen.ports.forward_state import Mix, RowBlock, mixed
+from smidgen.ports.mixed.heads import padded
+from smidgen.ports.mixed.mixture import Mixture
+from smidgen.serving.tenants import Layout, Profile, Tenant, no_values
+from smidgen.sites.site import InputSite
+from smidgen.sites.task_head import takes_positions
+
+TOLERANCE = 1e-4  # of a row in a mixed batch against its delta alone, relative to the largest output
+Signature = tuple[Any, ...]
+
+
+class ServedModel:
+    """A base that answers for many deltas.
+
+    The model given stays untouched: edits stand on a second one of the same Parameter objects. `lock` is held while
+    rows are computed, and while a layout is put on.
+
+    Raises:
+        AttachError: something is attached to the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: Processor) -> None:
+        self.plain, self.processor, self.lock = bare(model), processor, RLock()
+        self.plain.eval()
+        self.takes_positions = takes_positions(self.plain)
+        self.mixture = Mixture(_shared_copy(self.plain))
+        self.model: Any = self.mixture.model
+        self._layouts: dict[str, Layout | None] = {}
+        self._known: set[Signature] = set()
+        self._collators: dict[str, Collate] = {}
+        self._sample: Mapping[str, Tensor] | None = None
+
+    def collator(self, kind: TaskKind) -> Collate:
+        """What makes a batch of a kind's examples."""
+        if kind.name not in self._collators:
+            self._collators[kind.name] = kind.collator(self.processor, model=self.plain)
+        return self._collators[kind.name]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base is."""
+        return next(self.plain.parameters()).device
+
+    def tenant(self, name: str, delta: Delta) -> Tenant:
+        """A delta's values as rows take them. The first delta of a recipe is compared with what it gives alone.
+
+        Raises:
+            DeltaError: it belongs to another base, or a tensor is missing, unexpected or of another shape.
+            AttachError: rows of one batch cannot have different results of its recipe.
+        """
+        signature = _signature(delta)
+        with self.lock:
+            if signature in self._known:
+                check_values(self.plain, delta)
+                layout = self._layouts[str(delta.recipe.whole)]
+                return self._tenant(name, delta, layout)
+            plan = self._fitted(delta)
+            layout, new = self._layout(delta, plan)
+            tenant = self._tenant(name, delta, layout)
+            if new:
+                self._prove(delta, tenant)
+            self._layouts[str(delta.recipe.whole)] = layout
+            self._known.add(signature)
+            return tenant
+
+    def _fitted(self, delta: Delta) -> Plan:
+        """The plan of a delta, whose head may have as many outputs as it likes."""
+        own = dict(self.plain.named_parameters())
+        head: dict[str, Tensor] = {}
+        for name in delta.head:
+            given = delta.tensors[name]
+            if name not in own or own[name].shape[1:] != given.shape[1:]:
+                found = tuple(own[name].shape) if name in own else "no such tensor"
+                raise DeltaError(
+                    f"the delta's head has {name} of {tuple(given.shape)}, {type(self.plain).__name__} has {found}"
+                )
+            head[name] = own[name]
+        alike = _with_tensors(delta, {**delta.tensors, **head})
+        return fitted(self.plain, alike)
+
+    def _layout(self, delta: Delta, plan: Plan) -> tuple[Layout | None, bool]:
+        """The layout of a recipe, and whether it is new on the model."""
+        whole = str(delta.recipe.whole)
+        if whole in self._layouts:
+            return self._layouts[whole], False
+        if plan.recipe.narrowed:
+            plan = resolve(self.plain, delta.recipe.whole, delta.pooling, delta.head)
+        key = f"layout{len(self._layouts)}"
+        self.mixture.add(key, plan)
+        shapes = {name: shape for row in plan.rows for name, shape in row.names()}
+        if not shapes:
+            return None, True
+        places, offset = {}, 0
+        for name, shape in shapes.items():
+            places[name] = (offset, shape)
+            offset += prod(shape)
+        prompt = sum(prompt_length(row.method, row.site) for row in plan.rows if isinstance(row.site, InputSite))
+        return Layout(key, plan, places, offset, self._start(plan, places, offset), prompt), True
+
+    def _start(self, plan: Plan, places: Mapping[str, tuple[int, tuple[int, ...]]], size: int) -> Tensor:
+        """(size,): the base's values of what is trained in place, fresh ones of what is added."""
+        dtype = master_dtype(next(self.plain.parameters()).dtype)
+        found = torch.zeros(size, device=self.device, dtype=dtype)
+        for row in plan.rows:
+            fresh = initial(row, 0) if row.added else {}
+            for term, shape in row.terms:
+                offset, _ = places[row.name(term)]
+                value = fresh[term] if row.added else self.plain.get_parameter(row.name(term)).detach()
+                found[offset : offset + prod(shape)] = value.flatten().to(found)
+        return found
+
+    def _tenant(self, name: str, delta: Delta, layout: Layout | None) -> Tenant:
+        head = {n: delta.tensors[n].to(self.device) for n in delta.head}
+        profile, values, places = Profile.of(delta), no_values(), None
+        if layout is not None and not delta.recipe.narrowed:
+            values = torch.cat([delta.tensors[n].flatten() for n in layout.places]).to(self.device)
+        elif layout is not None:
+            values, places = _few(delta, layout)
+            values, places = values.to(self.device), None if places is None else places.to(self.device)
+        return Tenant(name, profile, layout, values, places, head, delta.pooling)
+
+    def mix(self, tenants: Sequence[Tenant | None]) -> Mix:
+        """A batch's rows, those of one layout together; None is the untouched base."""
+        blocks, start = [], 0
+        for key, group in groupby(tenants, key=lambda tenant: "" if tenant is None else tenant.order):
+            rows = list(group)
+            layout = rows[0].layout if rows[0] is not None else None
+            found = None if layout is None else torch.stack([row.row() for row in rows if row is not None])
+            tables = {} if layout is None or found is None else layout.tables(found)
+            blocks.append(RowBlock(key or None, slice(start, start + len(rows)), tables))
+            start += len(rows)
+        return Mix(tuple(blocks), self._heads(tenants), self._poolings(tenants))
+
+    def _heads(self, tenants: Sequence[Tenant | None]) -> dict[str, Tensor]:
+        names = dict.fromkeys(name for tenant in tenants if tenant is not None for name in tenant.head)
+        found = {}
+        for name in names:
+            own = self.plain.get_parameter(name).detach()
+            own = own.to(master_dtype(own.dtype))
+            found[name] = padded([own if t is None else t.head.get(name, own) for t in tenants])
+        return found
+
+    def _poolings(self, tenants: Sequence[Tenant | None]) -> dict[str, Tensor]:
+        rows: dict[str, list[int]] = {}
+        for place, tenant in enumerate(tenants):
+            if tenant is not None and tenant.pooling is not None:
+                rows.setdefault(tenant.pooling, []).append(place)
+        return {pooling: torch.tensor(places, device=self.device) for pooling, places in rows.items()}
+
+    def _prove(self, delta: Delta, tenant: Tenant) -> None:
+        """Compare a row of a mixed batch with what its delta gives alone, and one of the base beside it with the base.
+
+        Raises:
+            AttachError: they differ, or the batch cannot be computed; the layout is off again then.
+        """
+        key = tenant.order
+        try:
+            if self._sample is None:
+                self._sample = fitting_inputs(self.plain)
+            sample = {name: value.to(self.device) for name, value in self._sample.items()}
+            count = len(next(iter(sample.values())))
+            rows = [None, *[tenant] * (count - 1)] if not tenant.prompt else [tenant] * count
+            alone = _with_tensors(delta, {**delta.tensors, **self._own_head(delta)})
+            ours = _with_head(tenant, self._own_head(delta))
+            with torch.inference_mode(), attached(self.plain, alone):
+                wanted = _outputs(self.plain(**sample))
+            with torch.inference_mode():
+                base = _outputs(self.plain(**sample))
+                with mixed(self.mix([row and ours for row in rows])):
+                    found = _outputs(self.model(**sample))
+        except Exception:
+            self.mixture.remove(key)
+            raise
+        for place, row in enumerate(rows):
+            apart, size = _apart(found, base if row is None else wanted, place)
+            if not apart <= TOLERANCE * max(size, 1.0):
+                self.mixture.remove(key)
+                what = "the untouched base" if row is None else str(delta.recipe)
+                raise AttachError(
+                    f"rows of one batch cannot have different results of {delta.recipe} on "
+                    f"{type(self.plain).__name__}: a row of {what} is {apart:.1e} off from what it is alone"
+                )
+
+    def _own_head(self, delta: Delta) -> dict[str, Tensor]:
+        """The model's own head under the names of a delta's, whose shapes may be others."""
+        return {name: self.plain.get_parameter(name).detach().cpu().to(delta.tensors[name]) for name in delta.head}
+
+    def close(self) -> None:
+        """Take everything off the second model."""
+        with self.lock:
+            self.mixture.close()
+
+
+def _signature(delta: Delta) -> Signature:
+    """What deltas have in common that differ in values only."""
+    shapes = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(delta.tensors.items()))
+    return (str(delta.recipe), delta.pooling, delta.head, shapes)
+
+
+def _with_tensors(delta: Delta, tensors: Mapping[str, Tensor]) -> Delta:
+    found = copy.copy(delta)
+    object.__setattr__(found, "tensors", tensors)
+    return found
+
+
+def _with_head(tenant: Tenant, head: Mapping[str, Tensor]) -> Tenant:
+    found = copy.copy(tenant)
+    object.__setattr__(found, "head", {name: value.to(tenant.values.device) for name, value in head.items()})
+    return found
+
+
+def _few(delta: Delta, layout: Layout) -> tuple[Tensor, Tensor | None]:
+    """Values and places of a delta that trained a part; all values if a file holds drawn starts as well."""
+    if any(name.endswith(START) for name in delta.tensors):
+        row = layout.base.clone().cpu()
+        for name, (offset, shape) in layout.places.items():
+            part = row[offset : offset + prod(shape)]
+            if (start := delta.tensors.get(name + START)) is not None:
+                part.copy_(start.flatten())
+            if name in delta.tensors:
+                part[delta.tensors[name + INDICES].long()] = delta.tensors[name]
+        return row, None
+    values, places = [], []
+    for name, (offset, _) in layout.places.items():
+        if name in delta.tensors:
+            values.append(delta.tensors[name].flatten())
+            index = delta.tensors.get(name + INDICES)
+            places.append(offset + (torch.arange(len(values[-1])) if index is None else index.long()))
+    return torch.cat(values), torch.cat(places)
+
+
+def _shared_copy(model: nn.Module) -> nn.Module:
+    """A model of the same Parameter objects and buffers."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo)
+
+
+def _outputs(outputs: Any) -> list[Tensor]:
+    """A model's outputs as tensors."""
+    values = outputs.values() if hasattr(outputs, "values") else outputs
+    return [value.float() for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+def _apart(found: Sequence[Tensor], wanted: Sequence[Tensor], row: int) -> tuple[float, float]:
+    """Largest difference of one row, and the largest size there."""
+    pairs = [(one[row], other[row]) for one, other in zip(found, wanted, strict=True) if one.ndim]
+    return (
+        max(float((one - other).abs().max()) for one, other in pairs),
+        max(float(other.abs().max()) for _, other in pairs),
+    )

@@ -1,0 +1,132 @@
+"""Tenant: one delta in memory, as the rows of a mixed batch take it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smidgen.data.kinds.base import TaskKind, kind_named
+from smidgen.delta.delta import Delta
+from smidgen.planning.plans import Plan
+from smidgen.planning.row import Shape
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What is known of a delta beside its values.
+
+    Attributes:
+        recipe: its spelling.
+        kind: name of the kind of task; None if it was trained on none.
+        columns: the task's input columns.
+        labels: names in id order.
+        max_length: of an input, in tokens; None for the kind's own.
+        metrics: of its training's validation.
+        trained, head: numbers of values.
+    """
+
+    recipe: str
+    kind: str | None
+    columns: tuple[str, ...]
+    labels: tuple[str, ...]
+    max_length: int | None
+    metrics: Mapping[str, Any]
+    trained: int
+    head: int
+
+    @classmethod
+    def of(cls, delta: Delta) -> Profile:
+        """Of a delta's own record."""
+        info = delta.info
+        task: Mapping[str, Any] = info.get("task", {})
+        metrics = {k: v for k, v in (info.get("metrics") or {}).items() if isinstance(v, int | float)}
+        kind = task.get("kind")
+        limit = info.get("settings", {}).get("max_length")
+        columns = tuple(task.get("text") or ["text"])
+        return cls(str(delta.recipe), kind, columns, delta.labels, limit, metrics, delta.trained, delta.head_values)
+
+    @property
+    def task_kind(self) -> TaskKind:
+        """The kind of task; classification where none is recorded, as in `predict`."""
+        return kind_named(self.kind or "classification")
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the values of a recipe's tensors lie in one row of numbers.
+
+    Attributes:
+        key: name on the model.
+        places: saved name -> (offset, shape), the head's tensors apart.
+        size: numbers in a row.
+        base: (size,), of values trained in place what the base has; what a tenant with few values starts from.
+        prompt: vectors among a text's tokens: rows of one batch have the same number.
+    """
+
+    key: str
+    plan: Plan
+    places: Mapping[str, tuple[int, Shape]]
+    size: int
+    base: Tensor
+    prompt: int = 0
+
+    def tables(self, rows: Tensor) -> dict[str, Tensor]:
+        """Saved name -> (n, *shape) of rows (n, size)."""
+        return {
+            name: rows[:, offset : offset + prod(shape)].view(len(rows), *shape)
+            for name, (offset, shape) in self.places.items()
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Tenant:
+    """One delta's values.
+
+    Attributes:
+        layout: None for a delta that trains the head alone.
+        values: (size,) of the layout, or (k,) at `places` of it.
+        places: (k,) int64 into a row, None where all values are there.
+        head: name -> tensor.
+        pooling: None for the class's own.
+    """
+
+    name: str
+    profile: Profile
+    layout: Layout | None
+    values: Tensor
+    places: Tensor | None = None
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    pooling: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        places = 0 if self.places is None else self.places.nbytes
+        return int(self.values.nbytes + places + sum(tensor.nbytes for tensor in self.head.values()))
+
+    @property
+    def prompt(self) -> int:
+        """Vectors among a text's tokens."""
+        return 0 if self.layout is None else self.layout.prompt
+
+    @property
+    def order(self) -> str:
+        """Rows of one layout stand together in a batch."""
+        return "" if self.layout is None else self.layout.key
+
+    def row(self) -> Tensor:
+        """(size,), all of its layout's numbers."""
+        if self.places is None:
+            return self.values
+        assert self.layout is not None
+        return self.layout.base.index_copy(0, self.places, self.values)
+
+
+def no_values() -> Tensor:
+    """Of a tenant without a layout."""
+    return torch.empty(0)
