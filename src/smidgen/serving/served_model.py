@@ -200,6 +200,9 @@ class ServedModel:
         except Exception:
             self.mixture.remove(key)
             raise
+        if not all(bool(torch.isfinite(output).all()) for output in wanted):
+            self.mixture.remove(key)
+            raise DeltaError("the model's outputs with the delta are not finite (NaN): its values are damaged")
         for place, row in enumerate(rows):
             apart, size = _apart(found, base if row is None else wanted, place)
             if not apart <= TOLERANCE * max(size, 1.0):

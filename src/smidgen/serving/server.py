@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import torch
+import transformers
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -227,7 +229,8 @@ class Server:
         names = tuple(name for name in columns if name != "labels")
         label = "labels" if "labels" in columns else None
         encoded = kind.encode(_rows(kind, columns), model.processor, names, label, profile.max_length)
-        width = kind.width(profile.labels) if tenant is not None and profile.labels else None
+        own_head = wanted == "logits" and tenant is not None and bool(profile.labels)
+        width = kind.width(profile.labels) if own_head else None
         one = Request(model, tenant, kind, {}, wanted, width, 0)
         return [_for(one, example, kind.length(example)) for example in encoded]
 
@@ -267,14 +270,12 @@ def _rows(kind: TaskKind, columns: Cells) -> Dataset:
 
 
 def _for(one: Request, example: Any, length: int) -> Request:
-    from concurrent.futures import Future
-
+    """A request like another, of an example of its own."""
     return replace(one, example=example, length=length, future=Future())
 
 
 def _auto(kind: TaskKind) -> object:
-    import transformers
-
+    """The class of transformers that a kind of task loads."""
     return getattr(transformers, kind.model_class, None)
 
 

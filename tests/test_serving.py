@@ -1,0 +1,356 @@
+"""Server, bank and engine: any number of threads ask for any deltas, and each gets its own delta's answer."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+import smidgen as sm
+from smidgen.common.errors import AttachError, DataError, DeltaError
+from smidgen.serving import engine as engine_module
+from smidgen.serving import forward_batches
+from smidgen.serving.errors import ClosedError, QueueFullError, ServingError, UnknownDeltaError
+from smidgen.serving.text_stream import TextStream
+from tests import helpers as h
+from tests.test_mixed_layouts import trained
+
+TASK = {"kind": "classification", "text": ["text"]}
+RECIPES = ["LN()", "LoRA(rank=2)", "Prefix(length=2)", "PromptTuning(length=2)", "LN() | Select('random', keep=0.2)"]
+TEXTS = ["the film was good", "good", "the the film"]
+
+
+@pytest.fixture
+def deltas():
+    model = h.bert()
+    return model, {f"d{i}": trained(model, r, i).with_info(task=TASK) for i, r in enumerate(RECIPES)}
+
+
+def server(model, bank=None, **options):
+    return sm.Server(model, bank, processor=h.tokenizer(), **options)
+
+
+def saved(folder, deltas):
+    for name, delta in deltas.items():
+        delta.save(folder / name)
+    return folder
+
+
+def apart(one, other):
+    return max(abs(a.probabilities[k] - b.probabilities[k]) for a, b in zip(one, other, strict=True)
+               for k in a.probabilities)  # fmt: skip
+
+
+def test_each_delta_answers_as_alone(deltas):
+    model, deltas = deltas
+    with h.untouched(model), server(model) as served:
+        for name, delta in deltas.items():
+            served.add(name, delta)
+        found = {name: served.predict(name, TEXTS) for name in deltas}
+        base = served.predict(None, TEXTS)
+        for name, delta in deltas.items():
+            wanted = sm.predict(model, TEXTS, delta=delta, tokenizer=h.tokenizer())
+            assert apart(found[name], wanted) < 1e-5
+            assert apart(found[name], base) > 1e-4
+
+
+def test_threads_get_their_own_answers_while_deltas_come_and_go(deltas):
+    model, deltas = deltas
+    wanted = {n: sm.predict(model, TEXTS, delta=d, tokenizer=h.tokenizer()) for n, d in deltas.items()}
+    wrong, counted, done = [], [0], threading.Event()
+    limits = sm.Limits(batch=8, wait=0.002)
+    with server(model, limits=limits) as served:
+        for name, delta in deltas.items():
+            served.add(name, delta)
+
+        def ask(seed):
+            names = sorted(deltas)
+            for i in range(30):
+                name = names[(seed + i) % len(names)]
+                if apart(served.predict(name, TEXTS), wanted[name]) > 1e-5:
+                    wrong.append(name)
+                counted[0] += 1
+
+        def change():
+            while not done.is_set():
+                served.add("other", deltas["d0"])
+                served.add("d1", deltas["d1"])
+                served.remove("other")
+
+        threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6)]
+        changing = threading.Thread(target=change)
+        for thread in (changing, *threads):
+            thread.start()
+        for thread in threads:
+            thread.join()
+        done.set()
+        changing.join()
+        counts = served.engine.counts
+    assert not wrong
+    assert counted == [180]
+    assert counts.rows == 180 * 3
+    assert counts.passes < counts.rows  # rows shared passes
+
+
+def test_a_replaced_delta_answers_by_its_new_values_alone(deltas):
+    model, deltas = deltas
+    with server(model) as served:
+        served.add("x", deltas["d0"])
+        one = served.predict("x", TEXTS)
+        served.add("x", deltas["d1"])
+        assert apart(served.predict("x", TEXTS), one) > 1e-4
+        with pytest.raises(DeltaError, match="base|fingerprint"):
+            served.add("x", trained(h.bert(seed=5), "LN()").with_info(task=TASK))
+        with pytest.raises(AttachError, match="trained in place"):
+            served.add("x", trained(model, "Full()").with_info(task=TASK))
+        wanted = sm.predict(model, TEXTS, delta=deltas["d1"], tokenizer=h.tokenizer())
+        assert apart(served.predict("x", TEXTS), wanted) < 1e-5
+
+
+def test_the_bank_loads_on_first_use_and_keeps_within_its_memory(deltas, tmp_path):
+    model, deltas = deltas
+    bank = sm.Bank(saved(tmp_path, deltas), max_memory="2KB")
+    assert list(bank) == sorted(deltas)
+    assert bank.loaded == 0
+    with server(model, bank) as served:
+        first = {name: served.predict(name, TEXTS) for name in deltas}
+        again = {name: served.predict(name, TEXTS) for name in deltas}
+        assert bank.nbytes <= 2000
+        assert bank.loads > len(deltas)
+        assert bank.dropped == bank.loads - bank.loaded
+    assert all(apart(first[name], again[name]) < 1e-6 for name in deltas)
+
+
+def test_the_bank_sees_what_comes_and_goes_in_its_folder(deltas, tmp_path):
+    model, deltas = deltas
+    with server(model, saved(tmp_path, {"a": deltas["d0"]})) as served:
+        served.add("b", deltas["d1"])
+        assert (tmp_path / "b" / "delta.json").is_file()
+        deltas["d2"].save(tmp_path / "c")
+        served.bank.refresh()
+        assert list(served.bank) == ["a", "b", "c"]
+        served.remove("a")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "c"]
+        with pytest.raises(UnknownDeltaError, match="no delta is called 'a'"):
+            served.predict("a", TEXTS)
+
+
+def test_deltas_at_a_url(deltas, tmp_path):
+    import fsspec
+
+    model, deltas = deltas
+    memory = fsspec.filesystem("memory")
+    memory.put(f"{saved(tmp_path, {'a': deltas['d0']})}/", "memory://tenants/", recursive=True)
+    with server(model, "memory://tenants") as served:
+        served.add("b", deltas["d1"])
+        assert list(served.bank) == ["a", "b"]
+        assert apart(served.predict("a", TEXTS), served.predict("b", TEXTS)) > 1e-4
+        assert sm.Bank("memory://tenants").store.load("b").digest == deltas["d1"].digest
+        served.remove("a")
+    assert list(sm.Bank("memory://tenants")) == ["b"]
+
+
+def test_a_save_that_fails_leaves_the_old_delta(deltas, tmp_path, monkeypatch):
+    model, deltas = deltas
+    with server(model, saved(tmp_path, {"a": deltas["d0"]})) as served:
+        before = served.predict("a", TEXTS)
+
+        def full(self, folder):
+            raise DeltaError("no space left on the device")
+
+        monkeypatch.setattr(sm.Delta, "save", full)
+        with pytest.raises(DeltaError, match="no space"):
+            served.add("a", deltas["d1"])
+        assert apart(served.predict("a", TEXTS), before) < 1e-6
+        assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("name", ["../up", "/etc/passwd", "a\0b", "x" * 300, "", "base", ".hidden", "a/b", 3])
+def test_names_that_are_none(deltas, name):
+    model, deltas = deltas
+    with server(model) as served, pytest.raises(ServingError, match="no name for a delta|untouched base"):
+        served.add(name, deltas["d0"])
+
+
+def test_bad_questions(deltas):
+    model, deltas = deltas
+    with server(model) as served:
+        served.add("d0", deltas["d0"])
+        with pytest.raises(UnknownDeltaError, match="did you mean 'd0'"):
+            served.predict("d1", TEXTS)
+        with pytest.raises(DataError, match="no inputs"):
+            served.predict("d0", [])
+        with pytest.raises(DataError, match="takes 1 text"):
+            served.predict("d0", TEXTS, pairs=TEXTS)
+        with pytest.raises(ServingError, match="writes no text"):
+            served.generate("d0", "the")
+    with pytest.raises(ClosedError, match="stopping"):
+        served.predict("d0", TEXTS)
+
+
+def test_a_full_queue_refuses_and_closing_answers_what_was_taken(deltas, monkeypatch):
+    model, deltas = deltas
+    real, free = forward_batches.compute, threading.Event()
+
+    def slow(requests):
+        free.wait()
+        return real(requests)
+
+    monkeypatch.setattr(engine_module, "compute", slow)
+    served = server(model, limits=sm.Limits(queue=4, wait=0))
+    served.add("d0", deltas["d0"])
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(served.predict("d0", ["the"]))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while served.engine.waiting < 3:
+        time.sleep(0.001)
+    with pytest.raises(QueueFullError, match="at most 4 may"):
+        served.predict("d0", TEXTS)
+    closing = threading.Thread(target=served.close)
+    closing.start()
+    free.set()
+    for thread in (*threads, closing):
+        thread.join()
+    assert len(found) == 4
+
+
+def test_one_bad_row_does_not_spoil_the_others(deltas, monkeypatch):
+    model, deltas = deltas
+    real = forward_batches.compute
+
+    def picky(requests):
+        if any(len(request.example["input_ids"]) > 5 for request in requests):
+            raise RuntimeError("too long for me")
+        return real(requests)
+
+    monkeypatch.setattr(engine_module, "compute", picky)
+    with server(model, limits=sm.Limits(wait=0.2)) as served:
+        served.add("d0", deltas["d0"])
+        found = {}
+
+        def ask(text):
+            try:
+                found[text] = served.predict("d0", [text])[0].label
+            except RuntimeError as error:
+                found[text] = str(error)
+
+        threads = [threading.Thread(target=ask, args=(text,)) for text in ("good", "the film was good")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found["the film was good"] == "too long for me"
+    assert found["good"].startswith("LABEL")
+
+
+def test_outputs_that_are_not_finite(deltas):
+    model, deltas = deltas
+    huge = trained(model, "LN()").with_info(task=TASK)
+    for tensor in huge.tensors.values():
+        tensor.mul_(1e38)
+    with server(model) as served:
+        with pytest.raises(DeltaError, match="not finite"):
+            served.add("huge", huge)
+        served.add("d0", deltas["d0"])
+        served.add("huge", huge)  # of a recipe that is known to mix: seen when it is asked
+        with pytest.raises(ServingError, match="not finite"):
+            served.predict("huge", TEXTS)
+        assert served.predict("d0", TEXTS)
+
+
+# Texts
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def writer(request):
+    model = h.causal(request.param)
+    task = {"kind": "causal-lm", "text": ["text"]}
+    return model, {f"d{i}": trained(model, r, i).with_info(task=task) for i, r in enumerate(RECIPES[:4])}
+
+
+PROMPTS = ["the film was", "good", "the the the film was good"]
+
+
+def alone(model, delta, ids, count):
+    from contextlib import nullcontext
+
+    given = torch.tensor([ids])
+    with sm.attached(model, delta) if delta is not None else nullcontext(), torch.no_grad():
+        found = model.generate(
+            input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=count, do_sample=False,
+            pad_token_id=0, eos_token_id=3,
+        )  # fmt: skip
+    written = found[0, len(ids) :].tolist()
+    return written[:-1] if written[-1] == 3 else written
+
+
+def test_texts_that_join_and_leave_are_as_alone(writer):
+    model, deltas = writer
+    with server(model, limits=sm.Limits(texts=5)) as served:
+        for name, delta in deltas.items():
+            served.add(name, delta)
+        begun = []
+        for i, name in enumerate([*deltas, "base", *deltas]):
+            for j, prompt in enumerate(PROMPTS):
+                begun.append((name, served.begin(name, prompt, sm.Sampling(max_tokens=3 + (5 * i + 3 * j) % 11))))
+                time.sleep(0.002)
+        for name, text in begun:
+            done = text.future.result(60)
+            assert text.written == alone(model, deltas.get(name), text.ids, text.sampling.max_tokens)
+            assert done.tokens == len(text.written)
+        assert served.engine.counts.steps < sum(len(text.written) for _, text in begun)  # they shared steps
+
+
+def test_streams_stops_and_seeds(writer):
+    model, deltas = writer
+    with server(model) as served:
+        served.add("d0", deltas["d0"])
+        whole = served.generate("d0", "the film", sm.Sampling(max_tokens=12))
+        assert "".join(served.stream("d0", "the film", sm.Sampling(max_tokens=12))) == whole.text
+        word = whole.text.split()[2]
+        cut = served.generate("d0", "the film", sm.Sampling(max_tokens=12, stop=(word,)))
+        assert cut.reason == "stop"
+        assert cut.text == whole.text[: whole.text.index(word)]
+        drawn = [served.generate("d0", "the", sm.Sampling(temperature=1.5, top_p=0.9, seed=s)).text for s in (1, 1, 2)]
+        assert drawn[0] == drawn[1]
+        assert drawn[0] != drawn[2]
+        with pytest.raises(ServingError, match="positions"):
+            served.generate("d0", "the " * 60)
+        assert served.predict("d0", ["the film"], max_new_tokens=12)[0].answer == whole.text
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"stop": ("",)}]
+)
+def test_settings_out_of_range(wrong):
+    with pytest.raises(ServingError, match=next(iter(wrong))):
+        sm.Sampling(**wrong)
+
+
+def test_whoever_has_gone_leaves_the_others(writer):
+    model, deltas = writer
+    with server(model) as served:
+        served.add("d0", deltas["d0"])
+        gone, stays = (served.begin("d0", "the", sm.Sampling(max_tokens=20, temperature=3, seed=s)) for s in (1, 2))
+        gone.abandoned = True
+        assert stays.future.result(60)
+        assert isinstance(gone.future.exception(60), ServingError | None)
+
+
+class Letters:
+    """A tokenizer of bytes."""
+
+    def decode(self, ids, **options):
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+def test_a_stream_gives_nothing_out_that_may_change():
+    stream, given = TextStream(Letters(), ("STOP",)), []
+    for byte in "aé ST. STOP more".encode():
+        piece, stopped = stream.add(byte)
+        given.append(piece)
+        assert "�" not in piece
+        if stopped:
+            break
+    assert "".join(given) == stream.whole == "aé ST. "
