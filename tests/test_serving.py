@@ -197,21 +197,28 @@ def test_a_full_queue_refuses_and_closing_answers_what_was_taken(deltas, monkeyp
         return real(requests)
 
     monkeypatch.setattr(engine_module, "compute", slow)
-    served = server(model, limits=sm.Limits(queue=4, wait=0))
+    served = server(model, limits=sm.Limits(batch=1, queue=4, wait=0))
     served.add("d0", deltas["d0"])
     found = []
-    threads = [threading.Thread(target=lambda: found.append(served.predict("d0", ["the"]))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    while served.engine.waiting < 3:
-        time.sleep(0.001)
-    with pytest.raises(QueueFullError, match="at most 4 may"):
-        served.predict("d0", TEXTS)
-    closing = threading.Thread(target=served.close)
-    closing.start()
-    free.set()
+
+    def ask():
+        found.append(served.predict("d0", ["the"]))
+
+    threads = [threading.Thread(target=ask, daemon=True) for _ in range(4)]
+    closing = threading.Thread(target=served.close, daemon=True)
+    try:
+        for thread in threads:
+            thread.start()
+        end = time.monotonic() + 30
+        while served.engine.waiting < 3 and time.monotonic() < end:
+            time.sleep(0.001)
+        with pytest.raises(QueueFullError, match="at most 4 may"):
+            served.predict("d0", TEXTS)
+        closing.start()
+    finally:
+        free.set()
     for thread in (*threads, closing):
-        thread.join()
+        thread.join(30)
     assert len(found) == 4
 
 
