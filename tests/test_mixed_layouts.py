@@ -8,8 +8,8 @@ import torch
 import smidgen as sm
 from smidgen.common.errors import AttachError, DeltaError
 from smidgen.ports.attachment_record import trained_parameters
+from smidgen.ports.by_row import in_place_terms, module_layouts
 from smidgen.ports.forward_state import mixed
-from smidgen.ports.mixed import in_place_terms, module_layouts
 from smidgen.serving.served_model import ServedModel
 from smidgen.testing.cases import shake
 from tests import helpers as h

@@ -9,8 +9,8 @@ from torch import nn
 import smidgen as sm
 from smidgen.common.errors import AttachError, DeltaError
 from smidgen.ports.attachment_record import attachment, trained_parameters
+from smidgen.ports.by_row import in_place_terms, mixture
 from smidgen.ports.forward_state import state
-from smidgen.ports.mixed import in_place_terms, mixture
 from smidgen.testing.cases import shake
 from tests import helpers as h
 
@@ -113,6 +113,16 @@ def test_deltas_that_are_not_alike():
     for found, said in (([one, other], "delta 1 is of LoRA"), ([other, wide], "delta 1 is of"), ([], "no delta")):
         with pytest.raises(DeltaError, match=said), sm.attached_rows(model, found):
             pass
+
+
+def test_nothing_else_is_attached_meanwhile():
+    model = h.bert()
+    deltas = several(model, "LN()")
+    with sm.attached_rows(model, deltas), pytest.raises(AttachError, match="leave the block"):
+        sm.attach(model, "LN()")
+    sm.attach(model, "LN()")
+    with pytest.raises(AttachError, match="attached already"), sm.attached_rows(model, deltas):
+        pass
 
 
 def test_rows_have_to_be_said_and_counted():

@@ -286,7 +286,6 @@ UNPACKS = {
         ("planning/rules/inputs.py", "seen_from"),
         ("planning/rules/modules.py", "seen_from"),
         ("planning/rules/sublayers.py", "seen_from"),
-        ("ports/attention_port.py", "KeyValueEdits"),
         ("ports/in_place/master_weights.py", "_to"),
         ("studies/experiments/fisher_stability.py", "Trust"),
     },

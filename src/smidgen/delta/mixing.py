@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.common.errors import DeltaError
-from smidgen.common.wrappers import bare
 from smidgen.delta.compatibility import fitted
 from smidgen.delta.delta import Delta
-from smidgen.ports.forward_state import RESULTS, Mix, RowBlock
-from smidgen.ports.mixed.mixture import Mixture
+from smidgen.ports.by_row.mixture import Mixture
+from smidgen.ports.forward_state import Mix, RowBlock
 
 LAYOUT = "rows"
 
@@ -42,10 +41,9 @@ def attached_rows(model: nn.Module, deltas: Sequence[Delta], verify: bool = True
         stacked = {name: torch.stack([delta.tensors[name] for delta in deltas]) for name in plans[0].shapes}
         device = next(model.parameters()).device
         tables = {name: tensor.to(device) for name, tensor in stacked.items()}
-        bare(model).__dict__[RESULTS] = Results(tables, frozenset(deltas[0].head), deltas[0].pooling)
+        mixture.choose_by(Results(tables, frozenset(deltas[0].head), deltas[0].pooling))
         yield model
     finally:
-        bare(model).__dict__.pop(RESULTS, None)
         mixture.close()
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cached_property
 from typing import Any
 
 from smidgen.methods.base import Method
-from smidgen.methods.low_rank.lora import LoRA
+from smidgen.methods.capabilities import Merges
+from smidgen.recipe.recipe import Term
 from smidgen.sites.roles import within
 from smidgen.sites.site import LinearSite, Site, WeightSite
 
@@ -21,11 +22,19 @@ def without_numbers(path: str) -> str:
     return re.sub(r"(^|[._])\d+(?=\.|$)", r"\1*", path)
 
 
+def first_targeted() -> Method | None:
+    """The first registered method, at its defaults, that takes targets by name and folds into what it finds there."""
+    classes = (cls for cls in Term.registry.values() if issubclass(cls, Method))
+    methods = (cls() for cls in classes if "target" in {field.name for field in fields(cls)})
+    return next((method for method in methods if isinstance(method, Merges)), None)
+
+
 class Advice:
-    """How a method may reach what it leaves out, by its own `target=` or else by LoRA's."""
+    """How a method may reach what it leaves out, by its own `target=` or else by another's."""
 
     def __init__(self, method: Method, sites: Sequence[Site]) -> None:
-        self.methods = (("", method), ("LoRA with ", LoRA()))
+        other = first_targeted()
+        self.methods = (("", method), *([(f"{type(other).__name__} with ", other)] if other is not None else []))
         self.sites = [s for s in sites if isinstance(s, LinearSite | WeightSite) and s.rows is None]
 
     def for_module(self, path: str) -> str:
@@ -43,8 +52,8 @@ class Advice:
         """Names under which a method acts in a module; none if it takes no names of modules."""
         for site in inside if hasattr(method, "target") else ():
             name = self._name(_full(site), without_numbers(path))
-            fields: dict[str, Any] = {"target": (name,)}
-            if replace(method, **fields).acts(site):
+            targets: dict[str, Any] = {"target": (name,)}
+            if replace(method, **targets).acts(site):
                 yield name
 
     def _name(self, full: str, pattern: str) -> str:

@@ -6,7 +6,7 @@ from torch import nn
 
 from smidgen.planning.plans import Plan
 from smidgen.sites.discovery import find_blocks
-from smidgen.sites.reversible_stacks import reversible
+from smidgen.sites.module_kinds import reversible_stacks
 from smidgen.sites.roles import within
 
 
@@ -25,7 +25,7 @@ def frozen_prefix(model: nn.Module, plan: Plan) -> list[nn.Module]:
             lowest[site.stack] = min(site.layer, lowest.get(site.stack, site.layer))
     stacks = find_blocks(model)
     frozen: list[nn.Module] = _before(model, next(iter(stacks), ""))
-    again = reversible(model)
+    again = reversible_stacks(model)
     for stack, blocks in stacks.items():
         if stack in lowest and any(within(stack, path) for path in again):
             break

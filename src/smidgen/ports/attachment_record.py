@@ -23,6 +23,8 @@ from smidgen.ports.in_place.sparse_values import SparseValues
 from smidgen.recipe.recipe import Recipe
 from smidgen.sites.site import module_at
 
+MIXTURE = "_smidgen_mixture"  # attribute of a model on which several results stand
+
 
 @dataclass
 class Attachment:
@@ -179,6 +181,8 @@ def is_attached(model: nn.Module) -> bool:
 def refuse_attached(model: nn.Module) -> None:
     """Raises AttachError if something is attached to the model, or if nothing can be (see `check_model`)."""
     check_model(model)
+    if MIXTURE in bare(model).__dict__:
+        raise AttachError("several results are attached already; leave the block of smidgen.attached_rows first")
     if is_attached(model):
         raise AttachError(f"{attachment(model).plan.recipe} is attached already; detach it first")
 

@@ -13,10 +13,10 @@ from smidgen.methods.capabilities import ReadsWeight
 from smidgen.planning.row import Row
 from smidgen.planning.rules.modules import ModuleRules
 from smidgen.ports.base import Port
+from smidgen.ports.by_row.module_layouts import add_layout, drop_layout
 from smidgen.ports.edit import Edit, drop_edits
 from smidgen.ports.forward_state import state
 from smidgen.ports.in_place.attached_weights import live
-from smidgen.ports.mixed.module_layouts import add_layout, drop_layout
 from smidgen.ports.module_edits import ModuleEdit, add_edit, check_editable, fold
 from smidgen.sites.site import Site
 

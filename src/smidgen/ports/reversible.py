@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from smidgen.common.hook_types import Args, Kwargs
-from smidgen.sites.reversible_stacks import reversible
+from smidgen.sites.module_kinds import reversible_stacks
 from smidgen.sites.roles import within
 
 
 def open_entries(model: nn.Module, paths: Iterable[str]) -> Iterator[RemovableHandle]:
     """Hooks at the reversible stacks in which one of these modules lies."""
     trained = list(paths)
-    for path, module in reversible(model).items():
+    for path, module in reversible_stacks(model).items():
         if any(within(other, path) for other in trained):
             yield module.register_forward_pre_hook(_needs_gradient, with_kwargs=True)
 

@@ -10,8 +10,8 @@ from smidgen.methods.capabilities import EditsInput
 from smidgen.planning.row import Row
 from smidgen.planning.rules.sublayers import SublayerRules
 from smidgen.ports.base import Port
+from smidgen.ports.by_row.module_layouts import add_layout, drop_layout
 from smidgen.ports.edit import Edit, drop_edits
-from smidgen.ports.mixed.module_layouts import add_layout, drop_layout
 from smidgen.ports.module_edits import ModuleEdit, add_edit, check_editable
 from smidgen.ports.module_port import folded_module, why_no_module_rows
 from smidgen.ports.tap import add_tap, drop_tap

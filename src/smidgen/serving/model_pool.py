@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from threading import RLock
 from typing import Any, cast
 
-import torch
 import transformers
-from torch import nn
 from transformers import PreTrainedModel
 
 from smidgen.data.kinds.base import TaskKind
@@ -16,6 +14,7 @@ from smidgen.data.processor import Processor
 from smidgen.delta.delta import Delta
 from smidgen.inference.loading import load
 from smidgen.inference.processors import processor_of
+from smidgen.ports.in_place.shared_parameters import share_parameters
 from smidgen.serving.errors import ServingError
 from smidgen.serving.served_model import ServedModel
 
@@ -57,7 +56,7 @@ class ModelPool:
             )
         dtype = next(self.model.parameters()).dtype
         model, processor = load(source, delta=delta, dtype=dtype)
-        share(self.model, model)
+        share_parameters(self.model, model)
         return ServedModel(model.to(cast(Any, self.model.device)), processor)
 
     @property
@@ -86,17 +85,3 @@ def class_for(model: PreTrainedModel, kind: TaskKind) -> str:
         raise ServingError(f"transformers has no {kind.model_class} for {type(model.config).__name__}: {kind.name} "
                            "tasks of this base are not served")  # fmt: skip
     return str((found[0] if isinstance(found, tuple | list) else found).__name__)
-
-
-def share(first: nn.Module, other: nn.Module) -> int:
-    """Let a model have another's Parameter objects wherever name, shape and values are the same; gives their number."""
-    known, count = dict(first.named_parameters(remove_duplicate=False)), 0
-    for path, module in list(other.named_modules()):
-        for term, own in list(module._parameters.items()):
-            given = known.get(f"{path}.{term}" if path else term)
-            if own is None or given is None or own is given or own.shape != given.shape or own.dtype != given.dtype:
-                continue
-            if torch.equal(own.to(given.device), given):
-                module._parameters[term] = given
-                count += 1
-    return count

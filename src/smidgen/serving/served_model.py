@@ -27,10 +27,10 @@ from smidgen.planning.plans import Plan
 from smidgen.planning.prompt_positions import prompt_length
 from smidgen.planning.resolution import resolve
 from smidgen.planning.row import INDICES, START
+from smidgen.ports.by_row.heads import padded
+from smidgen.ports.by_row.mixture import Mixture
 from smidgen.ports.forward_state import Mix, RowBlock, mixed
-from smidgen.ports.mixed.heads import padded
-from smidgen.ports.mixed.mixture import Mixture
-from smidgen.serving.tenants import Layout, Profile, Tenant, no_values
+from smidgen.serving.tenants import Profile, RowLayout, Tenant, no_values
 from smidgen.sites.site import InputSite
 from smidgen.sites.task_head import takes_positions
 
@@ -54,7 +54,7 @@ class ServedModel:
         self.takes_positions = takes_positions(self.plain)
         self.mixture = Mixture(_shared_copy(self.plain))
         self.model: Any = self.mixture.model
-        self._layouts: dict[str, Layout | None] = {}
+        self._layouts: dict[str, RowLayout | None] = {}
         self._known: set[Signature] = set()
         self._collators: dict[str, Collate] = {}
         self._sample: Mapping[str, Tensor] | None = None
@@ -107,7 +107,7 @@ class ServedModel:
         alike = _with_tensors(delta, {**delta.tensors, **head})
         return fitted(self.plain, alike)
 
-    def _layout(self, delta: Delta, plan: Plan) -> tuple[Layout | None, bool]:
+    def _layout(self, delta: Delta, plan: Plan) -> tuple[RowLayout | None, bool]:
         """The layout of a recipe, and whether it is new on the model."""
         whole = str(delta.recipe.whole)
         if whole in self._layouts:
@@ -124,7 +124,7 @@ class ServedModel:
             places[name] = (offset, shape)
             offset += prod(shape)
         prompt = sum(prompt_length(row.method, row.site) for row in plan.rows if isinstance(row.site, InputSite))
-        return Layout(key, plan, places, offset, self._start(plan, places, offset), prompt), True
+        return RowLayout(key, plan, places, offset, self._start(plan, places, offset), prompt), True
 
     def _start(self, plan: Plan, places: Mapping[str, tuple[int, tuple[int, ...]]], size: int) -> Tensor:
         """(size,): the base's values of what is trained in place, fresh ones of what is added."""
@@ -138,7 +138,7 @@ class ServedModel:
                 found[offset : offset + prod(shape)] = value.flatten().to(found)
         return found
 
-    def _tenant(self, name: str, delta: Delta, layout: Layout | None) -> Tenant:
+    def _tenant(self, name: str, delta: Delta, layout: RowLayout | None) -> Tenant:
         head = {n: delta.tensors[n].to(self.device) for n in delta.head}
         profile, values, places = Profile.of(delta), no_values(), None
         if layout is not None and not delta.recipe.narrowed:
@@ -241,7 +241,7 @@ def _with_head(tenant: Tenant, head: Mapping[str, Tensor]) -> Tenant:
     return found
 
 
-def _few(delta: Delta, layout: Layout) -> tuple[Tensor, Tensor | None]:
+def _few(delta: Delta, layout: RowLayout) -> tuple[Tensor, Tensor | None]:
     """Values and places of a delta that trained a part; all values if a file holds drawn starts as well."""
     if any(name.endswith(START) for name in delta.tensors):
         row = layout.base.clone().cpu()

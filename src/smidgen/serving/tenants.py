@@ -57,7 +57,7 @@ class Profile:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class RowLayout:
     """Where the values of a recipe's tensors lie in one row of numbers.
 
     Attributes:
@@ -97,7 +97,7 @@ class Tenant:
 
     name: str
     profile: Profile
-    layout: Layout | None
+    layout: RowLayout | None
     values: Tensor
     places: Tensor | None = None
     head: Mapping[str, Tensor] = field(default_factory=dict)

@@ -121,3 +121,11 @@ def channel_axis(module: nn.Module) -> int:
         return form.axis
     first = isinstance(module, nn.GroupNorm) or getattr(module, "data_format", "") == "channels_first"
     return 1 if first else -1
+
+
+REVERSIBLE = ("ReformerEncoder",)
+
+
+def reversible_stacks(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> each module that computes its blocks in one autograd function, and again on the way back."""
+    return {path: m for path, m in model.named_modules() if any(c.__name__ in REVERSIBLE for c in type(m).__mro__)}

@@ -31,7 +31,7 @@ from smidgen.inference.evaluation import Scores, compute_scores
 from smidgen.inference.forward_pass import run_examples
 from smidgen.inference.processors import processor_of
 from smidgen.ports.attachment_record import attachment, trained_parameters
-from smidgen.sites.reversible_stacks import reversible
+from smidgen.sites.module_kinds import reversible_stacks
 from smidgen.steps.divergence import remedy
 from smidgen.steps.gradient_checks import FEW, MANY, Watch, check_depends, snapshot
 from smidgen.steps.growth import assign
@@ -77,7 +77,7 @@ class Loop:
         if self.accelerator.distributed_type in UNTESTED:
             kind = self.accelerator.distributed_type.value
             raise TrainError(f"{kind} is not supported yet; use one process or DDP (accelerate launch --multi_gpu)")
-        if again := reversible(bare(run.model)):
+        if again := reversible_stacks(bare(run.model)):
             raise TrainError(
                 f"{type(next(iter(again.values()))).__name__} trains on texts whose length is a multiple of its chunks "
                 "alone, and fit's batches have any; attach, and train it in a loop of your own (smidgen.optimizer)"

@@ -7,7 +7,7 @@ model is touched, and compiled again, for a new layout only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,12 +19,12 @@ from smidgen.common.errors import AttachError
 from smidgen.common.wrappers import bare
 from smidgen.planning.plans import Plan
 from smidgen.planning.row import Row
-from smidgen.ports.attachment_record import refuse_attached
+from smidgen.ports.attachment_record import MIXTURE, refuse_attached
 from smidgen.ports.builtin_ports import port_of
+from smidgen.ports.by_row.heads import head_by_row, pool_by_row
+from smidgen.ports.by_row.in_place_terms import NeutralTerms, why_not_in_place
 from smidgen.ports.edit import Edit
-from smidgen.ports.forward_state import close_pass, open_pass
-from smidgen.ports.mixed.heads import head_by_row, pool_by_row
-from smidgen.ports.mixed.in_place_terms import InPlace, NeutralTerms, why_not_in_place
+from smidgen.ports.forward_state import RESULTS, Mix, close_pass, open_pass
 from smidgen.sites.site import module_at
 
 
@@ -86,7 +86,7 @@ class Mixture:
         self._base: Any = getattr(self.model, "base_model", None)
         if self._base is not None:
             self._handles.append(self._base.register_forward_hook(pool_by_row, with_kwargs=True))
-        self.model.__dict__["_smidgen_mixture"] = self
+        self.model.__dict__[MIXTURE] = self
 
     def add(self, layout: str, plan: Plan) -> None:
         """Make place for results of a plan, under a name of letters and digits.
@@ -128,6 +128,10 @@ class Mixture:
             if row.added:
                 port_of(row.site).remove_layout(self.model, row.site, layout)
 
+    def choose_by(self, results: Callable[[Tensor], Mix]) -> None:
+        """Let `rows_from(index)` say which results rows (B,) have, instead of `mixed`."""
+        self.model.__dict__[RESULTS] = results
+
     def close(self) -> None:
         """Take everything off: the model is as it was, with its very Parameter objects."""
         for layout in list(self._plans):
@@ -141,21 +145,6 @@ class Mixture:
         for module in self._training:
             module.training = True
         self._terms, self._heads, self._handles = {}, {}, []
-        self.model.__dict__.pop("_smidgen_mixture", None)
+        for name in (MIXTURE, RESULTS):
+            self.model.__dict__.pop(name, None)
         torch.compiler.reset()
-
-    @property
-    def base_terms(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and value, in master precision, of the base's tensors in whose place neutral ones stand."""
-        for path, terms in self._terms.items():
-            yield from ((f"{path}.{term}", value) for term, value in terms.own.items())
-
-
-def mixture_on(model: nn.Module) -> Mixture | None:
-    """What several results stand on, if the model is one that does."""
-    found: Mapping[str, object] = bare(model).__dict__
-    mixture = found.get("_smidgen_mixture")
-    return mixture if isinstance(mixture, Mixture) else None
-
-
-__all__ = ["InPlace", "Mixture", "mixture_on", "why_no_rows"]
