@@ -2,7 +2,7 @@
 
 By class names and names of parameters alone, so that both can be wrong in different ways: norms, biases, and the
 attention modules and feed-forward modules of every block. A module of convolutions alone is no attention, one with a
-single weight no feed-forward network, and the attention to another sequence is a part of its own for adapters.
+single map no feed-forward network, and the attention to another sequence is a part of its own for adapters.
 """
 
 import re
@@ -106,7 +106,8 @@ def _biases(model, rows, head):
 def _holds(module, pattern):
     """Whether a module has the weights that its class's name promises."""
     if pattern is FEED:
-        return sum(p.ndim > 1 for p in module.parameters()) > 1
+        weights = [p for p in module.parameters() if p.ndim > 1]
+        return len(weights) > 1 or any(p.ndim == 3 for p in weights)  # of experts, stacked
     return any(p.ndim in (2, 3) for p in module.parameters())
 
 

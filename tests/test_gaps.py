@@ -280,3 +280,15 @@ def test_nothing_is_advised_where_nothing_acts():
     assert not xlnet.advice
     (own,) = (gap for gap in resolve(both(OwnMLP), "IA3()").left_out if gap.reason == gaps.OWN)
     assert not own.advice
+
+
+def test_a_feed_forward_part_whose_maps_have_modules_of_their_own():
+    with torch.device("meta"):
+        model = T.ReformerModel(T.ReformerConfig(**odd_sizes(), attn_layers=["local", "local"], axial_pos_embds=False))
+    (gap,) = resolve(model, "IA3()").left_out
+    assert (gap.places, gap.count, gap.reason) == (("encoder.layers.*.feed_forward",), 2, gaps.LAYOUT)
+    assert gap.advice == "target=('dense.dense', 'feed_forward.output.dense') acts there"
+
+
+def odd_sizes():
+    return {"hidden_size": 16, "num_attention_heads": 2, "attention_head_size": 8, "feed_forward_size": 24}

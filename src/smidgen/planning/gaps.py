@@ -250,6 +250,8 @@ def _of_block(model: nn.Module, root: str, sites: Sequence[Site], idle: Collecti
         is_expert = any(outer in mixtures for outer in _around(owner) if outer != owner)
         sides = ("feed_forward", "attention") if lacking and not is_expert else ("feed_forward",)
         yield _Candidate(owner, place, sides, LAYOUT)
+    for top, place in _apart(model, root, others, known):
+        yield _Candidate(top, place, ("feed_forward",), LAYOUT)
     yield from _convolved(model, root, sites, known)
     if "attention" in roles and "query" not in roles:
         fused = (s for s in parts if s.roles == {"attention", "block"})
@@ -289,6 +291,18 @@ def _convolved(model: nn.Module, root: str, sites: Sequence[Site], known: Collec
 def _is_feed_forward(model: nn.Module, root: str, site: Site) -> bool:
     """Whether a module has weights of its own and lies in, or is, what says by its class that it is feed-forward."""
     return any(len(shape) > 1 for _, shape in site.terms) and bool(_feed_forward(model, root, site.path))
+
+
+def _apart(model: nn.Module, root: str, maps: Iterable[Site], known: Collection[str]) -> Iterator[tuple[str, Site]]:
+    """Feed-forward networks by class of which each map has a module of its own around it (Reformer's)."""
+    tops: dict[str, dict[str, Site]] = {}
+    for site in maps:
+        if (top := _feed_forward(model, root, site.path)) and top not in known:
+            tops.setdefault(top, {}).setdefault(site.path.rpartition(".")[0], site)
+    counts = {top: [s.path.rpartition(".")[0] for s in maps if within(s.path, top)] for top in tops}
+    for top, owners in tops.items():
+        if len(owners) > 1 and all(counts[top].count(owner) == 1 for owner in owners):
+            yield top, next(iter(owners.values()))
 
 
 def _attention(model: nn.Module, root: str, path: str, held: Collection[str] = ()) -> str:
