@@ -8,6 +8,7 @@ gets its keys and values in a pass of its own, and is padded to the others' leng
 from __future__ import annotations
 
 import queue
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -194,7 +195,9 @@ class Decoding:
         if model.takes_positions:
             given["position_ids"] = positions
         with model.lock, torch.inference_mode(), mixed(model.mix([text.tenant for text in self.texts])):
+            begin = time.perf_counter()
             outputs = model.model(**given, use_cache=True, logits_to_keep=1)
+            model.forward_seconds += time.perf_counter() - begin
         self.cache = outputs.past_key_values
         layers_of(self.cache)
         logits: Tensor = outputs.logits[:, -1]

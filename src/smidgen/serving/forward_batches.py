@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -21,13 +22,15 @@ def compute(requests: Sequence[Request]) -> list[Result]:
     with model.lock, torch.inference_mode():
         batch = {k: v.to(model.device) for k, v in model.collator(kind)([row.example for row in rows]).items()}
         inputs, labels = kind.parted(batch)
-        with mixed(model.mix([row.tenant for row in rows])):
+        mix, begin = model.mix([row.tenant for row in rows]), time.perf_counter()
+        with mixed(mix):
             if rows[0].wanted == "vector":
                 found = _vectors(model.model, inputs)
             else:
                 outputs: Outputs = kind.forward(model.model, inputs)
                 found = outputs.logits
         found = found.float().cpu()
+        model.forward_seconds += time.perf_counter() - begin
         labels = None if labels is None else labels.cpu()
     results: list[Result | None] = [None] * len(rows)
     for place, (row, i) in enumerate(zip(rows, order, strict=True)):
