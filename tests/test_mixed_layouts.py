@@ -93,6 +93,16 @@ def test_all_pairs(pair):
     served.close()
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_base_in_bfloat16(name):
+    model = MODELS[name]().bfloat16()
+    served = ServedModel(model, h.tokenizer())
+    deltas = [trained(model, recipe, seed) for seed, recipe in enumerate(["LN()", "LoRA(rank=2)", "Prefix(length=2)"])]
+    apart, between = largest(served, model, [None, *deltas], h.ids(rows=1, mask=False))
+    assert apart < 0.1
+    assert between > 1e-3
+
+
 @pytest.mark.parametrize("recipe", REFUSED)
 def test_what_cannot_be_mixed_is_refused_when_it_is_added(recipe):
     model = h.bert()

@@ -361,3 +361,81 @@ def test_a_stream_gives_nothing_out_that_may_change():
         if stopped:
             break
     assert "".join(given) == stream.whole == "aé ST. "
+
+
+# Kinds of task
+
+
+def kept(folder, model, processor):
+    """A model's folder, and the model loaded from it, which says where it came from."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_classifier_tagger_and_numbers_of_one_base(tmp_path):
+    folder = kept(tmp_path / "base", h.build("bert", "AutoModel"), h.tokenizer())
+    labels = {"classification": ["no", "yes", "so"], "tokens": ["O", "B-a", "I-a", "B-b"], "regression": []}
+    deltas = {}
+    for i, (kind, names) in enumerate(labels.items()):
+        task = kind_task(tmp_path / kind, kind, names)
+        model, tokenizer = sm.load(folder, task=task)
+        info = {"task": {"kind": kind, "text": list(task.text)}}
+        deltas[kind] = trained(model, ["LN()", "LoRA(rank=2)", "IA3()"][i], i).with_info(**info)
+    inputs = {"classification": TEXTS, "tokens": [text.split() for text in TEXTS], "regression": TEXTS}
+    model, tokenizer = sm.load(folder, delta=deltas["classification"])
+    with server(model) as served:
+        for kind, delta in deltas.items():
+            served.add(kind, delta)
+        for kind, delta in deltas.items():
+            alone, _ = sm.load(folder, delta=delta)
+            wanted = sm.predict(alone, inputs[kind], delta=delta, tokenizer=tokenizer)
+            for one, other in zip(served.predict(kind, inputs[kind]), wanted, strict=True):
+                assert one.answer == pytest.approx(other.answer) if kind == "regression" else one.answer == other.answer
+        classes = served.models.served
+        assert sorted(classes) == ["BertForSequenceClassification", "BertForTokenClassification"]
+        first, other = (dict(m.plain.named_parameters()) for m in classes.values())
+        both = [name for name in first if name in other and not name.startswith("classifier")]
+        assert both
+        assert all(first[name] is other[name] for name in both)
+
+
+def kind_task(folder, kind, names):
+    rows = {
+        "classification": [{"text": f"the film {n}", "label": n} for n in names],
+        "tokens": [{"tokens": ["the", "film"], "tags": [n, n]} for n in names],
+        "regression": [{"text": f"the film {n}", "label": n + 0.5} for n in range(3)],
+    }[kind]
+    for split in ("train", "validation"):
+        h.jsonl(folder / f"{split}.jsonl", rows * 2 if split == "train" else rows)
+    return sm.Task.load(folder, kind=kind)
+
+
+def test_images(tmp_path):
+    from tests import media
+
+    model, processor = media.vit(), media.image_processor()
+    task = {"kind": "image-classification", "text": ["image"]}
+    deltas = {f"d{i}": trained(model, r, i).with_info(task=task) for i, r in enumerate(["LN()", "LoRA(rank=2)"])}
+    files = [str(path) for path in sorted(media.pictures(tmp_path).rglob("*.png"))[:6]]
+    with sm.Server(model, processor=processor) as served:
+        for name, delta in deltas.items():
+            served.add(name, delta)
+        for name, delta in deltas.items():
+            wanted = sm.predict(model, files, delta=delta, processor=processor)
+            assert apart(served.predict(name, files), wanted) < 1e-5
+            assert apart(served.predict(name, files), served.predict(None, files)) > 1e-4
+
+
+def test_what_cannot_be_mixed_on_windows_is_refused_when_it_is_added():
+    """Swin computes windows as rows of their own, so what stands inside of them cannot tell whose they are."""
+    import transformers as T
+
+    config = T.SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = T.SwinForImageClassification(config).eval()
+    with sm.Server(model, processor=object()) as served:
+        with pytest.raises(AttachError, match="which part belongs to which row"):
+            served.add("x", trained(model, "LoRA(rank=2)"))
+        assert not len(served.bank)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from smidgen.common.dtypes import master_dtype
+from smidgen.common.dtypes import LOW, master_dtype
 from smidgen.common.errors import AttachError, DeltaError
 from smidgen.common.wrappers import bare
 from smidgen.data.kinds.base import Collate, TaskKind
@@ -34,7 +34,8 @@ from smidgen.serving.tenants import Profile, RowLayout, Tenant, no_values
 from smidgen.sites.site import InputSite
 from smidgen.sites.task_head import takes_positions
 
-TOLERANCE = 1e-4  # of a row in a mixed batch against its delta alone, relative to the largest output
+# of a row in a mixed batch against its delta alone, relative to the largest output; low precision rounds on other ways
+TOLERANCE, LOW_TOLERANCE = 1e-4, 5e-2
 Signature = tuple[Any, ...]
 
 
@@ -206,13 +207,17 @@ class ServedModel:
             raise DeltaError("the model's outputs with the delta are not finite (NaN): its values are damaged")
         for place, row in enumerate(rows):
             apart, size = _apart(found, base if row is None else wanted, place)
-            if not apart <= TOLERANCE * max(size, 1.0):
+            if not apart <= self._tolerance * max(size, 1.0):
                 self.mixture.remove(key)
                 what = "the untouched base" if row is None else str(delta.recipe)
                 raise AttachError(
                     f"rows of one batch cannot have different results of {delta.recipe} on "
                     f"{type(self.plain).__name__}: a row of {what} is {apart:.1e} off from what it is alone"
                 )
+
+    @property
+    def _tolerance(self) -> float:
+        return LOW_TOLERANCE if next(self.plain.parameters()).dtype in LOW else TOLERANCE
 
     def _own_head(self, delta: Delta) -> dict[str, Tensor]:
         """The model's own head under the names of a delta's, whose shapes may be others."""
