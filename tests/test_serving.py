@@ -135,6 +135,24 @@ def test_the_bank_sees_what_comes_and_goes_in_its_folder(deltas, tmp_path):
             served.predict("a", TEXTS)
 
 
+def test_two_banks_on_one_folder_see_what_the_other_does(deltas, tmp_path):
+    model, deltas = deltas
+    one, other = (sm.Bank(saved(tmp_path, {"a": deltas["d0"]}), recheck=0) for _ in range(2))
+    with server(model, one) as first, server(model, other) as second:
+        was = second.predict("a", TEXTS)
+        first.add("b", deltas["d1"])
+        assert apart(second.predict("b", TEXTS), first.predict("b", TEXTS)) < 1e-6
+        first.add("a", deltas["d2"])
+        assert apart(second.predict("a", TEXTS), first.predict("a", TEXTS)) < 1e-6
+        assert apart(second.predict("a", TEXTS), was) > 1e-4
+        first.remove("a")
+        with pytest.raises(UnknownDeltaError):
+            second.predict("a", TEXTS)
+        loads = other.loads
+        second.predict("b", TEXTS)
+        assert other.loads == loads  # what did not change is not read again
+
+
 def test_deltas_at_a_url(deltas, tmp_path):
     import fsspec
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from threading import Lock
 from smidgen.common.byte_sizes import parse_bytes
 from smidgen.common.errors import nearest
 from smidgen.delta.delta import Delta
-from smidgen.serving.delta_store import DeltaStore, check_name
+from smidgen.serving.delta_store import NAME, DeltaStore, check_name
 from smidgen.serving.errors import UnknownDeltaError
 from smidgen.serving.tenants import Tenant
 
@@ -24,6 +25,8 @@ class _Entry:
 
     loading: Lock = field(default_factory=Lock)
     stored: bool = True
+    version: tuple[object, ...] = ()
+    seen: float = field(default_factory=time.monotonic)
 
 
 class Bank:
@@ -35,15 +38,24 @@ class Bank:
     Args:
         place: a folder with deltas, each in a folder of its own, or a URL of fsspec; None for deltas in memory alone.
         max_memory: of all values in memory, such as "1GiB"; None for no limit.
+        recheck: seconds after which a delta in use is compared with its file, which another process may have replaced
+            or taken away.
 
     Raises:
         ServingError: there is no such folder.
         TrainError: max_memory is no size.
     """
 
-    def __init__(self, place: str | os.PathLike[str] | None = None, *, max_memory: str | int | None = None) -> None:
+    def __init__(
+        self,
+        place: str | os.PathLike[str] | None = None,
+        *,
+        max_memory: str | int | None = None,
+        recheck: float = 1.0,
+    ) -> None:
         self.store = None if place is None else DeltaStore(place)
         self.max_memory = None if max_memory is None else parse_bytes(max_memory)
+        self.recheck = recheck
         self._lock = Lock()
         self._entries: dict[str, _Entry] = {}
         self._tenants: OrderedDict[str, Tenant] = OrderedDict()  # the least recently used first
@@ -97,6 +109,7 @@ class Bank:
             DeltaError: its file is damaged, or of another base.
             AttachError: it cannot be mixed.
         """
+        self._compare(name)
         while True:
             with self._lock:
                 if (found := self._tenants.get(name)) is not None:
@@ -110,13 +123,36 @@ class Bank:
                     if self._entries.get(name) is not entry or name in self._tenants:
                         continue  # replaced, removed, or loaded by another thread meanwhile
                 assert self.store is not None  # what has no file is in memory
+                version = self.store.version(name)
                 tenant = make(name, self.store.load(name))
                 with self._lock:
                     if self._entries.get(name) is not entry:
                         continue
                     self.loads += 1
+                    entry.version, entry.seen = version, time.monotonic()
                     self._keep(name, tenant)
                     return tenant
+
+    def _compare(self, name: str) -> None:
+        """See what another process did to a name: new ones at once, others after a while."""
+        if self.store is None:
+            return
+        with self._lock:
+            entry = self._entries.get(name)
+            fresh = entry is not None and (not entry.stored or time.monotonic() - entry.seen < self.recheck)
+            if fresh or (entry is not None and name not in self._tenants):
+                return
+        version = self.store.version(name) if NAME.fullmatch(name) else ()
+        with self._lock:
+            if self._entries.get(name) is not entry:
+                return
+            if entry is not None and entry.version == version:
+                entry.seen = time.monotonic()
+                return
+            self._forget(name)
+            self._entries.pop(name, None)
+            if version:
+                self._entries[name] = _Entry()
 
     def put(self, name: str, delta: Delta, make: Make) -> Tenant:
         """Add a delta, or put it in the place of one of the same name; saved, if the bank has a folder.
@@ -131,7 +167,8 @@ class Bank:
             self.store.save(name, delta)
         with self._lock:
             self._forget(name)
-            self._entries[name] = _Entry(stored=self.store is not None)
+            version = () if self.store is None else self.store.version(name)
+            self._entries[name] = _Entry(stored=self.store is not None, version=version)
             self._keep(name, tenant)
         return tenant
 

@@ -78,6 +78,17 @@ class DeltaStore:
         """Bytes of a delta's values."""
         return int(self.fs.size(f"{self.root}/{name}/{TENSORS}"))
 
+    def version(self, name: str) -> tuple[object, ...]:
+        """What tells one state of a delta's file from another; () if there is none."""
+        found = []
+        for file in (META, TENSORS):
+            try:
+                info = self.fs.info(f"{self.root}/{name}/{file}")
+            except FileNotFoundError:
+                return ()
+            found += [info.get(key) for key in ("size", "mtime", "ino", "ETag", "LastModified", "created")]
+        return tuple(found)
+
     def load(self, name: str) -> Delta:
         """Read a delta. Raises DeltaError if it is damaged or was taken away."""
         folder = f"{self.root}/{name}"
