@@ -381,6 +381,31 @@ def test_a_stream_gives_nothing_out_that_may_change():
     assert "".join(given) == stream.whole == "aé ST. "
 
 
+def test_a_recurrence_is_refused_when_a_delta_is_added():
+    import transformers as T
+
+    config = T.MambaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, pad_token_id=0, eos_token_id=3)
+    model = T.MambaForCausalLM(config).eval()
+    with server(model) as served, pytest.raises(ServingError, match="state of a recurrence"):
+        served.add("x", trained(model, "LN()").with_info(task={"kind": "causal-lm", "text": ["text"]}))
+
+
+def test_what_is_refused_leaves_the_base_as_it_was():
+    """OPT's feed-forward parts get the tokens of all rows as one list."""
+    import transformers as T
+
+    config = T.OPTConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=24,
+                         max_position_embeddings=40, word_embed_proj_dim=16, pad_token_id=0)  # fmt: skip
+    model = T.OPTForCausalLM(config).eval()
+    task = {"kind": "causal-lm", "text": ["text"]}
+    with server(model) as served:
+        with pytest.raises(AttachError, match="which part belongs to which row"):
+            served.add("x", trained(model, "LN()").with_info(task=task))
+        text = served.begin(None, "the film", sm.Sampling(max_tokens=6))
+        text.future.result(60)
+        assert text.written == alone(model, None, text.ids, 6)
+
+
 # Kinds of task
 
 

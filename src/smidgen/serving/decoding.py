@@ -122,7 +122,7 @@ class Decoding:
 
     def __init__(self, model: ServedModel) -> None:
         self.model, self.texts = model, list[Generation]()
-        self.cache = DynamicCache()  # keys and values (B, H, S, h) of each layer
+        self.cache: Any = DynamicCache()  # keys and values (B, H, S, h) of each layer
         self.mask = torch.zeros(0, 0, dtype=torch.long)  # (B, text's part of S)
         self.last = torch.zeros(0, dtype=torch.long)  # (B,) the newest token of each, not in the cache yet
         self.ends, self.room = end_tokens(model), position_room(model)
@@ -198,7 +198,7 @@ class Decoding:
             begin = time.perf_counter()
             outputs = model.model(**given, use_cache=True, logits_to_keep=1)
             model.forward_seconds += time.perf_counter() - begin
-        self.cache = outputs.past_key_values
+        self.cache = getattr(outputs, "past_key_values", None)
         layers_of(self.cache)
         logits: Tensor = outputs.logits[:, -1]
         return logits
@@ -240,6 +240,17 @@ def _joined(mine: Tensor, pad_mine: int, theirs: Tensor, pad_theirs: int) -> Ten
     return torch.cat([F.pad(mine, (0, 0, pad_mine, 0)), F.pad(theirs, (0, 0, pad_theirs, 0))])
 
 
+def check_writing(model: ServedModel) -> None:
+    """Raises ServingError, or what the model says, if it cannot write texts side by side. Two tokens are written."""
+    text = Generation(model, None, [1], Sampling(max_tokens=2))
+    decoding = Decoding(model)
+    decoding.ends = frozenset()
+    decoding.join([text])
+    while decoding.texts:
+        decoding.step()
+    text.future.result()
+
+
 def layers_of(cache: Any) -> list[Any]:
     """Layers of a cache, with keys and values each.
 
@@ -249,8 +260,8 @@ def layers_of(cache: Any) -> list[Any]:
     layers = list(getattr(cache, "layers", ()))
     if not layers or not all(isinstance(layer, DynamicLayer) and layer.keys is not None for layer in layers):
         raise ServingError(
-            f"the model keeps a {type(cache).__name__} of a text, not all keys and values of each layer: texts of it "
-            "cannot be written side by side; use smidgen.predict"
+            "the model does not keep all keys and values of a text, layer by layer, but such as the state of a "
+            "recurrence: its texts cannot be written side by side; use smidgen.predict"
         )
     return layers
 

@@ -43,7 +43,8 @@ class ServedModel:
     """A base that answers for many deltas.
 
     The model given stays untouched: edits stand on a second one of the same Parameter objects. `lock` is held while
-    rows are computed, and while a layout is put on. `forward_seconds` are those inside of the model.
+    rows are computed, and while a layout is put on. `forward_seconds` are those inside of the model,
+    `writes` is whether it was seen to write texts.
 
     Raises:
         AttachError: something is attached to the model.
@@ -55,7 +56,7 @@ class ServedModel:
         self.takes_positions = takes_positions(self.plain)
         self.mixture = Mixture(_shared_copy(self.plain))
         self.model: Any = self.mixture.model
-        self.forward_seconds = 0.0
+        self.forward_seconds, self.writes = 0.0, False
         self._layouts: dict[str, RowLayout | None] = {}
         self._known: set[Signature] = set()
         self._collators: dict[str, Collate] = {}

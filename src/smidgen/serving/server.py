@@ -22,7 +22,7 @@ from smidgen.data.processor import Processor
 from smidgen.delta.delta import Delta
 from smidgen.inference.prediction import Prediction
 from smidgen.serving.bank import Bank
-from smidgen.serving.decoding import Completion, Generation, encode_prompt
+from smidgen.serving.decoding import Completion, Generation, check_writing, encode_prompt
 from smidgen.serving.delta_store import BASE
 from smidgen.serving.engine import Engine, Limits
 from smidgen.serving.errors import ServingError
@@ -105,7 +105,11 @@ class Server:
             own = self.models.first
             if type(own.plain).__name__ == delta.info.get("model_class", type(own.plain).__name__):
                 return own.tenant(name, delta)
-        return self.models.of(kind, delta).tenant(name, delta)
+        model = self.models.of(kind, delta)
+        if kind.model_class == CAUSAL_LM and not model.writes:
+            check_writing(model)
+            model.writes = True
+        return model.tenant(name, delta)
 
     def _found(self, name: str | None) -> tuple[Tenant | None, TaskKind, ServedModel]:
         if name is None or name == BASE:

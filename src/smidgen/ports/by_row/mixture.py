@@ -122,11 +122,18 @@ class Mixture:
                 self._heads[path] = module_at(self.model, path).register_forward_hook(hook, prepend=True)
 
     def remove(self, layout: str) -> None:
-        """Take a layout's edits off; hooks of norms and heads stay, for others."""
+        """Take a layout off: its edits, and the neutral terms and hooks that no other one needs."""
         plan = self._plans.pop(layout, None)
         for row in plan.rows if plan is not None else ():
             if row.added:
                 port_of(row.site).remove_layout(self.model, row.site, layout)
+        plans = self._plans.values()
+        terms = {row.site.path for other in plans for row in other.rows if not row.added}
+        heads = {name.rpartition(".")[0] for other in plans for name, _ in other.head}
+        for path in self._terms.keys() - terms:
+            self._terms.pop(path).remove()
+        for path in self._heads.keys() - heads:
+            self._heads.pop(path).remove()
 
     def choose_by(self, results: Callable[[Tensor], Mix]) -> None:
         """Let `rows_from(index)` say which results rows (B,) have, instead of `mixed`."""
@@ -136,15 +143,13 @@ class Mixture:
         """Take everything off: the model is as it was, with its very Parameter objects."""
         for layout in list(self._plans):
             self.remove(layout)
-        for terms in self._terms.values():
-            terms.remove()
-        for handle in (*self._heads.values(), *self._handles):
+        for handle in self._handles:
             handle.remove()
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
         for module in self._training:
             module.training = True
-        self._terms, self._heads, self._handles = {}, {}, []
+        self._handles = []
         for name in (MIXTURE, RESULTS):
             self.model.__dict__.pop(name, None)
         torch.compiler.reset()
