@@ -42,9 +42,9 @@ def left_by(model, plan):
     found = []
     for index, method in enumerate(plan.recipe):
         name = type(method).__name__
-        rows = [row for row in plan.rows if row.index == index]
+        entries = [entry for entry in plan.entries if entry.index == index]
         whole = model if method.stack is None else Inside(model, method.stack)
-        found += WORDS.get(name, _nothing)(whole, rows, {name for name, _ in plan.head})
+        found += WORDS.get(name, _nothing)(whole, entries, {name for name, _ in plan.head})
     return found
 
 
@@ -67,7 +67,7 @@ class Inside:
         return self.model.get_parameter(name)
 
 
-def _nothing(model, rows, head):
+def _nothing(model, entries, head):
     return []
 
 
@@ -80,27 +80,27 @@ def _short(what, names, total):
     return f"{len(names)} of {total} {what}: {', '.join(list(shown)[:3])}"
 
 
-def _left_of(model, wanted, rows, head, what):
-    """Parameters of a kind that no row trains and that are not the head's."""
-    trained = {id(model.get_parameter(name)) for row in rows if not row.added for name, _ in row.names()}
+def _left_of(model, wanted, entries, head, what):
+    """Parameters of a kind that no entry trains and that are not the head's."""
+    trained = {id(model.get_parameter(name)) for entry in entries if not entry.added for name, _ in entry.names()}
     left = [name for name, p in wanted if id(p) not in trained and name not in head and name.split(".")[0] != "lm_head"]
     return [(what, left, len(wanted))] if left else []
 
 
-def _norms(model, rows, head):
+def _norms(model, entries, head):
     inside = [
         (f"{path}.{term}".lstrip("."), parameter)
         for path, module in model.named_modules()
         if NORM.search(type(module).__name__) and not isinstance(module, nn.Embedding)
         for term, parameter in module.named_parameters(recurse=False)
     ]
-    return _left_of(model, inside, rows, head, "norm tensors")
+    return _left_of(model, inside, entries, head, "norm tensors")
 
 
-def _biases(model, rows, head):
+def _biases(model, entries, head):
     named = [(name, p) for name, p in model.named_parameters() if BIAS.search(name)]
     wanted = [(name, p) for name, p in named if p.ndim == 1 or "expert" in name]
-    return _left_of(model, wanted, rows, head, "biases")
+    return _left_of(model, wanted, entries, head, "biases")
 
 
 def _holds(module, pattern):
@@ -121,14 +121,14 @@ def _modules(model, pattern):
     return [p for p in found if p and not any(q != p and q.startswith(p + ".") for q in found)]
 
 
-def _touched(rows):
-    return {row.site.path for row in rows}
+def _touched(entries):
+    return {entry.site.path for entry in entries}
 
 
-def _left(model, rows, head, pattern, what, around=0, leave=None):
+def _left(model, entries, head, pattern, what, around=0, leave=None):
     """Modules of a kind in which no edit stands; `around` counts the levels above that count as the module's own.
     Those of the head are trained whole, paths with `leave` in them are not asked for."""
-    paths, edited, left = _modules(model, pattern), _touched(rows), []
+    paths, edited, left = _modules(model, pattern), _touched(entries), []
     paths = [path for path in paths if leave is None or not leave.search(path)]
     kept = [name for name, _ in model.named_parameters() if name not in head]
     paths = [path for path in paths if any(name.startswith(path + ".") for name in kept)]
@@ -139,18 +139,18 @@ def _left(model, rows, head, pattern, what, around=0, leave=None):
     return [(what, left, len(paths))] if left else []
 
 
-def _attentions(model, rows, head):
-    return _left(model, rows, head, ATTENTION, "attention modules")
+def _attentions(model, entries, head):
+    return _left(model, entries, head, ATTENTION, "attention modules")
 
 
-def _both(model, rows, head):
+def _both(model, entries, head):
     """Of an adapter at its usual sites, which are not the attention to another sequence."""
-    attentions = _left(model, rows, head, ATTENTION, "attention modules", 1, CROSS)
-    return attentions + _left(model, rows, head, FEED, "feed-forward modules", 1)
+    attentions = _left(model, entries, head, ATTENTION, "attention modules", 1, CROSS)
+    return attentions + _left(model, entries, head, FEED, "feed-forward modules", 1)
 
 
-def _feeds_too(model, rows, head):
-    return _attentions(model, rows, head) + _left(model, rows, head, FEED, "feed-forward modules")
+def _feeds_too(model, entries, head):
+    return _attentions(model, entries, head) + _left(model, entries, head, FEED, "feed-forward modules")
 
 
 WORDS = {

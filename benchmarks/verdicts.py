@@ -215,7 +215,7 @@ def _acts(subject, model, recipe, notes):
 
 
 def _merge(subject, model, recipe, notes):
-    rows = attachment(model).plan.rows
+    rows = attachment(model).plan.entries
     if any(row.added and row.method.unmergeable(row.site) for row in rows) or not subject.exact:
         return
     try:

@@ -117,7 +117,7 @@ def rate(cls: type[Method]) -> str:
 def merging(cls: type[Method]) -> str:
     """Whether and how the method folds away, in words."""
     plan = planned(cls(), "BERT-base")
-    rows = () if isinstance(plan, str) else plan.rows
+    rows = () if isinstance(plan, str) else plan.entries
     if why := next((why for row in rows if row.added and (why := row.method.unmergeable(row.site))), None):
         return f"no: {why}"
     if hasattr(cls, "merge"):
@@ -131,7 +131,7 @@ def places(method: Method) -> list[str]:
     if isinstance(plan, str):
         return [f"BERT-base: nothing ({plan})"]
     rows: Counter[str] = Counter()
-    for row in plan.rows:
+    for row in plan.entries:
         terms = ", ".join(f"{term} {tuple(shape)}" for term, shape in row.terms)
         path = re.sub(r"[.]\d+[.]", ".*.", row.site.name)
         place = f"`{path}`" if path else f"shared, {', '.join(row.site.roles)}"
@@ -151,7 +151,7 @@ def port(cls: type[Method]) -> str:
 def parts(method: Method) -> str:
     """The kinds of place that a method acts at on BERT-base, by role where there is one."""
     plan = planned(method, "BERT-base")
-    sites = [] if isinstance(plan, str) else [row.site for row in plan.rows if not row.owns_shared]
+    sites = [] if isinstance(plan, str) else [row.site for row in plan.entries if not row.owns_shared]
     found = (sorted(site.roles & set(LINEAR_ROLES)) or [_kind(site)] for site in sites)
     return ", ".join(dict.fromkeys(name for names in found for name in names)) or "-"
 

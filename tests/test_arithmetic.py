@@ -10,8 +10,8 @@ import torch
 import smidgen as sm
 from smidgen.common.errors import AttachError, DeltaError
 from smidgen.delta.arithmetic.merge_rules import drawn, dropped, elected, total
+from smidgen.planning.entry import INDICES
 from smidgen.planning.initial_values import initial
-from smidgen.planning.row import INDICES
 from smidgen.ports.attachment_record import trained_parameters
 from tests import helpers as h
 
@@ -318,9 +318,11 @@ def test_heads():
 def test_a_linear_method_starts_at_a_constant():
     """What `linear` promises: the start needs no seed, and half the change is half the change of the weight."""
     for recipe in ("IA3()", "SSF()"):
-        for row in sm.plan(h.bert(), recipe).rows:
+        for row in sm.plan(h.bert(), recipe).entries:
             h.same(initial(row, 0), initial(row, 1))
-    assert any(not torch.equal(initial(row, 0)["A"], initial(row, 1)["A"]) for row in sm.plan(h.bert(), "LoRA()").rows)
+    assert any(
+        not torch.equal(initial(row, 0)["A"], initial(row, 1)["A"]) for row in sm.plan(h.bert(), "LoRA()").entries
+    )
 
 
 def test_arithmetic_with_other_things():

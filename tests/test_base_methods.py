@@ -12,7 +12,7 @@ from smidgen.common.errors import AttachError, PlanError, RecipeError, SmidgenEr
 from smidgen.delta.delta import Delta
 from smidgen.methods.low_rank.dora import DoRA
 from smidgen.methods.low_rank.pissa import PiSSA
-from smidgen.planning.row import START
+from smidgen.planning.entry import START
 from smidgen.ports.attachment_record import attachment, trained_parameters
 from smidgen.recipe.recipe import as_recipe
 from smidgen.testing.suite import CHECKS, case, run_check, shake, tiny
@@ -250,7 +250,7 @@ def test_ia3_at_other_maps_is_the_formula(recipe, model):
     plain = copy.deepcopy(subject.model)
     subject.attach(perturb=0.3)
     method, count = as_recipe(recipe).terms[0], 0
-    for row in attachment(subject.model).plan.rows:
+    for row in attachment(subject.model).plan.entries:
         l = trained_parameters(subject.model)[row.name("l")].detach()  # noqa: E741 (the paper's symbol)
         module, inner = plain.get_submodule(row.site.path), row.site.path.endswith(INNER[recipe])
         weight = module.weight.data.T if row.site.transposed else module.weight.data

@@ -50,7 +50,7 @@ def test_every_method_has_a_paper_a_port_places_and_bytes(catalogue):
         assert re.match(r"\[\d{4}\.\d{4,5}\]\(https://arxiv.org/abs/\S+\), section \d", paper), name
         plan = resolve(catalogue.built("BERT-base"), name.strip("`"))
         assert size == f"{plan.file_bytes:,}"
-        assert ("-" in (port, places)) == (not plan.rows), name
+        assert ("-" in (port, places)) == (not plan.entries), name
 
 
 def test_every_named_recipe_has_a_paper(catalogue):
@@ -182,7 +182,7 @@ def test_ssf_on_vit_b16_has_the_papers_count():
         model = T.ViTForImageClassification(T.ViTConfig())
     plan = resolve(model, "SSF()")
     assert plan.trained == 22 * D * L + 4 * D == 205_824
-    assert [row.site.path for row in plan.rows if "patch" in row.site.path] == [
+    assert [row.site.path for row in plan.entries if "patch" in row.site.path] == [
         "vit.embeddings.patch_embeddings.projection"
     ]
     assert resolve(model, "SSF(convs=False)").trained == 205_824 - 2 * D

@@ -158,7 +158,7 @@ def test_an_analysis_knows_where_added_tensors_belong():
     model = h.bert()
     plan = sm.plan(model, "PromptTuning(length=2) + Prefix(length=2) + Adapter(width=3, site='feed_forward')")
     parts = components(model)
-    found = {name: part_of(parts, name)[0] for row in plan.rows for name, _ in row.names()}
+    found = {name: part_of(parts, name)[0] for row in plan.entries for name, _ in row.names()}
     assert {(part.component, part.layer) for name, part in found.items() if name.endswith((".P", ".K", ".D"))} == {
         ("embedding", None), ("attention", 0), ("attention", 1), ("ff out", 0), ("ff out", 1),
     }  # fmt: skip

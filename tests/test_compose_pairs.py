@@ -77,7 +77,7 @@ def reached(subject):
 def merged(subject):
     """What is merged does the same, or is refused with the reason of each method."""
     reasons = {}
-    for row in attachment(subject.model).plan.rows:
+    for row in attachment(subject.model).plan.entries:
         if row.added and (why := row.method.unmergeable(row.site)):
             reasons.setdefault(row.method, why)
     if not reasons:
@@ -203,7 +203,7 @@ def merges_anything(monkeypatch):
 
 def refuses_the_first_only(monkeypatch):
     def refuse(model, record):
-        row = next(row for row in record.plan.rows if row.added)
+        row = next(row for row in record.plan.entries if row.added)
         raise AttachError(f"{row.method}: {row.method.unmergeable(row.site)}")
 
     monkeypatch.setattr(merging, "_refuse", refuse)

@@ -163,7 +163,7 @@ def test_patches_of_an_image_model():
 def test_what_is_not_named_is_left_alone():
     model, _ = built("2d")
     plan = sm.plan(nn.Sequential(model.conv, nn.Flatten(2), nn.Linear(1, 3)), "LoRA(rank=1, target='2')")
-    assert [row.site.path for row in plan.rows] == ["2"]
+    assert [row.site.path for row in plan.entries] == ["2"]
     with pytest.raises(PlanError, match="matches no site"):
         sm.plan(model, "LoRA(target='conv', exclude='conv')")
 

@@ -281,17 +281,17 @@ def test_mambas_convolution_is_read_without_a_call():
     convs[0].register_forward_hook(lambda *_: calls.append(1))
     model(input_ids=tokens)
     assert calls == []
-    assert not any(row.site.kind == "conv" for row in resolve(model, "SSF()").rows)
+    assert not any(row.site.kind == "conv" for row in resolve(model, "SSF()").entries)
 
 
 def test_biases_and_weights_are_trained_as_before():
     model = vit()
-    names = {name for row in resolve(model, "BitFit()").rows for name, _ in row.names()}
+    names = {name for row in resolve(model, "BitFit()").entries for name, _ in row.names()}
     assert "vit.embeddings.patch_embeddings.projection.bias" in names
     full = resolve(model, "Full()")
     assert full.trained == full.pretrained
-    assert not any(row.site.kind == "conv" for row in resolve(model, "LoRA(target='linear') + IA3()").rows)
-    speech = {name for row in resolve(wav2vec2(), "BitFit()").rows for name, _ in row.names()}
+    assert not any(row.site.kind == "conv" for row in resolve(model, "LoRA(target='linear') + IA3()").entries)
+    speech = {name for row in resolve(wav2vec2(), "BitFit()").entries for name, _ in row.names()}
     assert "wav2vec2.encoder.pos_conv_embed.conv.bias" in speech
 
 
@@ -303,14 +303,14 @@ def test_a_model_of_each_kind(name, tmp_path):
     *_, count, recipe = MODELS[name]
     subject = case(name, recipe)
     plan = resolve(subject.model, recipe)
-    assert sum(row.site.kind == "conv" for row in plan.rows) == count
+    assert sum(row.site.kind == "conv" for row in plan.entries) == count
     assert plan.lowest == "embeddings"
     with h.untouched(subject.model):
         subject.attach(perturb=0.3)
         trained = subject.run()
         subject.loss().backward()
         grads = {n: p.grad for n, p in trained_parameters(subject.model).items()}
-        assert all(grads[n].abs().max() > 0 for row in plan.rows if row.site.kind == "conv" for n, _ in row.names())
+        assert all(grads[n].abs().max() > 0 for row in plan.entries if row.site.kind == "conv" for n, _ in row.names())
         torch.testing.assert_close(subject.run(sm.merge(subject.model)), trained, rtol=1e-9, atol=1e-9)
         assert torch.equal(subject.run(copy.deepcopy(subject.model)), trained)
         delta = sm.detach(subject.model)

@@ -229,7 +229,7 @@ def test_the_table_of_what_merges_is_what_merges():
     for names, merges in ((always, True), (bias[:2], False), (never, False)):
         for name, fields in names:
             recipe = "MoS(rank=3)" if name == "MoS" else name + (fields or "()")
-            found = [row for row in resolve(tiny("bert" if name == "BitFit" else "llama"), recipe).rows if row.added]
+            found = [row for row in resolve(tiny("bert" if name == "BitFit" else "llama"), recipe).entries if row.added]
             assert all(row.method.unmergeable(row.site) is None for row in found) == merges, recipe
 
 

@@ -40,7 +40,7 @@ def test_experts_in_one_parameter(name):
     """IA3 reaches keys and values, and no second feed-forward map."""
     model, stacked = experts(name), (("model.layers.*.mlp.experts",), 2, gaps.STACKED)
     plan = resolve(model, "IA3()")
-    assert {role for row in plan.rows for role in row.site.roles} == {"key", "value", "attention", "block"}
+    assert {role for row in plan.entries for role in row.site.roles} == {"key", "value", "attention", "block"}
     for recipe in ("IA3()", "LoRA(target='linear')", "SSF()", "SSF(norms=False)"):
         assert found(model, recipe) == [stacked], recipe
     for recipe in ("LN()", "LoRA()", "LoFiT()", "Adapter()", "Adapter(site='attention')", "Prefix()", "Full()"):
@@ -125,7 +125,7 @@ def test_attentions_without_the_interface_in_a_tower():
     with torch.device("meta"):
         model = T.VisionEncoderDecoderModel(T.VisionEncoderDecoderConfig.from_encoder_decoder_configs(swin, text))
     plan = resolve(model, "Prefix(length=2)")
-    inside = {row.site.stack for row in plan.rows}
+    inside = {row.site.stack for row in plan.entries}
     assert inside == {"decoder.model.decoder.layers"}
     ((places, count, reason),) = found(model, "Prefix(length=2)")
     assert (count, reason) == (2, INTERFACE)
@@ -270,7 +270,7 @@ def test_what_is_advised_acts_there_and_nowhere_else(name):
         target = re.search(r"target=(\(.*?\)|'.*?')", gap.advice)[1]
         fields = {"LoRA": "rank=1, ", "SSF": "norms=False, convs=False, "}.get(by, "")
         plan = resolve(model, f"{by}({fields}target={target})")
-        rows = [re.sub(r"\.\d+(?=\.|$)", ".*", row.site.path) for row in plan.rows]
+        rows = [re.sub(r"\.\d+(?=\.|$)", ".*", row.site.path) for row in plan.entries]
         assert all(any(f"{row}.".startswith(f"{place}.") for place in gap.places) for row in rows), (gap, rows)
         assert {place for place in gap.places for row in rows if f"{row}.".startswith(f"{place}.")} == set(gap.places)
 

@@ -55,7 +55,7 @@ def test_head_names(kind, use):
     assert tuple(name for name, _ in plan.head) == HEADS[kind, use]
     assert plan.head_values == sum(model.get_parameter(name).numel() for name in HEADS[kind, use])
     assert plan.pretrained + plan.head_values == sum(p.numel() for p in model.parameters())
-    assert not set(HEADS[kind, use]) & {name for row in plan.rows for name, _ in row.names()}
+    assert not set(HEADS[kind, use]) & {name for row in plan.entries for name, _ in row.names()}
 
 
 @pytest.fixture(scope="module")

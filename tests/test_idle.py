@@ -254,13 +254,13 @@ def test_a_stack_that_is_not_there():
 
 def test_several_stacks_are_those_together():
     model = odd.build("gemma3")
-    names = {row.site.path for row in resolve(model, "LN()").rows}
-    parts = [{row.site.path for row in resolve(model, f"LN(stack={stack})").rows} for stack in STACKS]
+    names = {row.site.path for row in resolve(model, "LN()").entries}
+    parts = [{row.site.path for row in resolve(model, f"LN(stack={stack})").entries} for stack in STACKS]
     assert parts[0]
     assert parts[1]
     assert not parts[0] & parts[1]
     both = resolve(model, f"LN(stack=({', '.join(STACKS)}))")
-    assert {row.site.path for row in both.rows} == parts[0] | parts[1] <= names
+    assert {row.site.path for row in both.entries} == parts[0] | parts[1] <= names
     assert parse(str(both.recipe)) == both.recipe
     assert Recipe.from_json(both.recipe.to_json()) == both.recipe
 

@@ -289,7 +289,7 @@ def test_a_named_module_is_trained_beside_the_norms_counted_saved_and_merged(tmp
     model = h.bert()
     plan = resolve(model, "LN() + Full(target='pooler')")
     assert plan.trained == resolve(model, "LN()").trained + 16 * 16 + 16
-    assert {name for row in plan.rows if row.index == 1 for name, _ in row.names()} == set(BERT_POOLER)
+    assert {name for row in plan.entries if row.index == 1 for name, _ in row.names()} == set(BERT_POOLER)
     assert tuple(name for name, _ in plan.head) == CLASSIFIER
     wanted, delta = trained(model, "LN() + Full(target='pooler')")
     assert set(BERT_POOLER) < set(delta.tensors)
@@ -323,7 +323,7 @@ def test_names_are_runs_of_a_path():
     model = h.bert()
 
     def names(recipe):
-        return {n for row in resolve(model, recipe).rows for n, _ in row.names()}
+        return {n for row in resolve(model, recipe).entries for n, _ in row.names()}
 
     assert names("Full(target='bert.pooler.dense.bias')") == {"bert.pooler.dense.bias"}
     assert names("Full(target=('pooler', 'position_embeddings'))") == {
@@ -339,7 +339,7 @@ def test_names_are_runs_of_a_path():
 def test_what_others_train_is_left_to_them():
     model = h.bert()
     for recipe, norms in (("LN() + Full(target='layer.1')", 0), ("Full(target='layer.1') + LN()", 1)):
-        rows = resolve(model, recipe).rows
+        rows = resolve(model, recipe).entries
         trained = {row.index: set() for row in rows}
         for row in rows:
             trained[row.index] |= {name for name, _ in row.names()}

@@ -239,16 +239,16 @@ def test_a_text_that_keys_would_not_reach_is_no_place_for_a_prefix():
     model = T.GitForCausalLM(T.GitConfig(**SIZES, vision_config=vision))
     with pytest.raises(PlanError, match="Prefix.*GitSelfAttention in git.encoder.layer does not go .* choose a method"):
         sm.attach(model, "Prefix(3)")
-    assert resolve(model, "LoRA()").rows
+    assert resolve(model, "LoRA()").entries
 
 
 def test_a_gate_with_one_output_is_left_out_of_all_linear_maps():
     """A product of two matrices of rank 8 has no place in a weight of rank 1; by its name it can have one of rank 1."""
     model = odd("qwen2_moe")
-    paths = {row.site.path.rpartition(".")[2] for row in resolve(model, "LoRA(target='linear')").rows}
+    paths = {row.site.path.rpartition(".")[2] for row in resolve(model, "LoRA(target='linear')").entries}
     assert "shared_expert_gate" not in paths
     assert {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"} <= paths
-    assert len(resolve(model, "LoRA(rank=1, target='shared_expert_gate')").rows) == 2
+    assert len(resolve(model, "LoRA(rank=1, target='shared_expert_gate')").entries) == 2
     with pytest.raises(RecipeError, match="at most 1 works, or exclude='shared_expert_gate'"):
         resolve(model, "LoRA(rank=2, target=('linear', 'shared_expert_gate'))")
 

@@ -217,7 +217,7 @@ def test_states_of_a_block_are_edited(build):
     model = build()
     seen = {}
     sm.attach(model, shift())
-    (row,) = model._smidgen.plan.rows
+    (row,) = model._smidgen.plan.entries
     block = model.get_submodule(row.site.path)
     shake([p for n, p in trained_parameters(model).items() if n.endswith(".t")], 1.0)
     handles = [

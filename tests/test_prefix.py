@@ -479,7 +479,7 @@ def test_other_implementations_are_refused():
 
 def test_cross_attention_can_be_left_out():
     model, _, _ = family("t5")
-    assert len(sm.plan(model, "Prefix(cross=False)").rows) == 4
+    assert len(sm.plan(model, "Prefix(cross=False)").entries) == 4
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import smidgen as sm
 from smidgen.common.errors import AttachError, DataError, DeltaError, PlanError, RecipeError, TrainError
 from smidgen.delta.saved_selection import FILE, Selection
 from smidgen.planning.resolution import resolve
-from smidgen.planning.selection.budgets import budget, chance_overlap, choose, quotas, rows_of
+from smidgen.planning.selection.budgets import budget, chance_overlap, choose, entries_of, quotas
 from smidgen.planning.selection.data_free_scores import random as random_scores
 from smidgen.planning.selection.select_term import READY, SCOPES, SCORES, TRAINED
 from smidgen.planning.selection.units import candidates, label_units
@@ -158,7 +158,7 @@ def drawn(model, recipe, seed=0):
     """Distinct positive scores for what a recipe narrows, its plan and its first narrowing."""
     plan, generator = resolve(model, recipe), torch.Generator().manual_seed(seed)
     (span, *_) = plan.recipe.narrowed
-    rows = [row for row in plan.rows if span.start <= row.index < span.stop]
+    rows = [row for row in plan.entries if span.start <= row.index < span.stop]
     scores = {
         row.name(t): 1 + torch.rand(s, dtype=torch.float64, generator=generator) for row in rows for t, s in row.terms
     }
@@ -314,7 +314,7 @@ def test_random_is_uniform_over_units_of_unequal_size(recipe, granularity, scope
     by = f"granularity='{granularity}', scope='{scope}', keep={keep}"
     plan = resolve(model, f"{recipe} | Select('random', {by})")
     (span,) = plan.recipe.narrowed
-    found = candidates(rows_of(plan, span))
+    found = candidates(entries_of(plan, span))
     unit, count = label_units(model, found, granularity)
     group = dict.fromkeys(range(count), 0)
     for c, part in zip(found, unit.split([c.size for c in found]), strict=True):

@@ -38,7 +38,7 @@ def test_kronecker_sum_is_torch_kron():
 
 
 def test_compacter_is_its_formula_in_a_plain_loop():
-    site = next(row.site for row in sm.plan(tiny("bert"), "Compacter(width=8)").rows if row.site.kind == "attention")
+    site = next(row.site for row in sm.plan(tiny("bert"), "Compacter(width=8)").entries if row.site.kind == "attention")
     method = sm.parse("Compacter(width=8, blocks=4, rank=2)").terms[0]
     p = {
         k: torch.randn(v.shape, dtype=torch.float64) for k, v in {**method.init(site), **method.shared([site])}.items()

@@ -18,9 +18,9 @@ from smidgen.common.errors import AttachError, DeltaError
 from smidgen.delta.delta import META, TENSORS, Delta
 from smidgen.delta.hf_peft.conversion import to_peft
 from smidgen.delta.saved_selection import FILE, Selection
+from smidgen.planning.entry import INDICES, START, Subset
 from smidgen.planning.initial_values import initial
 from smidgen.planning.resolution import resolve
-from smidgen.planning.row import INDICES, START, Subset
 from smidgen.ports.attachment_record import attachment, trained_parameters
 from smidgen.ports.in_place import sparse_values as subsets
 from smidgen.ports.in_place.sparse_values import SparseValues
@@ -59,7 +59,7 @@ def seen(model, **inputs):
     h.logits(model, **inputs)
     for handle in handles:
         handle.remove()
-    for row in attachment(model).plan.rows:
+    for row in attachment(model).plan.entries:
         if row.added:
             tensors = model.get_submodule(row.site.path).edits[row.key].tensors()
             found.update({row.name(term): tensor.detach().clone() for term, tensor in tensors.items()})
@@ -69,7 +69,7 @@ def seen(model, **inputs):
 def chosen_of(model):
     """Name of each tensor of which some values are trained -> flat mask of them; whole ones are not among these."""
     found = {}
-    for row in attachment(model).plan.rows:
+    for row in attachment(model).plan.entries:
         for term, subset in row.subsets.items():
             mask = torch.zeros(subset.shape, dtype=torch.bool)
             mask.view(-1)[subset.indices] = True
@@ -222,11 +222,11 @@ def test_all_values_as_a_subset_train_as_the_whole_does(recipe):
     sm.attach(whole, recipe)
     plan = resolve(parts, recipe)
     rows = []
-    for row in plan.rows:
+    for row in plan.entries:
         fresh = initial(row, 0) if row.added else {}
         everything = {t: Subset(torch.arange(torch.Size(s).numel()), s, t in fresh) for t, s in row.terms}
         rows.append(replace(row, subsets=everything))
-    place(parts, replace(plan, rows=tuple(rows), chosen=True))
+    place(parts, replace(plan, entries=tuple(rows), chosen=True))
     assert sum(p.numel() for p in trained_parameters(parts).values()) == plan.trained + plan.head_values
     inputs = {**inputs_for("bert"), "labels": torch.tensor([0, 1, 2])}
     made = [adamw(model) for model in (whole, parts)]
@@ -400,7 +400,7 @@ def test_masters_of_a_low_precision_base(recipe, dtype):
         before = h.logits(model)
         sm.attach(model, recipe)
         norms = {
-            row.name(t) for row in attachment(model).plan.rows if row.site.kind == "norm" for t, _ in row.site.terms
+            row.name(t) for row in attachment(model).plan.entries if row.site.kind == "norm" for t, _ in row.site.terms
         }
         assert {p.dtype for p in trained_parameters(model).values()} == {torch.float32}
         out = h.logits(model)

@@ -101,7 +101,7 @@ def test_laws(name, tmp_path):
         base = output(model)
     with h.untouched(model):
         sm.attach(model, recipe(target))
-        assert {type(row.site) for row in attachment(model).plan.rows} == {WeightSite}
+        assert {type(row.site) for row in attachment(model).plan.entries} == {WeightSite}
         # nn.MultiheadAttention takes a fast path where nothing is trained
         assert torch.allclose(output(model), base, atol=1e-12, rtol=0), "B is zero at the start"
         shake(trained_parameters(model).values(), 0.3)
@@ -124,7 +124,7 @@ def test_laws(name, tmp_path):
 def test_counts_are_the_closed_form(name):
     model = shaken(name)
     wanted = 0
-    for row in attachment(model).plan.rows:
+    for row in attachment(model).plan.entries:
         *several, out, wide = model.get_submodule(row.site.path)._parameters[row.site.term].shape
         wanted += (several[0] if several else 1) * 2 * (out + wide)
     assert sum(p.numel() for p in trained_parameters(model).values()) == wanted

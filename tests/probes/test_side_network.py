@@ -29,7 +29,7 @@ def models():
 
 
 def blocks_of(model):
-    (site,) = sm.plan(model, "Ladder()").rows
+    (site,) = sm.plan(model, "Ladder()").entries
     return [model.get_submodule(path) for path in site.site.blocks]
 
 
@@ -66,7 +66,7 @@ def test_it_is_what_its_formula_says(name):
 
 
 def blocks_of_attached(model):
-    return [model.get_submodule(path) for row in model._smidgen.plan.rows for path in row.site.blocks]
+    return [model.get_submodule(path) for row in model._smidgen.plan.entries for path in row.site.blocks]
 
 
 @pytest.mark.parametrize("name", models())

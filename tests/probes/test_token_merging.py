@@ -48,7 +48,7 @@ CASES = [
 
 def lengths(model, batch):
     """How many tokens each block computes."""
-    (row,) = model._smidgen.plan.rows
+    (row,) = model._smidgen.plan.entries
     found, handles = [], []
     for path in (f"{row.site.stack}.{i}" for i in range(4)):
         block = model.get_submodule(path)

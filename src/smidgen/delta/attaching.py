@@ -17,9 +17,9 @@ from smidgen.delta.delta import Delta
 from smidgen.delta.fingerprint import verify as verify_base
 from smidgen.delta.saved_selection import Selection
 from smidgen.methods.base import renewed
+from smidgen.planning.entry import INDICES, START
 from smidgen.planning.plans import Plan
 from smidgen.planning.resolution import resolve
-from smidgen.planning.row import INDICES, START
 from smidgen.planning.selection.data_free_scores import choose_ready
 from smidgen.planning.selection.narrowing import narrow
 from smidgen.ports.attachment_record import attachment, refuse_attached, trained_parameters
@@ -171,9 +171,9 @@ def fill_values(model: nn.Module, delta: Delta) -> None:
         for name, tensor in attachment(model).fixed(model):
             if name.endswith(START):
                 tensor.copy_(delta.tensors[name])
-        for row in attachment(model).plan.rows:
-            for symbol, _ in row.routes:
-                name = row.name(symbol)
+        for entry in attachment(model).plan.entries:
+            for symbol, _ in entry.routes:
+                name = entry.name(symbol)
                 indices: Tensor = getattr(module_at(model, name.rpartition(".")[0]), symbol)
                 indices.copy_(delta.tensors[name + INDICES])
     renew_caches(model)

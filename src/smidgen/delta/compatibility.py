@@ -99,11 +99,15 @@ def head_held(model: nn.Module, delta: Trained) -> tuple[str, ...]:
 
 def _grown(plan: Plan, tensors: Mapping[str, Tensor]) -> Plan:
     """The plan with the shapes that events can have led to, where the tensors have such."""
-    rows = []
-    for row in plan.rows:
-        if row.added and isinstance(row.method, Grows) and all(row.name(term) in tensors for term, _ in row.terms):
-            shapes = {term: tuple(tensors[row.name(term)].shape) for term, _ in row.terms}
-            if shapes != dict(row.terms) and row.method.grown(shapes, row.site):
-                row = replace(row, terms=tuple(shapes.items()), grown=True)
-        rows.append(row)
-    return replace(plan, rows=tuple(rows))
+    entries = []
+    for entry in plan.entries:
+        if (
+            entry.added
+            and isinstance(entry.method, Grows)
+            and all(entry.name(term) in tensors for term, _ in entry.terms)
+        ):
+            shapes = {term: tuple(tensors[entry.name(term)].shape) for term, _ in entry.terms}
+            if shapes != dict(entry.terms) and entry.method.grown(shapes, entry.site):
+                entry = replace(entry, terms=tuple(shapes.items()), grown=True)
+        entries.append(entry)
+    return replace(plan, entries=tuple(entries))

@@ -98,7 +98,7 @@ class Delta(Operand):
         plan = resolve(base, recipe)
         if plan.pending:
             raise DeltaError(f"{plan.recipe} keeps a part, which two checkpoints do not tell; use {plan.recipe.whole}")
-        added = next((row for row in plan.rows if row.added), None)
+        added = next((entry for entry in plan.entries if entry.added), None)
         if added is not None:
             raise DeltaError(f"{added.method} adds tensors, which two checkpoints do not tell; use LN, BitFit or Full")
         found = {n: p.detach() for n, p in tuned.named_parameters(remove_duplicate=False)}

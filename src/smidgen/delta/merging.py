@@ -94,9 +94,9 @@ def _refuse(model: nn.Module, record: Attachment) -> None:
             f"{record.plan.reads or 'its own'} token; keep the delta attached, or train with the class's own pooling"
         )
     reasons: dict[str, str] = {}
-    for row in record.plan.rows:
-        if row.added and (why := row.method.unmergeable(row.site)):
-            reasons.setdefault(str(row.method), why)
+    for entry in record.plan.entries:
+        if entry.added and (why := entry.method.unmergeable(entry.site)):
+            reasons.setdefault(str(entry.method), why)
     if reasons:
         listed = "; ".join(f"{method}: {why}" for method, why in reasons.items())
         raise AttachError(f"not to be folded into the weights, keep the delta attached: {listed}")
@@ -106,7 +106,7 @@ def folded(model: nn.Module) -> dict[str, Tensor]:
     """Parameter name -> merged value in master precision, with gradient to what is trained, of an attached model."""
     record = attachment(model)
     values = {swap.name: swap.master for swap in record.swaps if swap.trained} | record.whole_parts(model)
-    places = {row.site.path: row.site for row in record.plan.rows if row.added and not row.owns_shared}
+    places = {entry.site.path: entry.site for entry in record.plan.entries if entry.added and not entry.owns_shared}
     for path, site in places.items():
         values |= port_of(site).folded(model, path)
     return values

@@ -19,7 +19,7 @@ from torch import Tensor
 from smidgen.common.atomic_files import write_files
 from smidgen.common.errors import DeltaError
 from smidgen.delta.fingerprint import Fingerprint
-from smidgen.planning.row import Shape
+from smidgen.planning.entry import Shape
 from smidgen.recipe.recipe import Recipe
 
 FILE = "selection.safetensors"

@@ -29,7 +29,7 @@ from smidgen.ports.attachment_record import (
 
 
 @dataclass(frozen=True)
-class Entry:
+class CheckedDelta:
     """A delta, its plan, and the dtype of the base that it was checked against."""
 
     delta: Delta
@@ -55,7 +55,7 @@ class Deltas(MutableMapping[str, Delta]):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, CheckedDelta] = {}
         self._record: Attachment | None = None
         self._name: str | None = None
         self._waiting: list[str | None] = []
@@ -115,20 +115,20 @@ class Deltas(MutableMapping[str, Delta]):
                     entry = self._new(found)
         self._entries[name] = entry
 
-    def _new(self, found: Delta | Sum[Delta]) -> Entry:
+    def _new(self, found: Delta | Sum[Delta]) -> CheckedDelta:
         """The entry of a delta, with a plan of its own, which is tried on the model."""
         delta = found.on(self.model) if isinstance(found, Sum) else found
         plan = fitted(self.model, delta, verify=delta is found)  # a sum has done so
         check_places(self.model, plan, delta)  # a place that cannot be edited is told now, not at a switch
-        return Entry(delta, plan, base_dtype(base_tensors(self.model)))
+        return CheckedDelta(delta, plan, base_dtype(base_tensors(self.model)))
 
-    def _like(self, delta: Delta) -> Entry | None:
+    def _like(self, delta: Delta) -> CheckedDelta | None:
         """The entry of a delta that differs from one that is here in values only: the model needs no other look."""
         dtype = base_dtype(base_tensors(self.model))
         for entry in reversed(self._entries.values()):
             if entry.dtype == dtype and not entry.plan.chosen and _same_layout(entry.delta, delta):
                 check_values(self.model, delta)
-                return Entry(delta, entry.plan, dtype)
+                return CheckedDelta(delta, entry.plan, dtype)
         return None
 
     def __getitem__(self, name: str) -> Delta:
@@ -153,7 +153,7 @@ class Deltas(MutableMapping[str, Delta]):
     def __repr__(self) -> str:
         return f"Deltas({', '.join(map(repr, self)) or 'none'}; in use: {self.active!r})"
 
-    def _entry(self, name: str) -> Entry:
+    def _entry(self, name: str) -> CheckedDelta:
         if name not in self._entries:
             raise DeltaError(f"no delta is called {name!r}; found: {', '.join(self) or 'none'}{nearest(name, self)}")
         return self._entries[name]
@@ -167,7 +167,7 @@ class Deltas(MutableMapping[str, Delta]):
             raise AttachError("no switch inside smidgen.disabled(model), which will put back what it took off")
         check_masters(self.model)
 
-    def _check_dtype(self, entry: Entry, name: str | None) -> None:
+    def _check_dtype(self, entry: CheckedDelta, name: str | None) -> None:
         found = base_dtype(base_tensors(self.model))
         if found != entry.dtype:
             raise AttachError(
@@ -179,7 +179,7 @@ class Deltas(MutableMapping[str, Delta]):
         if name in (self.active, *self._waiting):
             raise AttachError(f"{name!r} is in use; call use(None), or leave the block that uses it, first")
 
-    def _switch(self, entry: Entry | None) -> None:
+    def _switch(self, entry: CheckedDelta | None) -> None:
         """Put an entry on the model, or none; values alone where the same tensors are attached already."""
         if entry is not None and self.active is not None and _alike(attachment(self.model).plan, entry.plan):
             fill_values(self.model, entry.delta)

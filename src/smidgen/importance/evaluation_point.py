@@ -47,7 +47,7 @@ def at_point(
     wanted = as_recipe(recipe or _default(delta)).whole
     pooling = delta.pooling if delta is not None else pooling
     plan = resolve(model, wanted, pooling)
-    if not plan.rows:
+    if not plan.entries:
         raise PlanError(f"{wanted} trains nothing but the head, which is left out of the scores; take {NORMS}")
     if delta is None:
         with attached(model, wanted, pooling=pooling, seed=seed):
@@ -69,8 +69,8 @@ def _default(delta: Delta | None) -> str | Recipe:
 
 def _contains(plan: Plan, own: Plan, delta: Delta) -> bool:
     """Whether a plan has all tensors of a delta, the added ones from the same methods."""
-    methods = {name: row.method for row in plan.rows if row.added for name, _ in row.names()}
-    wanted = {name: row.method for row in own.rows if row.added for name, _ in row.names()}
+    methods = {name: entry.method for entry in plan.entries if entry.added for name, _ in entry.names()}
+    wanted = {name: entry.method for entry in own.entries if entry.added for name, _ in entry.names()}
     shapes = plan.shapes
     same = all(shapes.get(name) == tuple(tensor.shape) for name, tensor in delta.tensors.items())
     return same and all(methods.get(name) == method for name, method in wanted.items())

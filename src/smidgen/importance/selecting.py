@@ -25,7 +25,7 @@ from smidgen.inference.processors import processor_of
 from smidgen.methods.base import Method, renewed
 from smidgen.planning.plans import Plan
 from smidgen.planning.resolution import resolve
-from smidgen.planning.selection.budgets import choose, rows_of
+from smidgen.planning.selection.budgets import choose, entries_of
 from smidgen.planning.selection.data_free_scores import READY
 from smidgen.planning.selection.kept_shapes import chosen_indices, narrowed_shapes
 from smidgen.planning.selection.select_term import SCOUT, Select
@@ -153,7 +153,7 @@ def _score(model: nn.Module, plan: Plan, span: Narrowing, means: Means) -> dict[
         return _scouted(model, plan, span, by, means)
     with attached(model, plan.recipe.whole, pooling=plan.pooling, seed=means.seed):
         found = _from_data(model, by, means)
-        names = {row.name(term) for row in rows_of(plan, span) for term, _ in row.terms}
+        names = {entry.name(term) for entry in entries_of(plan, span) for term, _ in entry.terms}
         return {name: found[name].detach().cpu() for name in names}
 
 
@@ -166,12 +166,12 @@ def _scouted(model: nn.Module, plan: Plan, span: Narrowing, by: Select, means: M
         terms[index] = scout
     with attached(model, Recipe(tuple(terms)), pooling=plan.pooling, seed=means.seed):
         change, _ = _course(model, by, means)
-        scouts = {(row.index, row.site.name): row for row in attachment(model).plan.rows}
+        scouts = {(entry.index, entry.site.name): entry for entry in attachment(model).plan.entries}
     found = {}
-    for row in rows_of(plan, span):
-        other = scouts[row.index, row.site.name]
-        for (term, _), (symbol, _) in zip(row.terms, other.terms, strict=True):
-            found[row.name(term)] = change[other.name(symbol)].detach().cpu().square()
+    for entry in entries_of(plan, span):
+        other = scouts[entry.index, entry.site.name]
+        for (term, _), (symbol, _) in zip(entry.terms, other.terms, strict=True):
+            found[entry.name(term)] = change[other.name(symbol)].detach().cpu().square()
     return found
 
 

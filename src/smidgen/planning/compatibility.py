@@ -15,7 +15,7 @@ from smidgen.common.errors import PlanError
 from smidgen.methods.base import Method, renewed
 from smidgen.methods.capabilities import Grows, ReadsWeight
 from smidgen.planning.advice import Advice
-from smidgen.planning.row import Row
+from smidgen.planning.entry import Entry
 from smidgen.planning.site_rules import rules_for
 from smidgen.recipe.recipe import Recipe
 from smidgen.sites.discovery import roles_found, shares_layers
@@ -127,21 +127,23 @@ def refuse_part(recipe: Recipe, index: int, method: Method) -> None:
         raise PlanError(why)
 
 
-def refuse_twice(rows: Sequence[Row], parameters: Mapping[str, nn.Parameter]) -> None:
+def refuse_twice(entries: Sequence[Entry], parameters: Mapping[str, nn.Parameter]) -> None:
     """Raises PlanError if two terms train one tensor."""
-    owner: dict[int, tuple[Row, str]] = {}
-    for row in rows:
-        for name, _ in row.names() if not row.added else ():
-            other, first = owner.setdefault(id(parameters[name]), (row, name))
-            if other.index != row.index:
-                raise PlanError(f"{first} would be trained twice: by {other.method} and by {row.method}; leave one out")
+    owner: dict[int, tuple[Entry, str]] = {}
+    for entry in entries:
+        for name, _ in entry.names() if not entry.added else ():
+            other, first = owner.setdefault(id(parameters[name]), (entry, name))
+            if other.index != entry.index:
+                raise PlanError(
+                    f"{first} would be trained twice: by {other.method} and by {entry.method}; leave one out"
+                )
 
 
-def refuse_headless(model: nn.Module, recipe: Recipe, rows: Sequence[Row], head: Sequence[str]) -> None:
+def refuse_headless(model: nn.Module, recipe: Recipe, entries: Sequence[Entry], head: Sequence[str]) -> None:
     """Raises PlanError if nothing is trained, or if a class that is made for labels has no layer that gives them."""
     name = type(model).__name__
     named = "name it, as in LN() + Full(target='classifier')"
-    if not rows and not head:
+    if not entries and not head:
         raise PlanError(
             f"{recipe} trains nothing: no head is found in {name}; load a class with one (smidgen.load(name, task)), "
             f"or {named}"
@@ -178,16 +180,16 @@ def refuse_resized(model: nn.Module, recipe: Recipe) -> None:
 KERNELS = {"MraSelfAttention": "mra_cuda_kernel"}
 
 
-def refuse_without_kernel(model: nn.Module, rows: Sequence[Row]) -> None:
+def refuse_without_kernel(model: nn.Module, entries: Sequence[Entry]) -> None:
     """Raises PlanError if all that a term adds lies in attentions that give zeros here, or acts through them alone."""
     without = {path: kernel for path, m in model.named_modules() if (kernel := _missing_kernel(m))}
     if not without:
         return
     path, kernel = next(iter(without.items()))
-    for index in dict.fromkeys(row.index for row in rows):
-        here = [row for row in rows if row.index == index]
-        inside = all(any(within(row.site.path, other) for other in without) for row in here)
-        if all(row.added for row in here) and (inside or all(isinstance(row.site, InputSite) for row in here)):
+    for index in dict.fromkeys(entry.index for entry in entries):
+        here = [entry for entry in entries if entry.index == index]
+        inside = all(any(within(entry.site.path, other) for other in without) for entry in here)
+        if all(entry.added for entry in here) and (inside or all(isinstance(entry.site, InputSite) for entry in here)):
             raise PlanError(
                 f"{here[0].method}: {type(model.get_submodule(path)).__name__} gives zeros without its CUDA kernel "
                 f"({kernel} is not loaded), so nothing that is added there has an effect; load the model on a CUDA "
@@ -200,15 +202,15 @@ def _missing_kernel(module: nn.Module) -> str:
     return name if name and getattr(sys.modules[type(module).__module__], name, None) is None else ""
 
 
-def refuse_unfoldable(rows: Sequence[Row]) -> None:
+def refuse_unfoldable(entries: Sequence[Entry]) -> None:
     """Raises PlanError if a method reads a weight of which an edit before it cannot become a part."""
-    for row in rows:
-        if not isinstance(row.method, ReadsWeight):
+    for entry in entries:
+        if not isinstance(entry.method, ReadsWeight):
             continue
-        for other in rows:
-            below = other.added and other.site.path == row.site.path and other.index < row.index
+        for other in entries:
+            below = other.added and other.site.path == entry.site.path and other.index < entry.index
             if below and (why := other.method.unmergeable(other.site)):
                 raise PlanError(
-                    f"{row.method} reads the weight at {row.site.name}, where {other.method} cannot be folded in "
-                    f"({why}); write {row.method} first"
+                    f"{entry.method} reads the weight at {entry.site.name}, where {other.method} cannot be folded in "
+                    f"({why}); write {entry.method} first"
                 )

@@ -19,7 +19,7 @@ from smidgen.common.errors import PlanError
 from smidgen.methods.base import Method
 from smidgen.planning.advice import Advice, without_numbers
 from smidgen.planning.compatibility import is_stacked
-from smidgen.planning.row import Row
+from smidgen.planning.entry import Entry
 from smidgen.planning.rules.attention import keys_at
 from smidgen.planning.site_rules import rules_for, rules_of
 from smidgen.sites.discovery import find_blocks
@@ -81,24 +81,24 @@ class Gap:
 
 
 def left_out(
-    method: Method, model: nn.Module, sites: Sequence[Site], shut: Sequence[Site], rows: Sequence[Row]
+    method: Method, model: nn.Module, sites: Sequence[Site], shut: Sequence[Site], entries: Sequence[Entry]
 ) -> tuple[Gap, ...]:
-    """What a method that stands at `rows` leaves out.
+    """What a method that stands at `entries` leaves out.
 
     Args:
         sites: those that it may reach: of its `stack`, not of the head.
         shut: those through which no gradient passes.
     """
-    if not rows:
+    if not entries:
         return ()
-    covered = _Covered(rows)
+    covered = _Covered(entries)
     found = [_Candidate(s.path, s, (), NAMED) for s in sites if _named(method, s) and s.path not in covered]
     found += [c for c in _candidates(model, sites) if _wants(method, c) and c.path not in covered]
     missed = (m for rules in rules_for(method) for m in rules.missed(method, model, sites))
     found += [_Candidate(m.path, m.place, (), m.reason) for m in missed if m.path not in covered]
     found += [c for c in _norms(method, model, sites) if c.path not in covered]
     found += [_Candidate(s.path, s, (), NO_GRADIENT) for s in shut if _reaches(method, s)]
-    found += _whole_stacks(method, sites, [c.path for c in found], rows)
+    found += _whole_stacks(method, sites, [c.path for c in found], entries)
     never = unread(model)  # named apart
     why = {c.path: c for c in found if not any(within(c.path, path) for path in never)}
     alike, advice = dict[tuple[str, str], list[str]](), Advice(method, sites)
@@ -120,10 +120,10 @@ def meant(method: Method, model: nn.Module, sites: Sequence[Site]) -> list[str]:
 class _Covered:
     """The modules in which a method stands, or that lie in a sublayer at whose end it stands."""
 
-    def __init__(self, rows: Iterable[Row]) -> None:
-        rows = list(rows)
-        self.around = {path for row in rows for path in _around(row.site.path)}
-        self.whole = {row.site.path for row in rows if rules_of(row.site).holds}
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        entries = list(entries)
+        self.around = {path for entry in entries for path in _around(entry.site.path)}
+        self.whole = {entry.site.path for entry in entries if rules_of(entry.site).holds}
 
     def __contains__(self, path: str) -> bool:
         return path in self.around or any(outer in self.whole for outer in _around(path))
@@ -352,10 +352,10 @@ def _reaches(method: Method, site: Site) -> bool:
 
 
 def _whole_stacks(
-    method: Method, sites: Sequence[Site], named: Sequence[str], rows: Sequence[Row]
+    method: Method, sites: Sequence[Site], named: Sequence[str], entries: Sequence[Entry]
 ) -> Iterator[_Candidate]:
     """Stacks in which nothing is reached and nothing was named yet, for methods that look for parts of blocks."""
-    taken = [*named, *(row.site.path for row in rows)]
+    taken = [*named, *(entry.site.path for entry in entries)]
     for stack in dict.fromkeys(site.stack for site in sites if site.stack):
         inside = [site for site in sites if site.stack == stack]
         if any(within(path, stack) for path in taken):

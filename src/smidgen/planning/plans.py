@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
+from smidgen.planning.entry import Entry, Shape
 from smidgen.planning.gaps import Gap
-from smidgen.planning.row import Row, Shape
 from smidgen.planning.saved_layout import safetensors_size
 from smidgen.recipe.recipe import Recipe
 from smidgen.sites.site import Site
@@ -25,7 +25,7 @@ class Plan:
 
     recipe: Recipe
     model: str
-    rows: tuple[Row, ...]
+    entries: tuple[Entry, ...]
     head: tuple[tuple[str, Shape], ...]
     pretrained: int
     pooling: str | None
@@ -38,9 +38,14 @@ class Plan:
     left_out: tuple[Gap, ...] = field(default=(), compare=False)
 
     @property
+    def rows(self) -> tuple[Entry, ...]:
+        """Deprecated: the former name of `entries`."""
+        return self.entries
+
+    @property
     def places(self) -> list[Site]:
         """Where something is trained that what lies above depends on, the class's own head apart."""
-        return [row.site for row in self.rows if not row.owns_shared] + list(self.low)
+        return [entry.site for entry in self.entries if not entry.owns_shared] + list(self.low)
 
     @property
     def pending(self) -> bool:
@@ -50,7 +55,7 @@ class Plan:
     @property
     def trained(self) -> int:
         """Trained values, head apart."""
-        return sum(row.values for row in self.rows)
+        return sum(entry.values for entry in self.entries)
 
     @property
     def head_values(self) -> int:
@@ -65,12 +70,12 @@ class Plan:
     @property
     def shapes(self) -> dict[str, Shape]:
         """Saved name -> shape of all trained tensors, head included."""
-        return {name: shape for row in self.rows for name, shape in row.names()} | dict(self.head)
+        return {name: shape for entry in self.entries for name, shape in entry.names()} | dict(self.head)
 
     @property
     def saved(self) -> dict[str, Shape]:
         """Saved name -> shape of everything in the delta's file: `shapes`, with the indices of subsets."""
-        return {name: shape for row in self.rows for name, shape in row.saved()} | dict(self.head)
+        return {name: shape for entry in self.entries for name, shape in entry.saved()} | dict(self.head)
 
     @property
     def file_bytes(self) -> int:
@@ -114,7 +119,7 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [f"{self.recipe} on {self.model}"]
-        lines += [f"  {name:<60} {list(shape)}" for row in self.rows for name, shape in row.names()]
+        lines += [f"  {name:<60} {list(shape)}" for entry in self.entries for name, shape in entry.names()]
         lines.append(
             f"trains {self.trained:,} of {self.pretrained:,} values ({self.share:.4%}); "
             f"head apart {self.head_values:,}; file {self.file_bytes:,} bytes; lowest edit: {self.lowest}"

@@ -22,9 +22,9 @@ from smidgen.planning.compatibility import (
     refuse_unsupported,
     refuse_without_kernel,
 )
+from smidgen.planning.entry import Entry, Shape
 from smidgen.planning.gaps import Gap, left_out, meant
 from smidgen.planning.plans import Plan
-from smidgen.planning.row import Row, Shape
 from smidgen.planning.rules.builtin import all_rules
 from smidgen.planning.shared_tensors import with_pools
 from smidgen.planning.site_rules import check_capable, rules_for, rules_of
@@ -71,15 +71,15 @@ def resolve(
     left = _unread(model, recipe, sites, unread(model))
     sites = read_sites(model, sites)
     try:
-        rows = _all_rows(model, recipe, sites, parameters, closed)
+        entries = _all_entries(model, recipe, sites, parameters, closed)
     except PlanError as error:
         raise PlanError(f"{error}; {type(model).__name__} never reads {', '.join(left)}") if left else error from None
     for rules in all_rules():
-        rules.refuse_together(model, rows)
-    refuse_twice(rows, parameters)
-    refuse_unfoldable(rows)
-    refuse_without_kernel(model, rows)
-    refuse_headless(model, recipe, rows, trained)
+        rules.refuse_together(model, entries)
+    refuse_twice(entries, parameters)
+    refuse_unfoldable(entries)
+    refuse_without_kernel(model, entries)
+    refuse_headless(model, recipe, entries, trained)
     refuse_resized(model, recipe)
     outside = {id(parameters[name]) for name in names}
     pretrained = sum(p.numel() for n, p in model.named_parameters() if id(p) not in outside)
@@ -88,7 +88,7 @@ def resolve(
     return Plan(
         recipe,
         type(model).__name__,
-        tuple(rows),
+        tuple(entries),
         shapes,
         pretrained,
         pooling,
@@ -96,7 +96,7 @@ def resolve(
         low=_low(owners, spare if isinstance(model, PreTrainedModel) else trained),
         spare=spare,
         unread=left,
-        left_out=_gaps(model, recipe, sites, barred, rows, closed),
+        left_out=_gaps(model, recipe, sites, barred, entries, closed),
     )
 
 
@@ -110,7 +110,12 @@ def _unread(model: nn.Module, recipe: Recipe, sites: Sequence[Site], closed: Seq
 
 
 def _gaps(
-    model: nn.Module, recipe: Recipe, sites: list[Site], barred: list[Site], rows: list[Row], closed: Collection[int]
+    model: nn.Module,
+    recipe: Recipe,
+    sites: list[Site],
+    barred: list[Site],
+    entries: list[Entry],
+    closed: Collection[int],
 ) -> tuple[Gap, ...]:
     """What each method leaves out, the head, what is never read and what lies outside its `stack` apart."""
     found: list[Gap] = []
@@ -118,16 +123,16 @@ def _gaps(
         assert isinstance(method, Method)
         inner = ((s, model.get_submodule(s.path).parameters()) for s in in_stack(method, [*sites, *barred]))
         near = [site for site, parameters in inner if not all(id(p) in closed for p in parameters)]
-        here = [row for row in rows if row.index == index and not row.owns_shared]
+        here = [entry for entry in entries if entry.index == index and not entry.owns_shared]
         reach = [site for site in near if site not in barred]
         found += left_out(method, model, reach, [site for site in near if site in barred], here)
     return tuple(found)
 
 
-def _all_rows(
+def _all_entries(
     model: nn.Module, recipe: Recipe, sites: list[Site], parameters: dict[str, nn.Parameter], closed: set[int]
-) -> list[Row]:
-    found: dict[int, list[Row]] = {}
+) -> list[Entry]:
+    found: dict[int, list[Entry]] = {}
     terms = [(index, method) for index, method in enumerate(recipe) if isinstance(method, Method)]
     if len(terms) < len(recipe):
         raise PlanError(f"{next(term for term in recipe if not isinstance(term, Method))} is not a method")
@@ -135,15 +140,20 @@ def _all_rows(
         refuse_part(recipe, index, method)
         near = in_stack(method, sites)
         method.check(near)
-        others = [row for rows in found.values() for row in rows if not row.added and not recipe.narrows(row.index)]
-        taken = {id(parameters[name]) for row in others for name, _ in row.names()} if method.gives_way() else set()
-        here = list(_rows(index, method, near, parameters, closed | taken))
+        others = [
+            entry
+            for entries in found.values()
+            for entry in entries
+            if not entry.added and not recipe.narrows(entry.index)
+        ]
+        taken = {id(parameters[name]) for entry in others for name, _ in entry.names()} if method.gives_way() else set()
+        here = list(_entries(index, method, near, parameters, closed | taken))
         if not here and (adds(type(method)) or trains_in_place(type(method))):
             raise PlanError(no_match(method, model, near))
         for rules in rules_for(method):
             rules.refuse(method, model, near, here)
         found[index] = list(with_pools(here)) if isinstance(method, Shares) else here
-    return [row for index in sorted(found) for row in found[index]]
+    return [entry for index in sorted(found) for entry in found[index]]
 
 
 def _low(sites: Sequence[Site], names: Collection[str]) -> tuple[Site, ...]:
@@ -153,9 +163,9 @@ def _low(sites: Sequence[Site], names: Collection[str]) -> tuple[Site, ...]:
     return tuple(site for site in sites[: last + 1] if site.path in owners and not site.part)
 
 
-def _rows(
+def _entries(
     index: int, method: Method, sites: list[Site], parameters: dict[str, nn.Parameter], closed: set[int]
-) -> Iterator[Row]:
+) -> Iterator[Entry]:
     seen: set[int] = set()
     for site in sites:
         prefix = f"{site.path}." if site.path else ""
@@ -164,14 +174,14 @@ def _rows(
         trained = [t for t in method.trains(site) if owned[t].numel() and id(owned[t]) not in closed | seen]
         seen.update(id(owned[term]) for term in trained)
         if trained:
-            yield Row(index, method, site, tuple((t, tuple(owned[t].shape)) for t in trained), added=False)
+            yield Entry(index, method, site, tuple((t, tuple(owned[t].shape)) for t in trained), added=False)
         in_head = any(id(p) in closed for p in owned.values())
         if not in_head and method.acts(site):
             check_capable(method, site)
             with torch.device("meta"):
                 tensors = rules_of(site).fresh(method, site)
                 saved = method.settle(tensors, site) if method.settled() != method else {}
-            yield Row(index, method, site, _shapes(tensors), True, settled=_shapes(saved))
+            yield Entry(index, method, site, _shapes(tensors), True, settled=_shapes(saved))
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, Shape], ...]:

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from smidgen.planning.row import INDICES, PACKED, START, Shape
+from smidgen.planning.entry import INDICES, PACKED, START, Shape
 
 
 def is_value(name: str) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from smidgen.common.errors import PlanError
 from smidgen.methods.base import Method
 from smidgen.methods.capabilities import Tensors, functions_of
-from smidgen.planning.row import Row
+from smidgen.planning.entry import Entry
 from smidgen.sites.site import Site
 
 
@@ -63,14 +63,14 @@ class SiteRules:
         """Why a method with a capability of these sites finds none, "; and so on"; "" if there is nothing to say."""
         return ""
 
-    def refuse(self, method: Method, model: nn.Module, sites: Sequence[Site], rows: Sequence[Row]) -> None:
+    def refuse(self, method: Method, model: nn.Module, sites: Sequence[Site], entries: Sequence[Entry]) -> None:
         """Raise PlanError if a method with a capability of these sites reaches some, where it has to reach all."""
 
-    def refuse_together(self, model: nn.Module, rows: Sequence[Row]) -> None:
+    def refuse_together(self, model: nn.Module, entries: Sequence[Entry]) -> None:
         """Raise PlanError if what all methods of a recipe add at these sites does not go together.
 
         Args:
-            rows: of the whole recipe.
+            entries: of the whole recipe.
         """
 
     def missed(self, method: Method, model: nn.Module, sites: Sequence[Site]) -> Iterator[Missed]:

@@ -14,8 +14,8 @@ from smidgen.common.errors import AttachError
 from smidgen.common.module_modes import renew_caches
 from smidgen.common.wrappers import bare, check_model
 from smidgen.methods.base import Method
+from smidgen.planning.entry import INDICES, START, Entry
 from smidgen.planning.plans import Plan
-from smidgen.planning.row import INDICES, START, Row
 from smidgen.ports.in_place.held_state import Held, persistent_buffers
 from smidgen.ports.in_place.master_weights import Low
 from smidgen.ports.in_place.parameter_port import Swap, low_modules, plug_in, take_back
@@ -85,19 +85,19 @@ class Attachment:
 
     def fixed(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Saved name and tensor of what a file needs beside the trained values: indices, starts drawn at random."""
-        for row in self.plan.rows:
-            if not (row.subsets or row.kept or row.routes):
+        for entry in self.plan.entries:
+            if not (entry.subsets or entry.kept or entry.routes):
                 continue
-            module: Any = module_at(model, row.site.path)
-            for term, subset in row.subsets.items():
+            module: Any = module_at(model, entry.site.path)
+            for term, subset in entry.subsets.items():
                 if len(subset.indices):
-                    yield row.name(term) + INDICES, subset.indices.to(torch.int32)
+                    yield entry.name(term) + INDICES, subset.indices.to(torch.int32)
                 if subset.start:
-                    yield row.name(term) + START, getattr(module.edits[row.key], term).detach()
-            for symbol in row.kept:
-                yield row.name(symbol) + START, getattr(module.edits[row.key], f"{symbol}0")
-            for symbol, _ in row.routes:
-                yield row.name(symbol) + INDICES, getattr(module.edits[row.key], symbol).to(torch.int32)
+                    yield entry.name(term) + START, getattr(module.edits[entry.key], term).detach()
+            for symbol in entry.kept:
+                yield entry.name(symbol) + START, getattr(module.edits[entry.key], f"{symbol}0")
+            for symbol, _ in entry.routes:
+                yield entry.name(symbol) + INDICES, getattr(module.edits[entry.key], symbol).to(torch.int32)
 
     def low_modules(self) -> list[Low]:
         """Modules of a low-precision base that hold masters."""
@@ -109,13 +109,13 @@ class Attachment:
         for name in self.plan.shapes:
             yield name, masters[name] if name in masters else self.added[name]
 
-    def added_by(self, index: int) -> list[Row]:
+    def added_by(self, index: int) -> list[Entry]:
         """Where a term of the recipe adds tensors of a site's own."""
-        return [row for row in self.plan.rows if row.index == index and row.added and not row.owns_shared]
+        return [entry for entry in self.plan.entries if entry.index == index and entry.added and not entry.owns_shared]
 
-    def tensors_of(self, row: Row) -> dict[str, nn.Parameter]:
-        """Symbol -> what is trained, of a row that adds tensors."""
-        return {term: self.added[name] for term, name, _ in row.trained()}
+    def tensors_of(self, entry: Entry) -> dict[str, nn.Parameter]:
+        """Symbol -> what is trained, of an entry that adds tensors."""
+        return {term: self.added[name] for term, name, _ in entry.trained()}
 
     @property
     def result(self) -> Recipe:
@@ -125,16 +125,16 @@ class Attachment:
 
     def results(self) -> Iterator[tuple[str, Tensor]]:
         """Saved name and tensor of all that training gave: `trained`, settled where a method says so."""
-        settled = {row.name(term): row for row in self.plan.rows if row.settled for term, _ in row.terms}
+        settled = {entry.name(term): entry for entry in self.plan.entries if entry.settled for term, _ in entry.terms}
         values, seen = dict(self.trained()), set[str]()
         for name, tensor in values.items():
-            row = settled.get(name)
-            if row is None:
+            entry = settled.get(name)
+            if entry is None:
                 yield name, tensor
-            elif row.name("") not in seen:
-                seen.add(row.name(""))
-                found = row.method.settle({term: values[row.name(term)] for term, _ in row.terms}, row.site)
-                yield from ((row.name(term), value) for term, value in found.items())
+            elif entry.name("") not in seen:
+                seen.add(entry.name(""))
+                found = entry.method.settle({term: values[entry.name(term)] for term, _ in entry.terms}, entry.site)
+                yield from ((entry.name(term), value) for term, value in found.items())
 
     def check_held(self) -> None:
         """Raises AttachError if a module or parameter of the base was replaced, or a buffer changed from outside."""

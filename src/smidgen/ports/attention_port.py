@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 from smidgen.common.dtypes import master_dtype
 from smidgen.common.errors import AttachError
 from smidgen.methods.capabilities import AddsKeys, Tensors
-from smidgen.planning.row import Row
+from smidgen.planning.entry import Entry
 from smidgen.planning.rules.attention import KeyValueRules
 from smidgen.ports.base import Port
 from smidgen.ports.edit import Edit, Edits, edits_at
@@ -227,9 +227,9 @@ class AttentionPort(KeyValueRules, Port):
 
     edit = KeyValueEdit
 
-    def check(self, model: nn.Module, row: Row) -> None:
+    def check(self, model: nn.Module, entry: Entry) -> None:
         """Raises AttachError if the attention cannot take more keys."""
-        check_attention(model.get_submodule(row.site.path), row.site)
+        check_attention(model.get_submodule(entry.site.path), entry.site)
 
     def place(self, model: nn.Module, site: Site, key: str, edit: Edit) -> list[RemovableHandle]:
         """At the attention module, which gets a configuration of its own."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from smidgen.common.errors import AttachError, SmidgenError
-from smidgen.planning.row import Row
+from smidgen.planning.entry import Entry
 from smidgen.planning.site_rules import RULES, SiteRules, register_rules
 from smidgen.ports.edit import Edit
 from smidgen.sites.site import Site
@@ -33,7 +33,7 @@ class Port(SiteRules, ABC):
     edit: ClassVar[type[Edit]] = Edit
 
     @abstractmethod
-    def check(self, model: nn.Module, row: Row) -> None:
+    def check(self, model: nn.Module, entry: Entry) -> None:
         """Raise AttachError, before anything is touched, if an edit cannot be placed."""
 
     @abstractmethod

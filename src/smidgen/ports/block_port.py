@@ -20,7 +20,7 @@ from smidgen.common.errors import AttachError
 from smidgen.common.hook_types import Args, Kwargs, first_of, like
 from smidgen.methods.capabilities import EditsStates, ShortensText
 from smidgen.methods.token_map import TokenMap
-from smidgen.planning.row import Row
+from smidgen.planning.entry import Entry
 from smidgen.planning.rules.blocks import BlockRules
 from smidgen.ports.base import Port
 from smidgen.ports.edit import Edit, Edits, edits_at
@@ -41,10 +41,10 @@ class BlockEdits(Edits):
 class BlockPort(BlockRules, Port):
     """Blocks of a stack."""
 
-    def check(self, model: nn.Module, row: Row) -> None:
+    def check(self, model: nn.Module, entry: Entry) -> None:
         """Raises AttachError if a block has an attribute of the edits' name."""
-        assert isinstance(row.site, BlockSite)
-        for path in row.site.blocks:
+        assert isinstance(entry.site, BlockSite)
+        for path in entry.site.blocks:
             module = model.get_submodule(path)
             if hasattr(module, "edits") and not edits_at(module, BlockEdits):
                 raise AttachError(f"{type(module).__name__} at {path} already has an attribute 'edits'")

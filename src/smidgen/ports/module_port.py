@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from smidgen.common.errors import AttachError
 from smidgen.common.hook_types import Args
 from smidgen.methods.capabilities import ReadsWeight
-from smidgen.planning.row import Row
+from smidgen.planning.entry import Entry
 from smidgen.planning.rules.modules import ModuleRules
 from smidgen.ports.base import Port
 from smidgen.ports.by_row.module_layouts import add_layout, drop_layout
@@ -26,9 +26,9 @@ class ModulePort(ModuleRules, Port):
 
     edit = ModuleEdit
 
-    def check(self, model: nn.Module, row: Row) -> None:
+    def check(self, model: nn.Module, entry: Entry) -> None:
         """Raises AttachError if the module cannot carry edits."""
-        check_editable(model.get_submodule(row.site.path), row.site)
+        check_editable(model.get_submodule(entry.site.path), entry.site)
 
     def place(self, model: nn.Module, site: Site, key: str, edit: Edit) -> list[RemovableHandle]:
         """At the site's module."""

@@ -13,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from smidgen.common.dtypes import base_dtype, master_dtype
 from smidgen.common.errors import AttachError
 from smidgen.common.hook_types import Args
+from smidgen.planning.entry import Entry
 from smidgen.planning.initial_values import blank, initial, routes
 from smidgen.planning.plans import Plan
-from smidgen.planning.row import Row
 from smidgen.planning.shared_tensors import pool_key
 from smidgen.ports.attachment_record import Attachment, attachment, check_masters, is_attached
 from smidgen.ports.builtin_ports import port_of
@@ -49,19 +49,19 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
         owners.setdefault(id(parameter), []).append(name)
     held, dtype = Held.of(model), base_dtype(parameters)
     flags = {name: p.requires_grad for name, p in parameters.items()}
-    added = [row for row in plan.rows if row.added]
-    for row in added:
-        port_of(row.site).check(model, row)
-    tensors = [initial(row, seed, model) if compute else blank(row) for row in added]
-    partial = {row.name(t): s.indices for row in plan.rows if not row.added for t, s in row.subsets.items()}
+    added = [entry for entry in plan.entries if entry.added]
+    for entry in added:
+        port_of(entry.site).check(model, entry)
+    tensors = [initial(entry, seed, model) if compute else blank(entry) for entry in added]
+    partial = {entry.name(t): s.indices for entry in plan.entries if not entry.added for t, s in entry.subsets.items()}
     parts = {name: tuple(owners[id(parameters[name])]) for name in partial}
     _check_parts(model, [owner for found in parts.values() for owner in found])
     known: dict[str, Any] = {"parts": parts, "held": held, "new": new_names(model)}
     record = Attachment(plan, swaps(plan, parameters, owners), [], flags, dtype, **known)
     for parameter in parameters.values():
         parameter.requires_grad_(False)
-    for row, fresh in zip(added, tensors, strict=True):
-        _place_edit(model, row, fresh, record, seed)
+    for entry, fresh in zip(added, tensors, strict=True):
+        _place_edit(model, entry, fresh, record, seed)
     for path in sorted(read_at(model) & {path for path, _ in record.edits}):
         owner, _, name = path.rpartition(".")
         record.handles += add_guard(module_at(model, owner), name)
@@ -72,7 +72,7 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
         record.handles += place_casts(model, low)
     record.plug(model)
     held.hold(model)
-    record.handles += open_entries(model, [row.site.path for row in plan.rows])
+    record.handles += open_entries(model, [entry.site.path for entry in plan.entries])
     record.handles += _around_passes(model, one_at_a_time=bool(low))
     if plan.pooling is not None:
         record.handles.append(place_pooling(model, plan.pooling))
@@ -109,7 +109,7 @@ def take_off(model: nn.Module) -> None:
     record = attachment(model)
     record.held.release()
     record.unplug(model)
-    places = {(port_of(row.site), row.site.path): row.site for row in record.plan.rows if row.added}
+    places = {(port_of(entry.site), entry.site.path): entry.site for entry in record.plan.entries if entry.added}
     for (port, _), site in places.items():
         port.remove(model, site)
     for path in record.guarded:
@@ -127,18 +127,18 @@ def take_off(model: nn.Module) -> None:
     model.__dict__.pop("_smidgen")
 
 
-def _place_edit(model: nn.Module, row: Row, fresh: Mapping[str, Tensor], record: Attachment, seed: int) -> None:
-    device = next(module_at(model, row.site.path).parameters()).device
+def _place_edit(model: nn.Module, entry: Entry, fresh: Mapping[str, Tensor], record: Attachment, seed: int) -> None:
+    device = next(module_at(model, entry.site.path).parameters()).device
     fresh = {k: v.to(device=device, dtype=master_dtype(record.dtype)) for k, v in fresh.items()}
-    port, chosen = port_of(row.site), {term: subset.indices for term, subset in row.subsets.items()}
-    edit = port.edit(row.method, row.site, fresh, chosen)
-    if pool := pool_key(row):
+    port, chosen = port_of(entry.site), {term: subset.indices for term, subset in entry.subsets.items()}
+    edit = port.edit(entry.method, entry.site, fresh, chosen)
+    if pool := pool_key(entry):
         owner: Any = model
-        edit.share(owner.edits[pool], {k: v.to(device) for k, v in routes(row, seed).items()})
-    record.handles += port.place(model, row.site, row.key, edit)
-    if not row.owns_shared:
-        record.edits.append((row.site.path, row.key))
-    record.added.update((name, edit.leaf(term)) for term, name, _ in row.trained())
+        edit.share(owner.edits[pool], {k: v.to(device) for k, v in routes(entry, seed).items()})
+    record.handles += port.place(model, entry.site, entry.key, edit)
+    if not entry.owns_shared:
+        record.edits.append((entry.site.path, entry.key))
+    record.added.update((name, edit.leaf(term)) for term, name, _ in entry.trained())
 
 
 def _place_part(model: nn.Module, name: str, index: Tensor, parameter: nn.Parameter, record: Attachment) -> None:

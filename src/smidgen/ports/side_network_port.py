@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from smidgen.common.errors import AttachError
 from smidgen.common.hook_types import Args, Kwargs, first_of, like
 from smidgen.methods.capabilities import RunsBeside
-from smidgen.planning.row import Row
+from smidgen.planning.entry import Entry
 from smidgen.planning.rules.blocks import StackRules
 from smidgen.ports.base import Port
 from smidgen.ports.block_port import model_around, note_text, seen
@@ -33,11 +33,11 @@ class StackEdits(Edits):
 class SideNetworkPort(StackRules, Port):
     """Stacks of blocks. The network stands at the last block, whose output it takes the place of."""
 
-    def check(self, model: nn.Module, row: Row) -> None:
+    def check(self, model: nn.Module, entry: Entry) -> None:
         """Raises AttachError if the last block has an attribute of the edits' name."""
-        module = model.get_submodule(row.site.path)
+        module = model.get_submodule(entry.site.path)
         if hasattr(module, "edits"):
-            raise AttachError(f"{type(module).__name__} at {row.site.path} already has an attribute 'edits'")
+            raise AttachError(f"{type(module).__name__} at {entry.site.path} already has an attribute 'edits'")
 
     def place(self, model: nn.Module, site: Site, key: str, edit: Edit) -> list[RemovableHandle]:
         """At the last block, with hooks at all of them."""

@@ -7,7 +7,7 @@ from torch.utils.hooks import RemovableHandle
 
 from smidgen.common.errors import AttachError
 from smidgen.methods.capabilities import EditsInput
-from smidgen.planning.row import Row
+from smidgen.planning.entry import Entry
 from smidgen.planning.rules.sublayers import SublayerRules
 from smidgen.ports.base import Port
 from smidgen.ports.by_row.module_layouts import add_layout, drop_layout
@@ -23,13 +23,14 @@ class SublayerPort(SublayerRules, Port):
 
     edit = ModuleEdit
 
-    def check(self, model: nn.Module, row: Row) -> None:
+    def check(self, model: nn.Module, entry: Entry) -> None:
         """Raises AttachError if the module at the sublayer's end cannot carry edits."""
-        if isinstance(row.method, EditsInput):
+        if isinstance(entry.method, EditsInput):
             raise AttachError(
-                f"{row.method} edits the input of the {row.site.kind} at {row.site.name}, which several maps share"
+                f"{entry.method} edits the input of the {entry.site.kind} at {entry.site.name}, which several maps "
+                "share"
             )
-        check_editable(model.get_submodule(row.site.path), row.site)
+        check_editable(model.get_submodule(entry.site.path), entry.site)
 
     def place(self, model: nn.Module, site: Site, key: str, edit: Edit) -> list[RemovableHandle]:
         """At the sublayer's end, with a tap at its beginning."""

@@ -20,7 +20,7 @@ from smidgen.common.dtypes import master_dtype
 from smidgen.common.errors import AttachError
 from smidgen.common.hook_types import Args
 from smidgen.methods.capabilities import Merges
-from smidgen.planning.row import Row
+from smidgen.planning.entry import Entry
 from smidgen.planning.rules.weights import WeightRules
 from smidgen.ports.base import Port
 from smidgen.ports.during_call import stand, stand_down
@@ -80,11 +80,11 @@ class WeightPort(WeightRules, Port):
 
     edit = WeightEdit
 
-    def check(self, model: nn.Module, row: Row) -> None:
+    def check(self, model: nn.Module, entry: Entry) -> None:
         """Raises AttachError if the module has an attribute of the edits' name."""
-        module = model.get_submodule(row.site.path)
+        module = model.get_submodule(entry.site.path)
         if hasattr(module, "edits") and not edits_at(module, WeightEdits):
-            raise AttachError(f"{type(module).__name__} at {row.site.path} already has an attribute 'edits'")
+            raise AttachError(f"{type(module).__name__} at {entry.site.path} already has an attribute 'edits'")
 
     def place(self, model: nn.Module, site: Site, key: str, edit: Edit) -> list[RemovableHandle]:
         """At the module that owns the weight, with hooks there and at the nearest module around it that is called."""

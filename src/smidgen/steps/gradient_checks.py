@@ -119,8 +119,8 @@ class Watch:
 def _terms(model: nn.Module) -> Iterable[list[str]]:
     """Names of what each term of the recipe trains."""
     terms: dict[int, list[str]] = {}
-    for row in attachment(model).plan.rows:
-        terms.setdefault(row.index, []).extend(name for name, _ in row.names())
+    for entry in attachment(model).plan.entries:
+        terms.setdefault(entry.index, []).extend(name for name, _ in entry.names())
     return terms.values()
 
 
@@ -155,7 +155,7 @@ def check_depends(model: nn.Module, outputs: object) -> None:
 
 def _unrun(model: nn.Module) -> str:
     """Where all that is trained lies, if other stacks of blocks hold nothing of it: those are what runs."""
-    sites = [row.site for row in attachment(model).plan.rows]
+    sites = [entry.site for entry in attachment(model).plan.entries]
     others = [f"{stack}." for stack in find_blocks(model) if all(site.stack != stack for site in sites)]
     found = stacks_around([f"{site.path}." for site in sites], others) if others else []
     if not 0 < len(found) <= NAMED:
@@ -174,7 +174,7 @@ def _narrow(model: nn.Module, unreached: list[str], excused: Iterable[str]) -> s
     """What would leave out the tensors that were not reached: stacks, where a few hold all others."""
     plan = attachment(model).plan
     aside = {name for name, _ in plan.head} | set(excused)
-    shared = {name for row in plan.rows if row.owns_shared for name, _ in row.names()}
+    shared = {name for entry in plan.entries if entry.owns_shared for name, _ in entry.names()}
     reached = [name for name in trained_parameters(model) if name not in aside | set(unreached) | shared]
     idle = [name for name in unreached if name not in aside | shared]
     if not reached and (where := _unrun(model)):
@@ -192,8 +192,8 @@ def _module(name: str) -> str:
 def idle_by_word(model: nn.Module) -> Iterator[str]:
     """Names of trained tensors that may get no gradient at all, by their method's word, or of parts of the head."""
     yield from attachment(model).plan.spare
-    for row in attachment(model).plan.rows:
-        yield from (name for term, name, _ in row.trained() if row.method.may_idle(row.site, term))
+    for entry in attachment(model).plan.entries:
+        yield from (name for term, name, _ in entry.trained() if entry.method.may_idle(entry.site, term))
 
 
 def routed(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
@@ -314,9 +314,9 @@ def resting(model: nn.Module) -> Iterator[str]:
     """Names of trained tensors that may stand still: by their method's word, chosen values of rows of a table, and what
     is new in the base (a pooler that nothing reads)."""
     yield from attachment(model).plan.spare
-    for row in attachment(model).plan.rows:
-        for term, name, _ in row.trained():
+    for entry in attachment(model).plan.entries:
+        for term, name, _ in entry.trained():
             # the batch may hold none of the chosen rows of a table; a chosen value of LoRA's A may meet none of B's
-            rare = term in row.subsets and (row.added or isinstance(row.site, EmbeddingSite))
-            if rare or row.method.may_rest(row.site, term):
+            rare = term in entry.subsets and (entry.added or isinstance(entry.site, EmbeddingSite))
+            if rare or entry.method.may_rest(entry.site, term):
                 yield name

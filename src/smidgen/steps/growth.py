@@ -33,12 +33,12 @@ def after_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, to
     for index, method in enumerate(record.plan.recipe):
         if not isinstance(method, Grows) or not method.due(step, total):
             continue
-        rows = record.added_by(index)
-        parts = [{term: p.detach() for term, p in record.tensors_of(row).items()} for row in rows]
+        entries = record.added_by(index)
+        parts = [{term: p.detach() for term, p in record.tensors_of(entry).items()} for entry in entries]
         with seeded(seed, step, index):
-            sites = [row.site for row in rows]
+            sites = [entry.site for entry in entries]
             found, record.memory[index] = method.event(step, total, sites, parts, record.memory.get(index, {}))
-        values = {row.name(term): t for row, part in zip(rows, found, strict=True) for term, t in part.items()}
+        values = {entry.name(term): t for entry, part in zip(entries, found, strict=True) for term, t in part.items()}
         changed |= assign(model, values, optimizer)
     return changed
 
@@ -64,21 +64,21 @@ def assign(model: nn.Module, values: Mapping[str, Tensor], optimizer: torch.opti
 
 
 def _resize(model: nn.Module, record: Attachment, values: Mapping[str, Tensor]) -> None:
-    rows = []
-    for row in record.plan.rows:
-        found = {term: values[row.name(term)] for term, _ in row.terms if row.name(term) in values}
+    entries = []
+    for entry in record.plan.entries:
+        found = {term: values[entry.name(term)] for term, _ in entry.terms if entry.name(term) in values}
         if found:
-            shapes = {**dict(row.terms), **{term: tuple(t.shape) for term, t in found.items()}}
-            if not (row.added and isinstance(row.method, Grows) and row.method.grown(shapes, row.site)):
-                raise TrainError(f"{row.method} at {row.site.name} cannot have tensors of the shapes {shapes}")
+            shapes = {**dict(entry.terms), **{term: tuple(t.shape) for term, t in found.items()}}
+            if not (entry.added and isinstance(entry.method, Grows) and entry.method.grown(shapes, entry.site)):
+                raise TrainError(f"{entry.method} at {entry.site.name} cannot have tensors of the shapes {shapes}")
             for term, value in found.items():
-                old = record.added[row.name(term)]
+                old = record.added[entry.name(term)]
                 new = nn.Parameter(value.detach().to(old).clone())
-                setattr(model.get_submodule(row.name(term).rpartition(".")[0]), term, new)
-                record.added[row.name(term)] = new
-            row = replace(row, terms=tuple(shapes.items()), grown=True)
-        rows.append(row)
-    record.plan = replace(record.plan, rows=tuple(rows))
+                setattr(model.get_submodule(entry.name(term).rpartition(".")[0]), term, new)
+                record.added[entry.name(term)] = new
+            entry = replace(entry, terms=tuple(shapes.items()), grown=True)
+        entries.append(entry)
+    record.plan = replace(record.plan, entries=tuple(entries))
 
 
 def follow(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter) -> None:

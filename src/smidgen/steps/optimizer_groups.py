@@ -40,9 +40,9 @@ def parameter_groups(
 def _by_rate(plan: Plan, index: int) -> dict[float, list[str]]:
     """Rate over the method's own -> saved names, for one method of a recipe."""
     found: dict[float, list[str]] = {}
-    for row in plan.rows:
-        for term, name, _ in row.trained() if row.index == index else ():
-            found.setdefault(row.method.rate(term), []).append(name)
+    for entry in plan.entries:
+        for term, name, _ in entry.trained() if entry.index == index else ():
+            found.setdefault(entry.method.rate(term), []).append(name)
     return found
 
 

@@ -244,9 +244,11 @@ def _said(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 def _places(model: nn.Module, said: Mapping[str, str]) -> Iterator[Place]:
     plan = attachment(model).plan
-    for row in plan.rows:
-        names = [name for name, _ in row.names()]
-        yield Place(str(row.method), row.site.name or "(shared)", row.values, _worst([said.get(n, "") for n in names]))
+    for entry in plan.entries:
+        names = [name for name, _ in entry.names()]
+        yield Place(
+            str(entry.method), entry.site.name or "(shared)", entry.values, _worst([said.get(n, "") for n in names])
+        )
     if plan.head:
         heads = [said.get(name, "") for name, _ in plan.head]
         yield Place("head", plan.head[0][0].rpartition(".")[0], plan.head_values, _worst(heads))

@@ -104,7 +104,7 @@ class Trials:
             raise TrainError("a search runs in one process; start it without a launcher")
         if "seed" in given:
             raise TrainError(f"a search takes seeds=({given['seed']!r},), not seed={given['seed']!r}")
-        rate = "lr" if resolve(model, recipe).rows else "head_lr"
+        rate = "lr" if resolve(model, recipe).entries else "head_lr"
         if rate in given and given[rate] is not None:
             raise TrainError(f"{recipe} trains the head alone, so lr= names the head's rates; leave out {rate}=")
         rates, seeds = _rates(recipe, rate, tried[2]) if tried[0] is None else tried[0], tried[1]

@@ -12,17 +12,17 @@ from rich.text import Text
 from smidgen.cli.views.results import facts, number, size, table
 
 if TYPE_CHECKING:
+    from smidgen.planning.entry import Entry
     from smidgen.planning.plans import Plan
-    from smidgen.planning.row import Row
 
 
 def plan_view(result: Plan, every: bool = False) -> RenderableType:
     """A plan: its sites grouped by place in the block (or every tensor), its sums, its costs."""
     if every:
-        rows = [(name, _shape(shape)) for row in result.rows for name, shape in row.names()]
-        sites = table(("tensor", "shape"), rows)
+        tensors = [(name, _shape(shape)) for entry in result.entries for name, shape in entry.names()]
+        sites = table(("tensor", "shape"), tensors)
     else:
-        sites = table(("method", "place", "role", "#sites", "tensors", "#values"), _grouped(result.rows))
+        sites = table(("method", "place", "role", "#sites", "tensors", "#values"), _grouped(result.entries))
         sites.columns[1].no_wrap = True  # names of tensors break between words, paths do not
     sums = {
         "trains": f"{result.trained:,} of {result.pretrained:,} values ({result.share:.4%})",
@@ -51,21 +51,21 @@ def _later(result: Plan) -> str:
     return "; ".join(f"what {span.by} keeps, chosen on data in training" for span in result.recipe.narrowed)
 
 
-def _grouped(rows: Sequence[Row]) -> Iterator[tuple[object, ...]]:
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        place = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.site.name)
-        tensors = ", ".join(f"{term} {_shape(shape)}" for term, shape in row.terms) or _uses(row)
-        key = (str(row.method), place or "(shared)", " ".join(sorted(row.site.roles - {"block"})), tensors)
-        groups.setdefault(key, []).append(row)
+def _grouped(entries: Sequence[Entry]) -> Iterator[tuple[object, ...]]:
+    groups: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in entries:
+        place = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", entry.site.name)
+        tensors = ", ".join(f"{term} {_shape(shape)}" for term, shape in entry.terms) or _uses(entry)
+        key = (str(entry.method), place or "(shared)", " ".join(sorted(entry.site.roles - {"block"})), tensors)
+        groups.setdefault(key, []).append(entry)
     for (method, place, roles, tensors), members in groups.items():
         short = method if len(method) <= 20 else f"{type(members[0].method).__name__}(...)"  # whole in the title
-        yield short, _in_lines(place), roles, len(members), tensors, sum(row.values for row in members)
+        yield short, _in_lines(place), roles, len(members), tensors, sum(entry.values for entry in members)
 
 
-def _uses(row: Row) -> str:
+def _uses(entry: Entry) -> str:
     """What stands for tensors where a site has none of its own."""
-    return f"shared, at {', '.join(symbol for symbol, _ in row.routes)}"
+    return f"shared, at {', '.join(symbol for symbol, _ in entry.routes)}"
 
 
 def _shape(shape: Sequence[int]) -> str:

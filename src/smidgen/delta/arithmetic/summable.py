@@ -14,8 +14,8 @@ from smidgen.delta.arithmetic.merge_rules import Changes
 from smidgen.delta.compatibility import Trained
 from smidgen.methods.base import Method
 from smidgen.methods.capabilities import Joins, Renews
+from smidgen.planning.entry import INDICES, Entry
 from smidgen.planning.plans import Plan
-from smidgen.planning.row import INDICES, Row
 from smidgen.planning.selection.select_term import Select
 from smidgen.recipe.recipe import Narrowing, Recipe, Term
 
@@ -52,45 +52,49 @@ def check_tensors(plans: Sequence[Plan]) -> None:
 
 
 def _names(plan: Plan) -> list[tuple[int, str]]:
-    return [(row.index, row.name(term)) for row in plan.rows for term, _ in row.terms]
+    return [(entry.index, entry.name(term)) for entry in plan.entries for term, _ in entry.terms]
 
 
 def check_linear(plan: Plan, how: str) -> None:
-    """Raises DeltaError, naming method and reason, unless what each row does adds up.
+    """Raises DeltaError, naming method and reason, unless what each entry does adds up.
 
     how: "sum", or a rule that looks at single values, for which a method's own sum is no help.
     """
-    for row in plan.rows:
-        if isinstance(row.method, Renews) and any(row.method.renews(n) for n, _ in row.names() if not row.added):
+    for entry in plan.entries:
+        if isinstance(entry.method, Renews) and any(
+            entry.method.renews(n) for n, _ in entry.names() if not entry.added
+        ):
             raise DeltaError(
-                f"{row.method} saves tensors whole, wherever they started, so no change of them is known: leave out "
+                f"{entry.method} saves tensors whole, wherever they started, so no change of them is known: leave out "
                 "target= in training to add such deltas up"
             )
-        if not row.added:
+        if not entry.added:
             continue
-        if plan.recipe.narrows(row.index):
-            raise DeltaError(f"a part of {row.method} does not add up: sums of parts are for what is trained in place")
-        if not row.method.linear and _joined([row.method]) is None:
+        if plan.recipe.narrows(entry.index):
             raise DeltaError(
-                f"{row.method} does not add up: what it does is not linear in its tensors, and no method does the same "
-                "as the sum; what is trained in place, IA3, SSF, LoFiT and LoRA add up"
+                f"a part of {entry.method} does not add up: sums of parts are for what is trained in place"
             )
-        if not row.method.linear and how != "sum":
+        if not entry.method.linear and _joined([entry.method]) is None:
             raise DeltaError(
-                f"{how} looks at single values, but what {row.method} does is not linear in them; add or average"
+                f"{entry.method} does not add up: what it does is not linear in its tensors, and no method does the "
+                "same as the sum; what is trained in place, IA3, SSF, LoFiT and LoRA add up"
             )
-        if row.method.linear and (other := _beside(row, plan.rows)):
+        if not entry.method.linear and how != "sum":
             raise DeltaError(
-                f"{row.method} and {other.method} both act at {row.site.name}: their changes multiply, so no sum of "
-                "such deltas is one; add up deltas of one of the two"
+                f"{how} looks at single values, but what {entry.method} does is not linear in them; add or average"
+            )
+        if entry.method.linear and (other := _beside(entry, plan.entries)):
+            raise DeltaError(
+                f"{entry.method} and {other.method} both act at {entry.site.name}: their changes multiply, so no sum "
+                "of such deltas is one; add up deltas of one of the two"
             )
 
 
-def _beside(row: Row, rows: Sequence[Row]) -> Row | None:
-    """Another row at the same module, or at a slice of it that overlaps."""
-    for other in rows:
-        apart = row.site.part and other.site.part and row.site.name != other.site.name
-        if other is not row and other.site.path == row.site.path and not apart:
+def _beside(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
+    """Another entry at the same module, or at a slice of it that overlaps."""
+    for other in entries:
+        apart = entry.site.part and other.site.part and entry.site.name != other.site.name
+        if other is not entry and other.site.path == entry.site.path and not apart:
             return other
     return None
 
@@ -99,12 +103,12 @@ def starts_of(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """Saved name -> (n,) float64, flat: where the base stands, of all that adds up value by value."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found = {}
-    for row in plan.rows:
-        fresh = row.method.init(row.site) if row.added and row.method.linear else {}
-        for term, _ in row.terms:
-            start = fresh.get(term) if row.added else parameters[row.name(term)]
+    for entry in plan.entries:
+        fresh = entry.method.init(entry.site) if entry.added and entry.method.linear else {}
+        for term, _ in entry.terms:
+            start = fresh.get(term) if entry.added else parameters[entry.name(term)]
             if start is not None:
-                found[row.name(term)] = start.detach().to("cpu", torch.float64).flatten()
+                found[entry.name(term)] = start.detach().to("cpu", torch.float64).flatten()
     return found
 
 
@@ -112,10 +116,10 @@ def changes_of(plan: Plan, delta: Trained, starts: Changes) -> tuple[dict[str, T
     """What a delta changed, name -> (n,) float64, and where it could, name -> (n,) bool. The plan is narrowed."""
     changes = {name: torch.zeros_like(start) for name, start in starts.items()}
     trained = {name: torch.zeros(len(start), dtype=torch.bool) for name, start in starts.items()}
-    for row in plan.rows:
-        for term, name, _ in row.trained():
+    for entry in plan.entries:
+        for term, name, _ in entry.trained():
             if name in starts:
-                subset = row.subsets.get(term)
+                subset = entry.subsets.get(term)
                 at = torch.arange(len(starts[name])) if subset is None else subset.indices
                 changes[name][at] = delta.tensors[name].double().flatten() - starts[name][at]
                 trained[name][at] = True
@@ -126,9 +130,9 @@ def stored_tensors(plan: Plan, starts: Changes, change: Changes, kept: Changes, 
     """start + change as a delta stores it: whole, or where only some values are kept, these and their indices."""
     dtype = next(iter(delta.tensors.values())).dtype
     tensors = {}
-    for row in plan.rows:
-        for term, shape in row.terms:
-            name = row.name(term)
+    for entry in plan.entries:
+        for term, shape in entry.terms:
+            name = entry.name(term)
             if name not in starts or not kept[name].any():
                 continue
             values = (starts[name] + change[name]).to(dtype)
@@ -141,15 +145,15 @@ def stored_tensors(plan: Plan, starts: Changes, change: Changes, kept: Changes, 
 def join_ranks(plans: Sequence[Plan], weights: Sequence[float], deltas: Sequence[Trained]) -> dict[str, Tensor]:
     """The tensors of the methods that say themselves what a sum is (LoRA)."""
     tensors: dict[str, Tensor] = {}
-    for rows in zip(*(plan.rows for plan in plans), strict=True):
-        first: Row = rows[0]
+    for entries in zip(*(plan.entries for plan in plans), strict=True):
+        first: Entry = entries[0]
         if first.added and not first.method.linear:
             assert isinstance(first.method, Joins)  # or it would not add up
             parts = [
-                {term: d.tensors[row.name(term)].double() for term, _ in row.terms}
-                for row, d in zip(rows, deltas, strict=True)
+                {term: d.tensors[entry.name(term)].double() for term, _ in entry.terms}
+                for entry, d in zip(entries, deltas, strict=True)
             ]
-            found = first.method.join(weights, [row.method for row in rows], parts, first.site)
+            found = first.method.join(weights, [entry.method for entry in entries], parts, first.site)
             dtype = deltas[0].tensors[first.name(first.terms[0][0])].dtype
             tensors |= {first.name(term): value.to(dtype).contiguous() for term, value in found.items()}
     return tensors
@@ -177,8 +181,8 @@ def _joined(methods: Sequence[Method]) -> Method | None:
 
 
 def _sum_span(span: Narrowing, plan: Plan, kept: Changes, own: Changes) -> Narrowing:
-    rows = [row for row in plan.rows if span.start <= row.index < span.stop]
-    names = [row.name(term) for row in rows for term, _ in row.terms]
+    entries = [entry for entry in plan.entries if span.start <= entry.index < span.stop]
+    names = [entry.name(term) for entry in entries for term, _ in entry.terms]
     count, before = (sum(int(masks[name].sum()) for name in names) for masks in (kept, own))
     by = cast(Select, span.by)
     return span if count == before else replace(span, by=replace(by, keep=count, granularity="element", scope="global"))

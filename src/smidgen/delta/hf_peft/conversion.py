@@ -159,9 +159,9 @@ def _writer(delta: Delta) -> tuple[Method, Writer]:
 def _by_saved_name(plan: Plan, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Saved name -> tensor, from tensors named by site and symbol; those of the head keep their names."""
     named = {name: values[name] for name, _ in plan.head}
-    for row in plan.rows:
-        for term, name, _ in row.trained():
-            named[name] = values[f"{row.site.name}.{term}"]
+    for entry in plan.entries:
+        for term, name, _ in entry.trained():
+            named[name] = values[f"{entry.site.name}.{term}"]
     return named
 
 

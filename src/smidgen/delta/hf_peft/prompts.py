@@ -44,7 +44,7 @@ def read_prefix(reader: Reader) -> tuple[Method, Values]:
     n = _count(reader)
     method = Prefix(length=n)
     frequencies = _check_prefix(model, refuse)
-    sites = [row.site for row in resolve(model, method).rows]
+    sites = [entry.site for entry in resolve(model, method).entries]
     shape = _shape(model, sites, n, refuse)
     whole = reader.shaped(PROMPT, reader.adapter.added[PROMPT], (n, shape[1:].numel()))
     values: Values = {}
@@ -60,7 +60,7 @@ def write_prefix(method: Method, sites: list[Placed], inside: nn.Module) -> Part
     model = cast(PreTrainedModel, inside)
     refuse, n = _naming(method), len(sites[0].tensors["K"][0])
     frequencies = _check_prefix(model, refuse)
-    if len(sites) < len(resolve(model, Prefix(length=n)).rows):
+    if len(sites) < len(resolve(model, Prefix(length=n)).entries):
         raise refuse("PEFT puts a prefix into every layer; only layers=None can be written")
     shape = _shape(model, [site for site, _ in sites], n, refuse)
     _prove(model, method, _with_cache, refuse)
@@ -78,12 +78,12 @@ def read_prompt(reader: Reader) -> tuple[Method, Values]:
     n, config, model = _count(reader), reader.adapter.config, cast(PreTrainedModel, reader.model)
     method = PromptTuning(length=n)
     _check_prompt(model, reader.refusal)
-    (row,) = resolve(model, method).rows
-    assert isinstance(row.site, InputSite)
+    (entry,) = resolve(model, method).entries
+    assert isinstance(entry.site, InputSite)
     rows = n * (config.get("num_transformer_submodules") or 1)
-    whole = reader.shaped(PROMPT, reader.adapter.added[PROMPT], (rows, row.site.width_out))
+    whole = reader.shaped(PROMPT, reader.adapter.added[PROMPT], (rows, entry.site.width_out))
     _prove(model, method, _with_vectors, reader.refusal)
-    return method, {f"{row.site.name}.P": whole[:n].contiguous()}
+    return method, {f"{entry.site.name}.P": whole[:n].contiguous()}
 
 
 def write_prompt(method: Method, sites: list[Placed], inside: nn.Module) -> Parts:

@@ -13,8 +13,8 @@ from smidgen.common.errors import DeltaError
 from smidgen.delta.delta import Delta
 from smidgen.delta.hf_peft.adapter_files import task_type
 from smidgen.methods.base import Method
+from smidgen.planning.entry import START
 from smidgen.planning.plans import Plan
-from smidgen.planning.row import START
 from smidgen.sites.site import Site
 
 Targets = list[str] | str  # names, or a pattern
@@ -37,10 +37,10 @@ class Placed(NamedTuple):
 def placed(delta: Delta, plan: Plan) -> list[Placed]:
     """The delta's tensors, site by site; a start that the formula needs is `A0` beside `A`."""
     found = []
-    for row in plan.rows:
-        tensors = {term: delta.tensors[name] for term, name, _ in row.trained()}
-        starts = {f"{term}0": delta.tensors[row.name(term) + START] for term in row.kept}
-        found.append(Placed(row.site, tensors | starts))
+    for entry in plan.entries:
+        tensors = {term: delta.tensors[name] for term, name, _ in entry.trained()}
+        starts = {f"{term}0": delta.tensors[entry.name(term) + START] for term in entry.kept}
+        found.append(Placed(entry.site, tensors | starts))
     return found
 
 

@@ -53,7 +53,7 @@ def _base(model: nn.Module, plan: Plan, cut: Cut | None) -> hashlib._Hash:
     base = Fingerprint.of(model, {*own, *(_above(cut) if cut else ())})
     config = getattr(model, "config", None)
     settings = {k: v for k, v in getattr(config, "to_dict", dict)().items() if k not in _IDLE}
-    place = cut.place if cut else sorted(row.site.path for row in plan.rows)
+    place = cut.place if cut else sorted(entry.site.path for entry in plan.entries)
     said = [base.architecture, base.structure, base.content, base.dtype, place, settings]
     digest.update(json.dumps(said, sort_keys=True, default=str).encode())
     for module in frozen_prefix(model, plan):

@@ -9,7 +9,7 @@ from torch import nn
 from smidgen.common.errors import PlanError
 from smidgen.methods.base import Method
 from smidgen.methods.capabilities import AddsKeys
-from smidgen.planning.row import Row
+from smidgen.planning.entry import Entry
 from smidgen.planning.site_rules import Missed, SiteRules
 from smidgen.sites.attention_modules import find_heads, interface_path, no_interface, without_keys
 from smidgen.sites.site import AttentionSublayer, CrossAttentionSublayer, KeyValueSite, Site
@@ -37,12 +37,12 @@ class KeyValueRules(SiteRules):
             "choose a method that adds none"
         )
 
-    def refuse(self, method: Method, model: nn.Module, sites: Sequence[Site], rows: Sequence[Row]) -> None:
+    def refuse(self, method: Method, model: nn.Module, sites: Sequence[Site], entries: Sequence[Entry]) -> None:
         """Keys must not reach some of a text's attentions only: the others do not ask for any."""
-        passed = [site for site in without_keys(model, sites) if method.acts(site)] if rows else []
+        passed = [site for site in without_keys(model, sites) if method.acts(site)] if entries else []
         if passed:
             names = dict.fromkeys(type(model.get_submodule(s.path.rpartition(".")[0])).__name__ for s in passed)
-            here, there = (", ".join(dict.fromkeys(s.stack for s in at)) for at in (passed, [r.site for r in rows]))
+            here, there = (", ".join(dict.fromkeys(s.stack for s in at)) for at in (passed, [r.site for r in entries]))
             raise PlanError(
                 f"{method}: {', '.join(names)} in {here} does not go through transformers' AttentionInterface, so keys "
                 f"would reach {there} alone; choose a method that adds none"

@@ -11,7 +11,7 @@ from smidgen.common.dtypes import master_dtype
 from smidgen.common.errors import PlanError
 from smidgen.methods.base import Method
 from smidgen.methods.capabilities import EditsStates, RunsBeside, ShortensText, Tensors
-from smidgen.planning.row import Row
+from smidgen.planning.entry import Entry
 from smidgen.planning.site_rules import SiteRules
 from smidgen.sites.block_sites import find_block_sites, find_stack_sites
 from smidgen.sites.roles import within
@@ -59,20 +59,20 @@ class StackRules(SiteRules):
         """That there are none."""
         return "" if any(isinstance(site, StackSite) for site in sites) else NONE
 
-    def refuse_together(self, model: nn.Module, rows: Sequence[Row]) -> None:
+    def refuse_together(self, model: nn.Module, entries: Sequence[Entry]) -> None:
         """What lies in or below a stack that runs without gradient cannot be trained, nor two networks stand there."""
-        beside = [row for row in rows if isinstance(row.site, StackSite)]
-        for row in beside:
-            others = (other for other in rows if other is not row and not other.owns_shared)
+        beside = [entry for entry in entries if isinstance(entry.site, StackSite)]
+        for entry in beside:
+            others = (other for other in entries if other is not entry and not other.owns_shared)
             for other in others:
-                if isinstance(other.site, StackSite) and other.site.stack == row.site.stack:
+                if isinstance(other.site, StackSite) and other.site.stack == entry.site.stack:
                     raise PlanError(
-                        f"{row.method} and {other.method} both take the place of what leaves {row.site.stack}"
+                        f"{entry.method} and {other.method} both take the place of what leaves {entry.site.stack}"
                     )
-                if within(other.site.path, row.site.stack) or _below(model, other.site, row.site):
+                if within(other.site.path, entry.site.stack) or _below(model, other.site, entry.site):
                     raise PlanError(
-                        f"{row.method} runs {row.site.stack} without gradient, so {other.method} at {other.site.name} "
-                        "would not learn; leave one out"
+                        f"{entry.method} runs {entry.site.stack} without gradient, so {other.method} at "
+                        f"{other.site.name} would not learn; leave one out"
                     )
 
 

@@ -9,8 +9,8 @@ from torch import nn
 from smidgen.common.errors import PlanError
 from smidgen.methods.base import Method
 from smidgen.methods.capabilities import AddsTokens, Tensors
+from smidgen.planning.entry import Entry
 from smidgen.planning.prompt_positions import prompt_length
-from smidgen.planning.row import Row
 from smidgen.planning.site_rules import SiteRules
 from smidgen.sites.input_embedding import find_input, position_limit
 from smidgen.sites.site import InputSite, Site
@@ -35,13 +35,13 @@ class InputRules(SiteRules):
         """That there is no such place."""
         return "; it does not embed the tokens of one text, so none can be added"
 
-    def refuse_together(self, model: nn.Module, rows: Sequence[Row]) -> None:
+    def refuse_together(self, model: nn.Module, entries: Sequence[Entry]) -> None:
         """A prompt, or several, must not take all positions that a model has."""
-        prompts = [(row, row.site) for row in rows if isinstance(row.site, InputSite)]
+        prompts = [(entry, entry.site) for entry in entries if isinstance(entry.site, InputSite)]
         limit = position_limit(model, prompts[0][1]) if prompts else None
-        taken = sum(prompt_length(row.method, site) for row, site in prompts)
+        taken = sum(prompt_length(entry.method, site) for entry, site in prompts)
         if limit is not None and taken >= limit:
             raise PlanError(
-                f"{' and '.join(str(row.method) for row, _ in prompts)}: the model has {limit} positions, so {taken} "
-                "vectors leave none for a text; a shorter prompt fits"
+                f"{' and '.join(str(entry.method) for entry, _ in prompts)}: the model has {limit} positions, so "
+                f"{taken} vectors leave none for a text; a shorter prompt fits"
             )

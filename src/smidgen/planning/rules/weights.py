@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from smidgen.common.errors import PlanError
 from smidgen.methods.base import Method
 from smidgen.methods.capabilities import Merges
-from smidgen.planning.row import Row
+from smidgen.planning.entry import Entry
 from smidgen.planning.site_rules import SiteRules
 from smidgen.sites.discovery import find_weights
 from smidgen.sites.site import Site, WeightSite
@@ -34,16 +34,16 @@ class WeightRules(SiteRules):
         each = [method.init(site) for _ in range(site.count)]
         return {symbol: torch.stack([tensors[symbol] for tensors in each]) for symbol in each[0]}
 
-    def refuse_together(self, model: nn.Module, rows: Sequence[Row]) -> None:
+    def refuse_together(self, model: nn.Module, entries: Sequence[Entry]) -> None:
         """The input of a weight that is read cannot be dropped, nor can the weight be trained in place as well."""
-        trained = {row.name(term): row for row in rows if not row.added for term, _ in row.terms}
-        for row in rows:
-            if not isinstance(row.site, WeightSite):
+        trained = {entry.name(term): entry for entry in entries if not entry.added for term, _ in entry.terms}
+        for entry in entries:
+            if not isinstance(entry.site, WeightSite):
                 continue
-            name = f"{row.site.path}.{row.site.term}"
+            name = f"{entry.site.path}.{entry.site.term}"
             if other := trained.get(name):
-                raise PlanError(f"{other.method} trains {name} and {row.method} adds to it; leave one out")
-            if row.method.input_dropout():
+                raise PlanError(f"{other.method} trains {name} and {entry.method} adds to it; leave one out")
+            if entry.method.input_dropout():
                 raise PlanError(
-                    f"{row.method} drops inputs, and what enters {name} is not seen; leave dropout= out there"
+                    f"{entry.method} drops inputs, and what enters {name} is not seen; leave dropout= out there"
                 )

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.common.errors import DataError, PlanError
+from smidgen.planning.entry import Entry
 from smidgen.planning.plans import Plan
-from smidgen.planning.row import Row
 from smidgen.planning.selection.select_term import Select
 from smidgen.planning.selection.units import Candidate, candidates, check_heads, label_units
 from smidgen.recipe.recipe import Narrowing
@@ -20,9 +20,9 @@ class SelectionWarning(UserWarning):
     """A selection that was filled up with values whose score is 0."""
 
 
-def rows_of(plan: Plan, span: Narrowing) -> list[Row]:
-    """The rows that a narrowing is about."""
-    return [row for row in plan.rows if span.start <= row.index < span.stop]
+def entries_of(plan: Plan, span: Narrowing) -> list[Entry]:
+    """The entries that a narrowing is about."""
+    return [entry for entry in plan.entries if span.start <= entry.index < span.stop]
 
 
 def check_choice(model: nn.Module, plan: Plan) -> None:
@@ -34,7 +34,7 @@ def check_choice(model: nn.Module, plan: Plan) -> None:
 
 
 def _found(plan: Plan, span: Narrowing) -> list[Candidate]:
-    found = candidates(rows_of(plan, span))
+    found = candidates(entries_of(plan, span))
     if not found:
         raise PlanError(f"{span.by} has nothing to choose from: what stands before it trains nothing but the head")
     return found
@@ -130,7 +130,7 @@ def _groups(found: Sequence[Candidate], unit: Tensor, count: int, scope: str) ->
     """Group of each unit: units compete within one."""
     if scope == "global":
         return torch.zeros(count, dtype=torch.long)
-    keys = [c.name if scope == "tensor" else c.row.term_kinds[c.term] for c in found]
+    keys = [c.name if scope == "tensor" else c.entry.term_kinds[c.term] for c in found]
     numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     each = torch.tensor([numbers[key] for key in keys]).repeat_interleave(torch.tensor([c.size for c in found]))
     group = torch.zeros(count, dtype=torch.long)

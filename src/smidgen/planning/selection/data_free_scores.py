@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from smidgen.common.errors import PlanError
 from smidgen.planning.initial_values import initial
 from smidgen.planning.plans import Plan
-from smidgen.planning.selection.budgets import choose, rows_of
+from smidgen.planning.selection.budgets import choose, entries_of
 from smidgen.planning.selection.select_term import Select
 from smidgen.planning.selection.units import candidates, label_units
 from smidgen.recipe.recipe import Narrowing
@@ -29,7 +29,7 @@ def random(model: nn.Module, plan: Plan, span: Narrowing, seed: int) -> Scores:
     """Uniform in [0, 1), one draw for each unit: the mean of a draw for each value would lie the nearer to a half the
     larger the unit is, and neither the best nor the worst units would be large ones."""
     by: Any = span.by
-    found = candidates(rows_of(plan, span))
+    found = candidates(entries_of(plan, span))
     if by.granularity == "element":
         return {c.name: _uniform(f"{by.seed}/{c.name}", *c.shape) for c in found}
     unit, count = label_units(model, found, by.granularity)
@@ -53,9 +53,9 @@ def starts(model: nn.Module, plan: Plan, span: Narrowing, seed: int) -> dict[str
     """Saved name -> what the tensor starts at, for everything that a narrowing is about."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found: dict[str, Tensor] = {}
-    for row in rows_of(plan, span):
-        fresh: Mapping[str, Tensor] = initial(row, seed, model) if row.added else {}
-        found |= {row.name(t): fresh[t] if row.added else parameters[row.name(t)] for t, _ in row.terms}
+    for entry in entries_of(plan, span):
+        fresh: Mapping[str, Tensor] = initial(entry, seed, model) if entry.added else {}
+        found |= {entry.name(t): fresh[t] if entry.added else parameters[entry.name(t)] for t, _ in entry.terms}
     return found
 
 

@@ -8,14 +8,14 @@ from math import prod
 import torch
 from torch import Tensor
 
+from smidgen.planning.entry import INDICES, Shape
 from smidgen.planning.plans import Plan
-from smidgen.planning.row import INDICES, Shape
 
 
 def narrowed_shapes(plan: Plan) -> dict[str, Shape]:
     """Saved name -> whole shape of every tensor that a plan's recipe narrows; the plan is not narrowed yet."""
-    rows = [row for row in plan.rows if plan.recipe.narrows(row.index)]
-    return {row.name(term): shape for row in rows for term, shape in row.terms}
+    entries = [entry for entry in plan.entries if plan.recipe.narrows(entry.index)]
+    return {entry.name(term): shape for entry in entries for term, shape in entry.terms}
 
 
 def chosen_indices(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

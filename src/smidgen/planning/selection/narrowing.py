@@ -1,4 +1,4 @@
-"""A plan with a selection: rows keep what was chosen."""
+"""A plan with a selection: entries keep what was chosen."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from smidgen.common.errors import DeltaError
 from smidgen.methods.capabilities import StartsFromBase
+from smidgen.planning.entry import Entry, Subset
 from smidgen.planning.initial_values import initial
 from smidgen.planning.plans import Plan
-from smidgen.planning.row import Row, Subset
 from smidgen.planning.selection.budgets import check_choice
 from smidgen.planning.selection.data_free_scores import choose_ready, needs_data
 from smidgen.planning.selection.kept_shapes import narrowed_shapes
@@ -32,10 +32,10 @@ def narrow(plan: Plan, indices: Mapping[str, Tensor]) -> Plan:
     if known != set(indices):
         odd = sorted(known ^ set(indices))
         raise DeltaError(f"the selection is of another model or recipe: {plan.recipe.whole} differs in {odd[0]}")
-    rows: list[Row] = []
-    for row in plan.rows:
-        rows += _narrowed(row, indices) if plan.recipe.narrows(row.index) else [row]
-    return replace(plan, rows=tuple(rows), chosen=True)
+    entries: list[Entry] = []
+    for entry in plan.entries:
+        entries += _narrowed(entry, indices) if plan.recipe.narrows(entry.index) else [entry]
+    return replace(plan, entries=tuple(entries), chosen=True)
 
 
 def settle(model: nn.Module, plan: Plan, seed: int = 0) -> Plan:
@@ -48,16 +48,16 @@ def settle(model: nn.Module, plan: Plan, seed: int = 0) -> Plan:
     return narrow(plan, choose_ready(model, plan, seed))
 
 
-def _narrowed(row: Row, indices: Mapping[str, Tensor]) -> Iterator[Row]:
-    chosen = {term: _checked(indices[row.name(term)], row.name(term), prod(shape)) for term, shape in row.terms}
-    if not row.sites and not any(len(index) for index in chosen.values()):
+def _narrowed(entry: Entry, indices: Mapping[str, Tensor]) -> Iterator[Entry]:
+    chosen = {term: _checked(indices[entry.name(term)], entry.name(term), prod(shape)) for term, shape in entry.terms}
+    if not entry.sites and not any(len(index) for index in chosen.values()):
         return  # (sites that share tensors need each other)
-    kept = tuple((t, s) for t, s in row.terms if row.added or len(chosen[t]))
+    kept = tuple((t, s) for t, s in entry.terms if entry.added or len(chosen[t]))
     partial = [(t, s) for t, s in kept if len(chosen[t]) < prod(s)]
-    fresh = initial(row, 0) if row.added and partial else {}
-    drawn = isinstance(row.method, StartsFromBase) and not row.owns_shared
+    fresh = initial(entry, 0) if entry.added and partial else {}
+    drawn = isinstance(entry.method, StartsFromBase) and not entry.owns_shared
     subsets = {t: Subset(chosen[t], s, t in fresh and (drawn or not _constant(fresh[t]))) for t, s in partial}
-    yield replace(row, terms=kept, subsets=subsets)
+    yield replace(entry, terms=kept, subsets=subsets)
 
 
 def _checked(index: Tensor, name: str, size: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.common.errors import PlanError
-from smidgen.planning.row import Row, Shape
+from smidgen.planning.entry import Entry, Shape
 from smidgen.sites.discovery import find_sites
 from smidgen.sites.fused_rows import Rows
 from smidgen.sites.site import MapSite, Site
@@ -21,14 +21,14 @@ from smidgen.sites.site import MapSite, Site
 class Candidate:
     """One tensor that a selection may keep parts of."""
 
-    row: Row
+    entry: Entry
     term: str
     shape: Shape
 
     @property
     def name(self) -> str:
         """Its saved name."""
-        return self.row.name(self.term)
+        return self.entry.name(self.term)
 
     @property
     def size(self) -> int:
@@ -36,9 +36,9 @@ class Candidate:
         return prod(self.shape)
 
 
-def candidates(rows: Sequence[Row]) -> list[Candidate]:
-    """All tensors of these rows, in the plan's order."""
-    return [Candidate(row, term, shape) for row in rows for term, shape in row.terms]
+def candidates(entries: Sequence[Entry]) -> list[Candidate]:
+    """All tensors of these entries, in the plan's order."""
+    return [Candidate(entry, term, shape) for entry in entries for term, shape in entry.terms]
 
 
 def label_units(model: nn.Module, found: Sequence[Candidate], granularity: str) -> tuple[Tensor, int]:
@@ -52,7 +52,7 @@ def label_units(model: nn.Module, found: Sequence[Candidate], granularity: str) 
         return torch.arange(total), total
     if granularity == "head":
         return _heads(model, found)
-    keys = [c.name if granularity == "tensor" else layer_key(c.row.site) for c in found]
+    keys = [c.name if granularity == "tensor" else layer_key(c.entry.site) for c in found]
     numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     parts = [torch.full((c.size,), numbers[key]) for c, key in zip(found, keys, strict=True)]
     return torch.cat(parts), len(numbers)
@@ -76,13 +76,13 @@ def check_heads(model: nn.Module, found: Sequence[Candidate]) -> None:
 
 def _heads(model: nn.Module, found: Sequence[Candidate]) -> tuple[Tensor, int]:
     check_heads(model, found)
-    out = all("attention_out" in c.row.site.roles for c in found)
+    out = all("attention_out" in c.entry.site.roles for c in found)
     count = head_count(model, OWN if out else GROUPED)
     slices = [site for site in find_sites(model) if isinstance(site, MapSite) and site.rows is not None]
     numbers: dict[str, int] = {}
     parts = []
     for c in found:
-        key = layer_key(c.row.site)
+        key = layer_key(c.entry.site)
         local = torch.full(c.shape, -1)
         for dim, rows in _parts(c, slices):
             _number(local, dim, rows, count)
@@ -108,21 +108,21 @@ def head_count(model: nn.Module, fields: Sequence[str] = GROUPED) -> int:
 
 def _parts(c: Candidate, slices: Sequence[MapSite]) -> list[tuple[int, Rows]]:
     """Dimension and places of a tensor that hold one projection's outputs, or the output map's inputs."""
-    site, shape = c.row.site, c.shape
+    site, shape = c.entry.site, c.shape
     if not isinstance(site, MapSite):
         return []
-    fused = [s for s in slices if s.path == site.path] if site.rows is None and not c.row.added else []
+    fused = [s for s in slices if s.path == site.path] if site.rows is None and not c.entry.added else []
     if fused:
         dim = len(shape) - 1 if site.transposed else 0
         return [(dim, s.rows) for s in fused if s.rows and s.roles & {"query", "key", "value"}]
-    enters = c.row.added and len(shape) == 1 and c.row.method.enters(site)  # a vector of the input's width
+    enters = c.entry.added and len(shape) == 1 and c.entry.method.enters(site)  # a vector of the input's width
     if site.roles & {"query", "key", "value"} and not enters:
-        dim = len(shape) - 1 if site.transposed and not c.row.added else 0
+        dim = len(shape) - 1 if site.transposed and not c.entry.added else 0
         return [(dim, Rows(0, shape[dim]))] if shape[dim] == site.width_out else []
-    if "attention_out" in site.roles and c.row.added and shape == (site.width_in,):
+    if "attention_out" in site.roles and c.entry.added and shape == (site.width_in,):
         return [(0, Rows(0, site.width_in))] if enters else []
     if "attention_out" in site.roles and len(shape) == 2:
-        dim = 0 if site.transposed and not c.row.added else 1
+        dim = 0 if site.transposed and not c.entry.added else 1
         return [(dim, Rows(0, shape[dim]))] if shape[dim] == site.width_in else []
     return []
 

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from smidgen.common.dtypes import master_dtype
 from smidgen.common.hook_types import Args, first_of, like
-from smidgen.planning.row import Row
+from smidgen.planning.entry import Entry
 from smidgen.ports.forward_state import Mix, state
 from smidgen.sites.site import LinearSite, NormSite, module_at
 from smidgen.sites.weight_view import channels_back, channels_last
@@ -25,10 +25,10 @@ from smidgen.sites.weight_view import channels_back, channels_last
 InPlace = NormSite | LinearSite
 
 
-def why_not_in_place(row: Row) -> str | None:
+def why_not_in_place(entry: Entry) -> str | None:
     """Why rows cannot have different values of what is trained in place; None if they can."""
-    site, terms = row.site, {term for term, _ in row.terms}
-    if row.subsets:
+    site, terms = entry.site, {term for term, _ in entry.terms}
+    if entry.subsets:
         return "parts of tensors are trained, at places of their own"
     if isinstance(site, NormSite) and site.affine and terms <= {site.gain, site.bias}:
         return None

@@ -17,8 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from smidgen.common.errors import AttachError
 from smidgen.common.wrappers import bare
+from smidgen.planning.entry import Entry
 from smidgen.planning.plans import Plan
-from smidgen.planning.row import Row
 from smidgen.ports.attachment_record import MIXTURE, refuse_attached
 from smidgen.ports.builtin_ports import port_of
 from smidgen.ports.by_row.heads import head_by_row, pool_by_row
@@ -31,10 +31,10 @@ from smidgen.sites.site import module_at
 def why_no_rows(model: nn.Module, plan: Plan) -> dict[str, str]:
     """Method -> why rows of one batch cannot have different results of it; empty if they can."""
     found: dict[str, str] = {}
-    for row in plan.rows:
-        why = _of_edit(row) if row.added else why_not_in_place(row)
+    for entry in plan.entries:
+        why = _of_edit(entry) if entry.added else why_not_in_place(entry)
         if why:
-            found.setdefault(str(row.method), why)
+            found.setdefault(str(entry.method), why)
     for name, _ in plan.head:
         module = model.get_submodule(name.rpartition(".")[0])
         if type(module) is not nn.Linear:
@@ -42,21 +42,21 @@ def why_no_rows(model: nn.Module, plan: Plan) -> dict[str, str]:
     return found
 
 
-def _of_edit(row: Row) -> str | None:
-    if row.owns_shared or row.sites:
+def _of_edit(entry: Entry) -> str | None:
+    if entry.owns_shared or entry.sites:
         return "its sites share tensors"
-    if row.subsets or row.kept or row.routes:
+    if entry.subsets or entry.kept or entry.routes:
         return "a file holds more than its trained tensors, such as indices or a start"
-    if row.method.settled() != row.method:
+    if entry.method.settled() != entry.method:
         return "it is saved as another method"
-    return port_of(row.site).why_no_rows(_valueless(row))
+    return port_of(entry.site).why_no_rows(_valueless(entry))
 
 
-def _valueless(row: Row) -> Edit:
+def _valueless(entry: Entry) -> Edit:
     """An edit whose tensors come row by row: its own have no values."""
-    tensors = {symbol: torch.empty(shape, device="meta") for symbol, shape in row.terms}
-    edit = port_of(row.site).edit(row.method, row.site, tensors)
-    edit.saved_as = row.name("")
+    tensors = {symbol: torch.empty(shape, device="meta") for symbol, shape in entry.terms}
+    edit = port_of(entry.site).edit(entry.method, entry.site, tensors)
+    edit.saved_as = entry.name("")
     return edit
 
 
@@ -106,11 +106,11 @@ class Mixture:
         torch.compiler.reset()
 
     def _place(self, layout: str, plan: Plan) -> None:
-        for row in plan.rows:
-            site: Any = row.site
-            if row.added:
-                edit = _valueless(row)
-                self._handles += port_of(site).place_layout(self.model, site, layout, row.key, edit)
+        for entry in plan.entries:
+            site: Any = entry.site
+            if entry.added:
+                edit = _valueless(entry)
+                self._handles += port_of(site).place_layout(self.model, site, layout, entry.key, edit)
             elif site.path not in self._terms:
                 terms = NeutralTerms(self.model, site)
                 terms.place()
@@ -124,11 +124,11 @@ class Mixture:
     def remove(self, layout: str) -> None:
         """Take a layout off: its edits, and the neutral terms and hooks that no other one needs."""
         plan = self._plans.pop(layout, None)
-        for row in plan.rows if plan is not None else ():
-            if row.added:
-                port_of(row.site).remove_layout(self.model, row.site, layout)
+        for entry in plan.entries if plan is not None else ():
+            if entry.added:
+                port_of(entry.site).remove_layout(self.model, entry.site, layout)
         plans = self._plans.values()
-        terms = {row.site.path for other in plans for row in other.rows if not row.added}
+        terms = {entry.site.path for other in plans for entry in other.entries if not entry.added}
         heads = {name.rpartition(".")[0] for other in plans for name, _ in other.head}
         for path in self._terms.keys() - terms:
             self._terms.pop(path).remove()

@@ -32,14 +32,16 @@ def swaps(plan: Plan, parameters: Mapping[str, nn.Parameter], owners: Mapping[in
         parameters: name -> parameter.
         owners: identity of a parameter -> all of its names.
     """
-    names = [row.name(t) for row in plan.rows if not row.added for t, _ in row.terms if t not in row.subsets]
+    names = [
+        entry.name(t) for entry in plan.entries if not entry.added for t, _ in entry.terms if t not in entry.subsets
+    ]
     trained = [*names, *(name for name, _ in plan.head)]
     # A norm in a low-precision base computes in float32 with both of its terms, even if one of them is frozen.
     norms = {
-        f"{row.site.path}.{term}": None
-        for row in plan.rows
-        if isinstance(row.site, NormSite) and not row.added
-        for term, _ in row.site.terms
+        f"{entry.site.path}.{term}": None
+        for entry in plan.entries
+        if isinstance(entry.site, NormSite) and not entry.added
+        for term, _ in entry.site.terms
     }
     frozen = [name for name in norms if name not in trained and parameters[name].element_size() < 4]
     found = []
@@ -68,7 +70,7 @@ def take_back(model: nn.Module, swaps: Sequence[Swap]) -> None:
 
 def low_modules(plan: Plan, swaps: Sequence[Swap]) -> list[Low]:
     """Modules of a low-precision base that hold masters."""
-    norms = {row.site.path for row in plan.rows if isinstance(row.site, NormSite)}
+    norms = {entry.site.path for entry in plan.entries if isinstance(entry.site, NormSite)}
     terms: dict[str, dict[str, torch.dtype]] = {}
     for swap in swaps:
         if swap.original.dtype in LOW:

@@ -26,8 +26,8 @@ from smidgen.common.errors import AttachError
 from smidgen.common.hook_types import Args, Kwargs
 from smidgen.methods.base import Method
 from smidgen.methods.capabilities import AddsTokens, Tensors
+from smidgen.planning.entry import Entry
 from smidgen.planning.prompt_positions import prompt_length
-from smidgen.planning.row import Row
 from smidgen.planning.rules.inputs import InputRules
 from smidgen.ports.base import Port
 from smidgen.ports.edit import Edit, Edits, drop_edits, edits_at
@@ -160,10 +160,10 @@ class PromptPort(InputRules, Port):
 
     edit = InputEdit
 
-    def check(self, model: nn.Module, row: Row) -> None:
+    def check(self, model: nn.Module, entry: Entry) -> None:
         """Raises AttachError if the embedding cannot take the method's vectors."""
-        assert isinstance(row.site, InputSite)
-        check_tokens(model, row.site, row.method)
+        assert isinstance(entry.site, InputSite)
+        check_tokens(model, entry.site, entry.method)
 
     def place(self, model: nn.Module, site: Site, key: str, edit: Edit) -> list[RemovableHandle]:
         """At the embedding; hooks of the model around it make room and take the prompt out again."""

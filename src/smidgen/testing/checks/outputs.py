@@ -55,8 +55,8 @@ def disabled_gives_the_base(case: Case) -> None:
 def merges(case: Case) -> None:
     """Merged equals attached, in a plain model; or the merge is refused."""
     model = case.attach(perturb=0.1)
-    added = [row for row in attachment(model).plan.rows if row.added]
-    if any(row.method.unmergeable(row.site) for row in added):
+    added = [entry for entry in attachment(model).plan.entries if entry.added]
+    if any(entry.method.unmergeable(entry.site) for entry in added):
         try:
             merge(model)
         except AttachError:

@@ -10,8 +10,8 @@ from math import prod
 from smidgen.delta.attaching import attach, detach
 from smidgen.delta.delta import TENSORS, Delta
 from smidgen.methods.base import Method
+from smidgen.planning.entry import Entry
 from smidgen.planning.resolution import resolve
-from smidgen.planning.row import Row
 from smidgen.planning.selection.narrowing import settle
 from smidgen.ports.attachment_record import trained_parameters
 from smidgen.recipe.recipe import Recipe, parse
@@ -69,20 +69,20 @@ def docstring_is_true(case: Case) -> None:
         assert "Shapes:" in text and "Departures:" in text, f"{type(term).__name__} lacks Shapes or Departures"
         first = text.strip().splitlines()[0]
         assert len(first) <= 90 and first.endswith("."), f"{type(term).__name__}: the first line is not one sentence"
-    for row in resolve(case.model, case.recipe).rows:
-        if row.added:
-            _check_shapes(row)
+    for entry in resolve(case.model, case.recipe).entries:
+        if entry.added:
+            _check_shapes(entry)
 
 
-def _check_shapes(row: Row) -> None:
+def _check_shapes(entry: Entry) -> None:
     """Each saved tensor has a shape that the docstring states."""
-    method: Method[Site] = row.method
+    method: Method[Site] = entry.method
     fields = {name: getattr(method, name) for name in method.__dataclass_fields__}
-    site = row.sites[0] if row.owns_shared else row.site  # what shares tensors is alike
+    site = entry.sites[0] if entry.owns_shared else entry.site  # what shares tensors is alike
     names = fields | {f.name: value for f in fields_of(site) if isinstance(value := getattr(site, f.name), int)}
-    if row.owns_shared:
-        names["sites"] = len(row.sites)
-    for symbol, shape in row.terms:
+    if entry.owns_shared:
+        names["sites"] = len(entry.sites)
+    for symbol, shape in entry.terms:
         line = re.search(rf"^\s+{symbol}: (.*)$", method.__doc__ or "", re.MULTILINE)
         assert line, f"{type(method).__name__} does not give the shape of {symbol}"
         stated = [_numbers(match, names) for match in re.findall(r"\(([^)]*)\)", line.group(1))]

@@ -41,7 +41,7 @@ def gradient_reaches_every_tensor(case: Case) -> None:
 def gradients_are_those_of_the_merged_weight(case: Case) -> None:
     """Where `merge` says what the weights become, gradients are autograd's through these weights in a plain model."""
     model = case.attach(perturb=0.1).eval()
-    if any(row.added and row.method.unmergeable(row.site) for row in attachment(model).plan.rows):
+    if any(entry.added and entry.method.unmergeable(entry.site) for entry in attachment(model).plan.entries):
         return
     trained = trained_parameters(model)
     case.loss().backward()

@@ -74,7 +74,9 @@ def _tried(model: nn.Module, resolved: Plan, batch_size: int, length: int, recom
     """The costs with the first inputs that the model takes, or why there are none with any."""
     config = getattr(model, "config", None)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
-    prompt = sum(prompt_length(row.method, row.site) for row in resolved.rows if isinstance(row.site, InputSite))
+    prompt = sum(
+        prompt_length(entry.method, entry.site) for entry in resolved.entries if isinstance(entry.site, InputSite)
+    )
     if longest and longest > 0:  # XLNet has -1, for no limit
         length = min(length, longest - prompt)
     main, why = getattr(model, "main_input_name", "input_ids"), ""

@@ -27,8 +27,10 @@ def room(model: nn.Module, recipe: Recipe) -> tuple[int | None, int]:
     if not any(isinstance(method, AddsTokens) for method in recipe):
         return None, 0
     refuse_attached(model)
-    rows = [(row.method, row.site) for row in resolve(model, recipe).rows if isinstance(row.site, InputSite)]
-    return position_limit(model, rows[0][1]), sum(prompt_length(method, site) for method, site in rows)
+    entries = [
+        (entry.method, entry.site) for entry in resolve(model, recipe).entries if isinstance(entry.site, InputSite)
+    ]
+    return position_limit(model, entries[0][1]), sum(prompt_length(method, site) for method, site in entries)
 
 
 def longest(model: nn.Module, recipe: Recipe, processor: Processor) -> int | None:
