@@ -319,7 +319,7 @@ def test_random_is_uniform_over_units_of_unequal_size(recipe, granularity, scope
     group = dict.fromkeys(range(count), 0)
     for c, part in zip(found, unit.split([c.size for c in found]), strict=True):
         for u in set(part.tolist()) - {-1}:
-            kind = c.row.term_kinds[c.term] if scope == "term" else c.name if scope == "tensor" else 0
+            kind = c.entry.term_kinds[c.term] if scope == "term" else c.name if scope == "tensor" else 0
             group[u] = kind
     times = torch.zeros(count, dtype=torch.float64)
     for seed in range(draws):
