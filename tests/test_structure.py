@@ -315,10 +315,6 @@ def test_what_is_unpacked_is_seen(line, star):
     assert [found for _, found in unpacked(ast.parse(line))] == ([] if star is None else [star])
 
 
-# packages whose long private functions have all been given a line of docstring
-SAID = ("cli", "common", "delta", "efficiency", "recipe", "studies", "testing")
-
-
 def undocumented(tree):
     """Functions without a docstring that are public at the top of a module, or private and longer than ten lines."""
     top = {id(node) for node in tree.body}
@@ -332,8 +328,8 @@ def undocumented(tree):
 def test_long_and_public_functions_say_what_they_are():
     found = [
         f"{path.relative_to(SOURCE)}: {name}"
-        for package in SAID
-        for path in (SOURCE / package).rglob("*.py")
+        for path in SOURCE.rglob("*.py")
+        if path.relative_to(SOURCE).parts[0] != "serving"
         for name in undocumented(ast.parse(path.read_text()))
     ]
     assert found == []

@@ -98,6 +98,7 @@ class PackedBatches:
 
 
 def _best_fit(order: list[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Rows of a packed batch, each the numbers of examples whose lengths add up to at most `capacity` tokens."""
     rows: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (room, row), sorted
     for example in order:

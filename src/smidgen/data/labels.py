@@ -70,6 +70,7 @@ def _ignored(tag: object) -> bool:
 
 
 def _distinct(values: Column, columns: Columns, tags: bool) -> list[str | float]:
+    """The different labels of a column, or tags of all its lists, in order; whole numbers by value."""
     if tags and not all(isinstance(value, list) for value in values):
         raise DataError(f"label column {columns.label!r} must hold a list of tags in every row for kind 'tokens'")
     flat = [tag for value in values for tag in value if not _ignored(tag)] if tags else values
@@ -121,6 +122,7 @@ def tag_ids(rows: Dataset, split: str, columns: Columns, labels: Labels) -> list
 
 
 def _lookup(split: str, labels: Labels) -> Callable[[str | float], int]:
+    """The function from a label to its class id; it raises DataError for one that training has not seen."""
     ids = {value: i for i, value in enumerate(labels.values)}
 
     def lookup(value: str | float) -> int:

@@ -103,6 +103,7 @@ def _neighbours(path: Path) -> list[str]:
 
 
 def _folder(path: Path, tagged: bool) -> Raw:
+    """The splits of a folder, whose files are named after them; a split may lie in several shards."""
     found: dict[str, list[Path]] = defaultdict(list)
     notes = {}
     for file in sorted(p for p in path.iterdir() if p.suffix.lower() in FORMATS):
@@ -268,6 +269,7 @@ def paragraphs(text: str) -> list[str]:
 
 
 def _hub(source: str) -> Raw:
+    """The splits of a data set of the Hugging Face hub, `owner/name` or `owner/name:config`."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
         raise DataError(f"unknown data {source!r}; built in is {BBC!r}, else give an existing file or "
                         f"folder, or a hub id as owner/name:config{nearest(source, [BBC])}")  # fmt: skip

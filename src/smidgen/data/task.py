@@ -179,6 +179,7 @@ def _rows(
     label: str | None,
     options: tuple[int, float, Limit],
 ) -> Task:
+    """The task of raw splits of rows: columns inferred, labels numbered, a validation split cut off, limits kept."""
     seed, validation, limit = options
     main = next(iter(raw.splits.values()))
     columns = infer_columns(main, kind, text, label)

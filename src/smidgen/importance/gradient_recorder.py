@@ -99,6 +99,7 @@ class Recorder:
     def _record(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
     ) -> Tensor | None:
+        """Forward hook: keeps a module's input and waits for its output's gradient; refuses calls with no rule."""
         targets = [target for target in self.targets[module] if target not in self.refused]
         if not (self.on and targets and torch.is_grad_enabled()):
             return None

@@ -140,6 +140,7 @@ def _check(model: nn.Module, recipe: Recipe) -> None:
 
 
 def _score(model: nn.Module, plan: Plan, span: Narrowing, means: Means) -> dict[str, Tensor]:
+    """Saved name -> score of every value, in the tensor's shape, that one `| Select` may keep, on the CPU."""
     by = span.by
     if not isinstance(by, Select):
         raise RecipeError(f"{by} has no score")

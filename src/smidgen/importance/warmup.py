@@ -72,6 +72,7 @@ def _steps(
     processor: Processor,
     moved: dict[str, Tensor],
 ) -> None:
+    """Trains what is attached for the warm-up's steps and adds -gradient * value, before each step, to `moved`."""
     trained, adam = trained_parameters(model), optimizer(model, course.lr, course.head_lr)
     rates = [group["lr"] for group in adam.param_groups]
     batches, objective = _batches(model, task, course, processor), course.objective or TaskLoss()

@@ -222,6 +222,7 @@ def _outside(model: nn.Module, sites: Iterable[Site], stacks: Collection[str]) -
 
 
 def _of_block(model: nn.Module, root: str, sites: Sequence[Site], idle: Collection[int]) -> Iterator[_Candidate]:
+    """Maps, attentions and feed-forward parts of one stack of blocks that no role is known for, with the reason."""
     parts = [s for s in sites if isinstance(s, LinearSite | OtherSite | UncalledSite)]
     known = {outer for s in parts if s.roles & {"attention", "ff"} for outer in _around(s.path)}
     roles = {role for s in parts for role in s.roles}

@@ -132,6 +132,7 @@ def _gaps(
 def _all_entries(
     model: nn.Module, recipe: Recipe, sites: list[Site], parameters: dict[str, nn.Parameter], closed: set[int]
 ) -> list[Entry]:
+    """The entries of all methods in the recipe's order; those that give way are resolved last."""
     found: dict[int, list[Entry]] = {}
     terms = [(index, method) for index, method in enumerate(recipe) if isinstance(method, Method)]
     if len(terms) < len(recipe):
@@ -166,6 +167,7 @@ def _low(sites: Sequence[Site], names: Collection[str]) -> tuple[Site, ...]:
 def _entries(
     index: int, method: Method, sites: list[Site], parameters: dict[str, nn.Parameter], closed: set[int]
 ) -> Iterator[Entry]:
+    """The entries of one method: at each site what it trains in place, then what it adds; no parameter of `closed`."""
     seen: set[int] = set()
     for site in sites:
         prefix = f"{site.path}." if site.path else ""

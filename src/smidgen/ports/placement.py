@@ -128,6 +128,7 @@ def take_off(model: nn.Module) -> None:
 
 
 def _place_edit(model: nn.Module, entry: Entry, fresh: Mapping[str, Tensor], record: Attachment, seed: int) -> None:
+    """Puts one entry's edit on its module with fresh tensors, and notes hooks, edits and trained parameters."""
     device = next(module_at(model, entry.site.path).parameters()).device
     fresh = {k: v.to(device=device, dtype=master_dtype(record.dtype)) for k, v in fresh.items()}
     port, chosen = port_of(entry.site), {term: subset.indices for term, subset in entry.subsets.items()}

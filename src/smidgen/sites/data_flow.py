@@ -155,6 +155,7 @@ class _Flow:
         self.run(statement.orelse)
 
     def _simple(self, statement: ast.stmt) -> None:
+        """What a statement without a body writes into which names; raises UnclearError for one that is not known."""
         if isinstance(statement, ast.Assign):
             for target in statement.targets:
                 self._add(target, self.behind(statement.value))

@@ -126,6 +126,7 @@ def _corrected(roles: frozenset[str], model: nn.Module, path: str) -> frozenset[
 
 
 def _owner(path: str, module: nn.Module, part: _Part, roles: frozenset[str]) -> OwnerSite:
+    """The site of a whole module that owns parameters, of the type that its kind asks for."""
     terms = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
     kind = kind_of(module)
     bias = next((name for name in ("bias", "in_proj_bias", "beta") if name in terms), None)

@@ -115,6 +115,7 @@ def _values(site: Site) -> int:
 
 
 def _together(entries: Iterable[tuple[str, str, int, str]]) -> tuple[Part, ...]:
+    """Parts of one kind and description as one: their number, their values, and the path of the first."""
     counts: Counter[tuple[str, str]] = Counter()
     values: Counter[tuple[str, str]] = Counter()
     first: dict[tuple[str, str], str] = {}

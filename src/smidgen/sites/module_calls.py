@@ -71,6 +71,7 @@ def _uses(cls: type) -> dict[str, bool]:
 
 
 def _collect(function: FunctionType, read: set[str], called: set[str]) -> None:
+    """Adds to `read` and `called` the names of submodules whose tensors a function reads, and which it calls."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):

@@ -73,6 +73,7 @@ def _key(module: nn.Module) -> Any:
 
 
 def _is_plain(module: nn.Module) -> bool:
+    """Whether a module computes x W^T + b with its weight and bias, by trial on random inputs of two shapes."""
     terms = dict(module.named_parameters(recurse=False))
     # what stands in children, or in tensors of other names, may be zero now and grow
     if next(module.children(), None) is not None or not terms.keys() <= {"weight", "bias"}:

@@ -64,6 +64,7 @@ def assign(model: nn.Module, values: Mapping[str, Tensor], optimizer: torch.opti
 
 
 def _resize(model: nn.Module, record: Attachment, values: Mapping[str, Tensor]) -> None:
+    """Puts tensors of new shapes in the place of the trained ones, and the shapes into the record's plan."""
     entries = []
     for entry in record.plan.entries:
         found = {term: values[entry.name(term)] for term, _ in entry.terms if entry.name(term) in values}

@@ -34,6 +34,7 @@ def reference_models(model: nn.Module, wanted: Mapping[str, Reference]) -> Model
 
 
 def _model(model: nn.Module, name: str, reference: Reference) -> nn.Module | None:
+    """The frozen model that a reference names, sharing what it can; None for the base, which is the model itself."""
     if isinstance(reference, str) and reference == BASE:
         return None
     if isinstance(reference, str) and reference == START:

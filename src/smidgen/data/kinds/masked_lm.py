@@ -110,6 +110,7 @@ def _hidden(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Example:
 
 
 def _filled(question: Question, text: str) -> Answer:
+    """A text with its most probable tokens at the masks, and the probabilities of the best few at the first one."""
     tokenizer = tokenizer_in(question.processor, MaskedLM.name)
     batch = tokenizer(text, return_tensors="pt").to(next(question.model.parameters()).device)
     masked = batch["input_ids"][0] == tokenizer.mask_token_id

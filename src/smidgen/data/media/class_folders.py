@@ -92,6 +92,7 @@ def _common(places: Iterable[PurePosixPath]) -> int:
 def _splits(
     path: Path, form: MediaForm, placed: Sequence[tuple[tuple[str, ...], MediaFile]]
 ) -> tuple[dict[str, list[Example]], dict[str, str]]:
+    """Split -> files with their class, both by folder or the beginning of the file's name; and notes."""
     splits, notes = defaultdict[str, list[Example]](list), dict[str, str]()
     named = all(len(parts) > 1 and split_called(parts[0]) for parts, _ in placed)
     for parts, file in placed:

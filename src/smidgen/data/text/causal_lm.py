@@ -52,6 +52,7 @@ def _example(ids: list[int], labels: list[int]) -> Example:
 
 
 def _cut(pairs: Iterable[Pair], length: int) -> Part:
+    """Examples cut to `length` tokens, how many were cut, and how many were left out with no label in what remained."""
     examples, truncated, dropped = [], 0, 0
     for ids, labels in pairs:
         truncated += len(ids) > length
@@ -98,6 +99,7 @@ def _completions(prompts: list[str], completions: list[str], tokenizer: PreTrain
 
 
 def _conversations(rows: list[list[Message]], tokenizer: PreTrainedTokenizerBase) -> Iterable[Pair]:
+    """Token ids and labels of each conversation by the chat template; labels of assistant turns alone count."""
     if not tokenizer.chat_template:
         raise DataError("the tokenizer has no chat template, which messages need; use one that has, or give "
                         "the data as prompt and completion")  # fmt: skip

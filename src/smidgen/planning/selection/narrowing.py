@@ -61,6 +61,7 @@ def _narrowed(entry: Entry, indices: Mapping[str, Tensor]) -> Iterator[Entry]:
 
 
 def _checked(index: Tensor, name: str, size: int) -> Tensor:
+    """Indices (k,) as int64 on the CPU; raises DeltaError unless they ascend within a tensor of `size` values."""
     whole = not index.is_floating_point() and index.dtype != torch.bool
     index = index.detach().to("cpu", torch.long)
     good = (

@@ -75,6 +75,7 @@ def check_heads(model: nn.Module, found: Sequence[Candidate]) -> None:
 
 
 def _heads(model: nn.Module, found: Sequence[Candidate]) -> tuple[Tensor, int]:
+    """The attention head of every value of the candidates, (N,) int64 with -1 for none, and the number of heads."""
     check_heads(model, found)
     out = all("attention_out" in c.entry.site.roles for c in found)
     count = head_count(model, OWN if out else GROUPED)

@@ -106,6 +106,7 @@ class Mixture:
         torch.compiler.reset()
 
     def _place(self, layout: str, plan: Plan) -> None:
+        """Puts a layout's edits on their modules, and neutral terms and heads where none stand yet."""
         for entry in plan.entries:
             site: Any = entry.site
             if entry.added:

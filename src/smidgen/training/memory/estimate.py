@@ -105,6 +105,7 @@ def _quiet_torch() -> Iterator[None]:
 
 
 def _costs(model: nn.Module, resolved: Plan, inputs: Inputs, recompute: bool) -> Costs:
+    """Bytes and FLOPs of one training step, counted on tensors without content."""
     ghost, mode = _ghost(model)
     with mode, Grouped(), Live() as live:
         live.add(*ghost.parameters(), *ghost.buffers())

@@ -79,6 +79,7 @@ class Feed:
             )  # its one setting is handed on as well
 
     def _order(self, epoch: int, skip: int = 0) -> ShuffledBatches | PackedBatches:
+        """The epoch's batches for this process, packed or shuffled, without the first `skip`."""
         s, lengths, most = self.settings, self.rows.lengths, self.rows.max_length
         if s.batching == PACK and most is not None:
             return PackedBatches(

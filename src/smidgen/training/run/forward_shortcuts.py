@@ -86,6 +86,7 @@ def shortcuts(
 def _first_row(
     model: nn.Module, rows: Rows, given: Conditions, before: str | None, cache: PrefixCache | None
 ) -> tuple[FirstRow | None, str]:
+    """The shortcut that computes the last block for the first token alone, and "on", or None and why not."""
     settings, collate = given.settings, given.collate
     if settings.only_read is False:
         return None, "off"
