@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from smidgen.common.errors import DeltaError
+from smidgen.common.errors import DeltaError, WriteError
 
 
 def write_files(folder: Path, data: Mapping[str, bytes]) -> Path:
     """Write several files into a folder, each by a rename; all are on disk before the first one appears.
 
     Raises:
-        DeltaError: the folder cannot be written or the disk is full; nothing that was there is lost.
+        WriteError: the folder cannot be written or the disk is full; nothing that was there is lost.
     """
     temporary: list[tuple[str, Path]] = []
     try:
@@ -28,7 +28,7 @@ def write_files(folder: Path, data: Mapping[str, bytes]) -> Path:
     except OSError as error:
         for path, _ in temporary:
             Path(path).unlink(missing_ok=True)
-        raise DeltaError(f"cannot write to {folder}: {error.strerror or error}") from None
+        raise WriteError(f"cannot write to {folder}: {error.strerror or error}") from None
     return folder
 
 

@@ -26,6 +26,10 @@ class DeltaError(SmidgenError):
     """A delta that is damaged, or that belongs to another base."""
 
 
+class WriteError(DeltaError):
+    """A file that cannot be written: the folder cannot be, or the disk is full."""
+
+
 class ModelError(SmidgenError):
     """A model that cannot be found or loaded."""
 

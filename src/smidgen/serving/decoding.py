@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,13 @@ class Completion:
     tokens: int
 
 
+class Pieces(Protocol):
+    """Where a text is put as it is written."""
+
+    def put(self, piece: str | None, /) -> None:
+        """One more piece; None behind the last one."""
+
+
 @dataclass(eq=False)
 class Generation:
     """A text that is being written.
@@ -51,7 +58,8 @@ class Generation:
     Attributes:
         ids: of the prompt.
         future: of the whole; a failed one holds the error.
-        pieces: text as it comes, then None.
+        pieces: where text is put as it comes, then None.
+        abandoned: nobody waits for it any more.
     """
 
     model: ServedModel
@@ -59,7 +67,7 @@ class Generation:
     ids: list[int]
     sampling: Sampling
     future: Future[Completion] = field(default_factory=Future)
-    pieces: queue.SimpleQueue[str | None] = field(default_factory=queue.SimpleQueue)
+    pieces: Pieces = field(default_factory=queue.SimpleQueue[str | None])
     abandoned: bool = False
 
     def __post_init__(self) -> None:
@@ -112,6 +120,7 @@ class Generation:
 
     def stream(self) -> Iterator[str]:
         """The text, piece by piece. Raises the error that ended it, if one did."""
+        assert isinstance(self.pieces, queue.SimpleQueue)
         while (piece := self.pieces.get()) is not None:
             yield piece
         self.future.result()

@@ -14,7 +14,8 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from smidgen.common.errors import DeltaError
+from smidgen.common.atomic_files import read_json
+from smidgen.common.errors import DeltaError, WriteError
 from smidgen.delta.delta import META, TENSORS, Delta
 from smidgen.serving.errors import ServingError
 
@@ -78,6 +79,17 @@ class DeltaStore:
         """Bytes of a delta's values."""
         return int(self.fs.size(f"{self.root}/{name}/{TENSORS}"))
 
+    def record(self, name: str) -> dict[str, Any]:
+        """A delta's JSON, without its values. Raises DeltaError if it is damaged or was taken away."""
+        if self.local:
+            return read_json(Path(self.root, name, META))
+        with tempfile.TemporaryDirectory() as copy:
+            try:
+                self.fs.get_file(f"{self.root}/{name}/{META}", f"{copy}/{META}")
+            except FileNotFoundError:
+                raise DeltaError(f"{self.place}/{name} holds no delta: {META} is missing") from None
+            return read_json(Path(copy, META))
+
     def version(self, name: str) -> tuple[object, ...]:
         """What tells one state of a delta's file from another; () if there is none."""
         found = []
@@ -106,8 +118,14 @@ class DeltaStore:
         """Write a delta, whole or not at all, in the place of one of the same name.
 
         Raises:
-            DeltaError: the disk is full, or the folder cannot be written; what was there stays.
+                WriteError: the disk is full, or the folder cannot be written; what was there stays.
         """
+        try:
+            self._save(name, delta)
+        except OSError as error:
+            raise WriteError(f"cannot write to {self.place}: {error.strerror or error}") from None
+
+    def _save(self, name: str, delta: Delta) -> None:
         with self._beside(name) as fresh:
             if self.local:
                 delta.save(fresh)

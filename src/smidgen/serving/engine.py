@@ -68,6 +68,11 @@ class Engine:
         self._thread.start()
 
     @property
+    def closing(self) -> bool:
+        """Whether no more requests are taken."""
+        return self._closing
+
+    @property
     def waiting(self) -> int:
         """Requests that no pass has taken yet."""
         return len(self._waiting) + len(self._texts)

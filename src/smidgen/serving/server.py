@@ -15,24 +15,24 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from smidgen.common.errors import DataError
+from smidgen.common.errors import DataError, nearest
 from smidgen.data.encoded import Cells
 from smidgen.data.kinds.base import Question, TaskKind, kind_named
 from smidgen.data.processor import Processor
 from smidgen.delta.delta import Delta
 from smidgen.inference.prediction import Prediction
 from smidgen.serving.bank import Bank
-from smidgen.serving.decoding import Completion, Generation, check_writing, encode_prompt
+from smidgen.serving.decoding import Completion, Generation, Pieces, check_writing, encode_prompt
 from smidgen.serving.delta_store import BASE
 from smidgen.serving.engine import Engine, Limits
-from smidgen.serving.errors import ServingError
+from smidgen.serving.errors import ServingError, UnknownDeltaError
 from smidgen.serving.model_pool import ModelPool
 from smidgen.serving.requests import Request, Wanted
 from smidgen.serving.sampling import Sampling
 from smidgen.serving.served_model import ServedModel
 from smidgen.serving.tenants import Profile, Tenant
 
-CAUSAL_LM = "AutoModelForCausalLM"
+CAUSAL_LM, HEADLESS = "AutoModelForCausalLM", "AutoModel"
 
 
 class Server:
@@ -73,7 +73,7 @@ class Server:
         self.close()
 
     def close(self) -> None:
-        """Answer what has been taken, then stop."""
+        """Answer what has been taken, then stop. A second call does nothing."""
         self.engine.close()
         self.models.close()
 
@@ -98,6 +98,20 @@ class Server:
     def profile(self, name: str) -> Profile:
         """What is known of a delta; loads it. Raises as `Bank.tenant` does."""
         return self.bank.tenant(name, self._make).profile
+
+    def describe(self, name: str) -> Profile:
+        """What is known of a delta, from its JSON if it is not in memory.
+
+        Raises:
+            UnknownDeltaError: no delta has this name.
+            DeltaError: its JSON is damaged.
+        """
+        found, store = self.bank.peek(name), self.bank.store
+        if found is not None:
+            return found.profile
+        if name not in self.bank or store is None:
+            raise UnknownDeltaError(f"no delta is called {name!r}{nearest(name, self.bank)}")
+        return Profile.of_record(store.record(name))
 
     def _make(self, name: str, delta: Delta) -> Tenant:
         kind = Profile.of(delta).task_kind
@@ -158,6 +172,10 @@ class Server:
         tenant, kind, model = self._found(name)
         if kind.model_class == CAUSAL_LM:
             return [self._continued(tenant, model, text, max_new_tokens, timeout) for text in texts]
+        if tenant is None and kind.model_class == HEADLESS:
+            raise ServingError(
+                f"the base, a {type(model.plain).__name__}, has no head: name a delta, or ask for embeddings"
+            )
         profile = tenant.profile if tenant is not None else _base_profile(model, kind)
         _check(texts, pairs, len(kind.asked(profile.columns)))
 
@@ -197,29 +215,34 @@ class Server:
         return self.begin(name, prompt, sampling).stream()
 
     def begin(
-        self, name: str | None, prompt: str, sampling: Sampling | None = None, *, special: bool = True
+        self,
+        name: str | None,
+        prompt: str | Sequence[object],
+        sampling: Sampling | None = None,
+        *,
+        pieces: Pieces | None = None,
     ) -> Generation:
         """Let a text be written, and give it to wait for.
 
         Args:
-            special: whether the tokenizer adds its special tokens; a rendered chat brings its own.
+            prompt: a text, or messages of a chat.
+            pieces: where pieces of text are put as they come, and None behind the last one; by default a queue.
         """
         tenant, kind, model = self._found(name)
         if kind.model_class != CAUSAL_LM:
             raise ServingError(f"{name or BASE!r} answers {kind.name} tasks and writes no text; use predict")
-        text = Generation(model, tenant, encode_prompt(model, prompt, special), sampling or Sampling())
+        text = Generation(model, tenant, _ids(model, prompt), sampling or Sampling())
+        if pieces is not None:
+            text.pieces = pieces
         self.engine.write(text)
         return text
 
     def _continued(
         self, tenant: Tenant | None, model: ServedModel, text: object, count: int, timeout: float | None
     ) -> Prediction:
-        prompt, special = str(text), True
-        if isinstance(text, list):
-            prompt, special = render_chat(model, text), False
-        one = Generation(model, tenant, encode_prompt(model, prompt, special), Sampling(max_tokens=count))
+        one = Generation(model, tenant, _ids(model, text), Sampling(max_tokens=count))
         self.engine.write(one)
-        return Prediction(prompt if special else str(text), one.future.result(timeout).text)
+        return Prediction(str(text), one.future.result(timeout).text)
 
     def _requests(
         self,
@@ -241,6 +264,13 @@ class Server:
     def _computed(self, requests: Sequence[Request], timeout: float | None) -> list[tuple[Tensor, Tensor | None]]:
         self.engine.submit(requests)
         return [request.future.result(timeout) for request in requests]
+
+
+def _ids(model: ServedModel, prompt: object) -> list[int]:
+    """Ids of a text, or of messages, which bring their own special tokens."""
+    if isinstance(prompt, list | tuple):
+        return encode_prompt(model, render_chat(model, prompt), special=False)
+    return encode_prompt(model, str(prompt))
 
 
 def render_chat(model: ServedModel, messages: Sequence[object]) -> str:

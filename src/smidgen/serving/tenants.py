@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smidgen.common.errors import DeltaError
 from smidgen.data.kinds.base import TaskKind, kind_named
 from smidgen.delta.delta import Delta
 from smidgen.planning.plans import Plan
 from smidgen.planning.row import Shape
+from smidgen.planning.saved_layout import is_value
+from smidgen.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,29 @@ class Profile:
     @classmethod
     def of(cls, delta: Delta) -> Profile:
         """Of a delta's own record."""
-        info = delta.info
-        task: Mapping[str, Any] = info.get("task", {})
-        metrics = {k: v for k, v in (info.get("metrics") or {}).items() if isinstance(v, int | float)}
-        kind = task.get("kind")
-        limit = info.get("settings", {}).get("max_length")
+        return cls._of(str(delta.recipe), delta.info, delta.labels, delta.trained, delta.head_values)
+
+    @classmethod
+    def _of(cls, recipe: str, info: Mapping[str, Any], labels: tuple[str, ...], trained: int, head: int) -> Profile:
+        task: Mapping[str, Any] = info.get("task") or {}
+        metrics = {k: v for k, v in (info.get("scores") or {}).items() if isinstance(v, int | float)}
+        limit = (info.get("settings") or {}).get("max_length")
         columns = tuple(task.get("text") or ["text"])
-        return cls(str(delta.recipe), kind, columns, delta.labels, limit, metrics, delta.trained, delta.head_values)
+        return cls(recipe, task.get("kind"), columns, labels, limit, metrics, trained, head)
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Profile:
+        """Of a delta's JSON, whose values are not read. Raises DeltaError if it is damaged."""
+        try:
+            shapes = {name: tuple(spec["shape"]) for name, spec in record["tensors"].items()}
+            sizes = {name: prod(shape) for name, shape in shapes.items() if is_value(name)}
+            head = sum(size for name, size in sizes.items() if name in record["head"])
+            info: Mapping[str, Any] = record["info"]
+            return cls._of(
+                str(Recipe.from_json(record["recipe"])), info, tuple(record["labels"]), sum(sizes.values()) - head, head
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DeltaError(f"a delta's JSON is damaged: {type(error).__name__} {error}") from None
 
     @property
     def task_kind(self) -> TaskKind:

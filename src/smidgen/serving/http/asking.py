@@ -1,0 +1,42 @@
+"""Where a route asks the server: in threads, so that the event loop stays free."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+from fastapi import Depends, Request
+from starlette.concurrency import run_in_threadpool
+
+from smidgen.serving.http.options import HttpOptions
+from smidgen.serving.server import Server
+
+P = ParamSpec("P")
+Found = TypeVar("Found")
+
+
+class Asked:
+    """The server of an app, with its options, for one request."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.server: Server = request.app.state.server
+        self.options: HttpOptions = request.app.state.options
+
+    def about(self, delta: str) -> str:
+        """Note in the request's log line which delta it is about."""
+        self.request.state.delta = delta[:128]
+        return delta
+
+    async def run(self, function: Callable[P, Found], *args: P.args, **kwargs: P.kwargs) -> Found:
+        """A call of the server in a thread. Raises TimeoutError if it takes too long."""
+        return await asyncio.wait_for(run_in_threadpool(function, *args, **kwargs), self.options.timeout)
+
+    async def result(self, future: Future[Any]) -> Any:
+        """What a future will hold. Raises TimeoutError if it takes too long."""
+        return await asyncio.wait_for(asyncio.wrap_future(future), self.options.timeout)
+
+
+Asking = Annotated[Asked, Depends(Asked)]

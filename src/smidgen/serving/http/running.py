@@ -1,0 +1,54 @@
+"""A server process: uvicorn, until it is told to stop."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from smidgen.serving.errors import ServingError
+from smidgen.serving.http.app import create_app
+from smidgen.serving.http.options import HttpOptions, check_host
+from smidgen.serving.server import Server
+
+
+def run(server: Server, host: str, port: int, options: HttpOptions, say: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C, then answer what has been taken.
+
+    Args:
+        port: 0 for any that is free.
+        say: told where it listens.
+
+    Raises:
+        ServingError: the port is taken, or the address can be reached by others and there is no key.
+    """
+    check_host(host, options.keys)
+    listening = _listen(host, port)
+    where = listening.getsockname()
+    shown = f"[{where[0]}]" if ":" in where[0] else where[0]
+    say(f"http://{shown}:{where[1]}")
+    log = logging.getLogger("smidgen.requests")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+    config = uvicorn.Config(
+        create_app(server, options), log_level="warning", access_log=False, timeout_graceful_shutdown=30,
+        server_header=False,
+    )  # fmt: skip
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises ServingError if it cannot."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        found = socket.socket(family, socket.SOCK_STREAM)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise ServingError(f"cannot listen at {host}:{port}: {getattr(error, 'strerror', None) or error}") from None
+    return found
