@@ -27,7 +27,7 @@ def run_serve(
     """Answer for all deltas of a folder over HTTP, the rows of a batch each with their own."""
     try:
         from smidgen.serving.http.options import HttpOptions, check_host, read_keys
-        from smidgen.serving.http.running import run
+        from smidgen.serving.http.uvicorn_process import serve_http
     except ImportError as error:
         lacking = f"serving needs further packages ({error.name} is missing): pip install 'smidgen[serve]'"
         raise SmidgenError(lacking) from None
@@ -43,4 +43,4 @@ def run_serve(
         sys.stderr.flush()
 
     with sm.Server(network, bank, processor=processor, limits=limits) as server:
-        run(server, host, port, options, say)
+        serve_http(server, host, port, options, say)

@@ -22,11 +22,11 @@ from smidgen.delta.attaching import attached
 from smidgen.delta.compatibility import check_values, fitted
 from smidgen.delta.delta import Delta
 from smidgen.inference.sample_inputs import fitting_inputs
+from smidgen.planning.entry import INDICES, START
 from smidgen.planning.initial_values import initial
 from smidgen.planning.plans import Plan
 from smidgen.planning.prompt_positions import prompt_length
 from smidgen.planning.resolution import resolve
-from smidgen.planning.row import INDICES, START
 from smidgen.ports.by_row.heads import padded
 from smidgen.ports.by_row.mixture import Mixture
 from smidgen.ports.forward_state import Mix, RowBlock, mixed
@@ -119,21 +119,21 @@ class ServedModel:
             plan = resolve(self.plain, delta.recipe.whole, delta.pooling, delta.head)
         key = f"layout{len(self._layouts)}"
         self.mixture.add(key, plan)
-        shapes = {name: shape for row in plan.rows for name, shape in row.names()}
+        shapes = {name: shape for row in plan.entries for name, shape in row.names()}
         if not shapes:
             return None, True
         places, offset = {}, 0
         for name, shape in shapes.items():
             places[name] = (offset, shape)
             offset += prod(shape)
-        prompt = sum(prompt_length(row.method, row.site) for row in plan.rows if isinstance(row.site, InputSite))
+        prompt = sum(prompt_length(row.method, row.site) for row in plan.entries if isinstance(row.site, InputSite))
         return RowLayout(key, plan, places, offset, self._start(plan, places, offset), prompt), True
 
     def _start(self, plan: Plan, places: Mapping[str, tuple[int, tuple[int, ...]]], size: int) -> Tensor:
         """(size,): the base's values of what is trained in place, fresh ones of what is added."""
         dtype = master_dtype(next(self.plain.parameters()).dtype)
         found = torch.zeros(size, device=self.device, dtype=dtype)
-        for row in plan.rows:
+        for row in plan.entries:
             fresh = initial(row, 0) if row.added else {}
             for term, shape in row.terms:
                 offset, _ = places[row.name(term)]

@@ -13,8 +13,8 @@ from torch import Tensor
 from smidgen.common.errors import DeltaError
 from smidgen.data.kinds.base import TaskKind, kind_named
 from smidgen.delta.delta import Delta
+from smidgen.planning.entry import Shape
 from smidgen.planning.plans import Plan
-from smidgen.planning.row import Shape
 from smidgen.planning.saved_layout import is_value
 from smidgen.recipe.recipe import Recipe
 

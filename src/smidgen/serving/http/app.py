@@ -13,7 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from smidgen.common.version import __version__
 from smidgen.serving.errors import ClosedError
-from smidgen.serving.http import completions, delta_routes, predictions
+from smidgen.serving.http import answer_routes, delta_routes, openai_routes
 from smidgen.serving.http.errors import add_handlers
 from smidgen.serving.http.measures import Measures
 from smidgen.serving.http.middleware import Gate, RequestLog
@@ -40,7 +40,7 @@ def create_app(server: Server, options: HttpOptions | None = None) -> FastAPI:
     app.add_middleware(Gate, options=options)
     app.add_middleware(RequestLog, measures=measures)
     add_handlers(app)
-    for part in (predictions, completions, delta_routes):
+    for part in (answer_routes, openai_routes, delta_routes):
         app.include_router(part.router)
     page = files("smidgen.serving.http").joinpath("page.html").read_text(encoding="utf-8")
 

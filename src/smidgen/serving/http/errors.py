@@ -75,7 +75,8 @@ def add_handlers(app: FastAPI) -> None:
     """Let an app answer errors so."""
 
     async def known(request: Request, error: Exception) -> JSONResponse:
-        return error_response(*told(error))
+        status, code, message = told(error)
+        return error_response(status, code, message)
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)

@@ -14,9 +14,9 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from smidgen.serving.decoding import Completion, Generation
+from smidgen.serving.http.answer_routes import Name, check_size
 from smidgen.serving.http.asking import Asked, Asking
 from smidgen.serving.http.errors import RESPONSES, told
-from smidgen.serving.http.predictions import Name, check_size
 from smidgen.serving.sampling import Sampling
 
 router = APIRouter(tags=["OpenAI"], responses=RESPONSES)
@@ -35,7 +35,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class Settings(BaseModel):
+class WritingRequest(BaseModel):
     """What both kinds of request have in common."""
 
     model_config = ConfigDict(extra="allow")
@@ -63,7 +63,7 @@ class Settings(BaseModel):
             raise HTTPException(400, f"{name}={json.dumps(value)[:60]} is not supported; there are {known}")
 
 
-class CompletionRequest(Settings):
+class CompletionRequest(WritingRequest):
     """A prompt to go on with."""
 
     prompt: str
@@ -79,7 +79,7 @@ class ChatMessage(BaseModel):
     name: str | None = None
 
 
-class ChatRequest(Settings):
+class ChatRequest(WritingRequest):
     """A conversation to go on with."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
@@ -141,7 +141,7 @@ async def chat(body: ChatRequest, asked: Asking) -> dict[str, Any] | StreamingRe
 
 
 async def _written(
-    asked: Asked, body: Settings, prompt: str | list[dict[str, str]], sampling: Sampling, form: Form
+    asked: Asked, body: WritingRequest, prompt: str | list[dict[str, str]], sampling: Sampling, form: Form
 ) -> dict[str, Any] | StreamingResponse:
     """A text, or the stream of it."""
     asked.about(body.model)

@@ -14,7 +14,7 @@ from smidgen.serving.http.options import HttpOptions, check_host
 from smidgen.serving.server import Server
 
 
-def run(server: Server, host: str, port: int, options: HttpOptions, say: Callable[[str], None]) -> None:
+def serve_http(server: Server, host: str, port: int, options: HttpOptions, say: Callable[[str], None]) -> None:
     """Serve until SIGTERM or Ctrl-C, then answer what has been taken.
 
     Args:
