@@ -16,7 +16,7 @@ from smidgen.data.kinds.base import kind_named
 from smidgen.delta.content_hash import content_digest
 from smidgen.ports.attachment_record import trained_parameters
 from smidgen.steps.loss_computation import At, Beside, loss_of
-from smidgen.steps.micro_batches import pieces
+from smidgen.steps.micro_batches import split_batch
 from smidgen.steps.objectives import Needs, Objective, TaskLoss, reduction_of
 from smidgen.steps.other_batches import OtherBatches, Source
 from smidgen.steps.references import reference_models, shared_copy
@@ -208,10 +208,10 @@ def test_a_sum_is_not_weighted(size):
     batch = {**h.ids(rows=5), "labels": torch.tensor([0, 1, 1, 0, 1])}
     objective, beside = Summed(), Beside(kind_named("classification"))
     whole = loss_of(model, batch, objective, beside)
-    parts = pieces(range(5), batch, size, "classification", reduction_of(objective, beside.kind))
+    parts = split_batch(range(5), batch, size, "classification", reduction_of(objective, beside.kind))
     found = sum(loss_of(model, p.batch, objective, beside, At(weight=p.weight, share=p.share)) for p in parts)
     torch.testing.assert_close(found, whole)
-    wrong = pieces(range(5), batch, size, "classification", "mean")
+    wrong = split_batch(range(5), batch, size, "classification", "mean")
     assert not torch.allclose(
         sum(loss_of(model, p.batch, objective, beside, At(weight=p.weight)) for p in wrong), whole
     )
@@ -228,7 +228,7 @@ def test_a_penalty_counts_once_for_a_batch():
     beside = Beside(kind_named("classification"))
     plain, whole = (loss_of(model, batch, objective, beside) for objective in (Summed(), Drawn()))
     assert whole - plain > 1
-    parts = pieces(range(5), batch, 2, "classification", "sum")
+    parts = split_batch(range(5), batch, 2, "classification", "sum")
     found = sum(loss_of(model, p.batch, Drawn(), beside, At(weight=p.weight, share=p.share)) for p in parts)
     torch.testing.assert_close(found, whole)
 
@@ -243,7 +243,7 @@ def test_a_loss_that_couples_the_batch_is_never_cut(task):
     h.same(fit(task, Coupled(), max_memory=4 * room, cache=False), fit(task, Coupled(), cache=False))
     batch = {**h.ids(rows=5), "labels": torch.tensor([0, 1, 1, 0, 1])}
     with pytest.raises(TrainError, match="couples the 5 examples"):
-        list(pieces(range(5), batch, 2, "classification", "batch"))
+        list(split_batch(range(5), batch, 2, "classification", "batch"))
 
 
 def test_batches_of_tokens_are_not_cut_either(task):

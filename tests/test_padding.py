@@ -14,7 +14,7 @@ from smidgen.common.errors import AttachError, DataError, PlanError
 from smidgen.data.text.collate import Collator
 from smidgen.planning.resolution import resolve
 from smidgen.ports.attachment_record import trained_parameters
-from smidgen.ports.prompts.token_insertion import Room
+from smidgen.ports.prompts.token_insertion import TokenInsertion
 from smidgen.sites.task_head import own_pooling, takes_positions
 from smidgen.testing.suite import shake
 from tests import helpers as h
@@ -154,11 +154,11 @@ def test_a_prompt_stands_beside_the_text_where_nobody_gives_positions(name):
 
 
 def test_given_positions_go_on_behind_the_prompt():
-    room = Room.of(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]]), 2, 0, torch.device("cpu"))
-    found = room.positions(torch.tensor([[0, 0, 5, 6], [5, 6, 7, 0]]))
+    inserted = TokenInsertion.of(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]]), 2, 0, torch.device("cpu"))
+    found = inserted.positions(torch.tensor([[0, 0, 5, 6], [5, 6, 7, 0]]))
     assert found[0, 2:].tolist() == [5, 6, 7, 8]
     assert found[1, :5].tolist() == [5, 6, 7, 8, 9]
-    behind = Room.of(torch.tensor([[0, 1, 1]]), 2, 1, torch.device("cpu"))
+    behind = TokenInsertion.of(torch.tensor([[0, 1, 1]]), 2, 1, torch.device("cpu"))
     assert behind.positions(torch.tensor([[0, 4, 5]]))[0, 1:].tolist() == [4, 5, 6, 7]
     assert behind.positions(torch.tensor([[[0, 4, 5]], [[0, 7, 8]]]))[1, 0, 1:].tolist() == [7, 8, 9, 10]
 

@@ -110,7 +110,7 @@ def test_mos_trains_as_many_values_as_lora_of_the_equivalent_rank(rank, shards):
     assert mos == sm.plan(model, "LoRA(rank=2)").trained
 
 
-def test_routes_come_back_from_the_file_whatever_the_seed(tmp_path):
+def test_shared_indices_come_back_from_the_file_whatever_the_seed(tmp_path):
     model = tiny("bert")
     sm.attach(model, "MoS(rank=3)", seed=5)
     shake(trained_parameters(model).values())

@@ -22,7 +22,7 @@ from smidgen.efficiency.prefix_cache.cache import PrefixCache
 from smidgen.efficiency.prefix_cache.cache_key import key
 from smidgen.efficiency.prefix_cache.cut_point import cut_of, why_not
 from smidgen.efficiency.prefix_cache.recorded_pass import in_eval_mode, states_at
-from smidgen.efficiency.prefix_cache.within_block import inner_cut, resting_modules
+from smidgen.efficiency.prefix_cache.within_block import frozen_within_block, inner_cut
 from smidgen.ports.attachment_record import attachment, trained_parameters
 from tests import helpers as h
 
@@ -227,9 +227,9 @@ def test_dropout_above_stays_on_and_draws_the_same(checkpointing):
     if checkpointing:
         model.activation_checkpointing_enable()
     batch = collate(examples()[:3])
-    resting = resting_modules(model, attachment(model).plan, batch)
+    frozen = frozen_within_block(model, attachment(model).plan, batch)
     model.train()
-    for part in resting:
+    for part in frozen:
         part.eval()
     torch.manual_seed(5)
     plain = gradients(model, batch)

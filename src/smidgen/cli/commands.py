@@ -127,7 +127,7 @@ def tune(
     head_lr: Annotated[float | None, Option(help="learning rate of the head")] = None,
     batch_size: BatchSize = 32, batch_tokens: BatchTokens = None, max_length: Length = None,
     dtype: Precision = TuneDtype.float32, only_read: OnlyRead = None,
-    max_memory: Annotated[str | None, Option(help="such as 4GB: larger batches are computed in pieces")] = None,
+    max_memory: Annotated[str | None, Option(help="such as 4GB: larger batches are computed in micro-batches")] = None,
     recompute: Annotated[bool, Option("--recompute", help="activations computed twice, not kept: less memory")] = False,
     pooling: Pooling = None, limit: Limit = None, text: Text = None, label: Label = None, kind: Kind = None,
     metric: Metric = None, as_json: Json = False,

@@ -172,7 +172,7 @@ def fill_values(model: nn.Module, delta: Delta) -> None:
             if name.endswith(START):
                 tensor.copy_(delta.tensors[name])
         for entry in attachment(model).plan.entries:
-            for symbol, _ in entry.routes:
+            for symbol, _ in entry.shared_indices:
                 name = entry.name(symbol)
                 indices: Tensor = getattr(module_at(model, name.rpartition(".")[0]), symbol)
                 indices.copy_(delta.tensors[name + INDICES])

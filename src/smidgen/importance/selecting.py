@@ -88,7 +88,7 @@ def select(  # noqa: PLR0913 - options by keyword
     plan = resolve(model, recipe, pooling)
     indices: dict[str, Tensor] = {}
     for span in recipe.narrowed:
-        found = scores if scores is not None else _score(model, plan, span, means)
+        found = scores if scores is not None else _candidate_scores(model, plan, span, means)
         indices |= choose(model, plan, span, found)
     base = Fingerprint.of(model, (*(name for name, _ in plan.head), *renewed(recipe, model)))
     info = {} if task is None else {"task": task.name, "data": task.fingerprint}
@@ -112,7 +112,7 @@ def score(  # noqa: PLR0913 - options by keyword
     plan = resolve(model, recipe, pooling)
     found: dict[str, Tensor] = {}
     for span in recipe.narrowed:
-        found |= _score(model, plan, span, means)
+        found |= _candidate_scores(model, plan, span, means)
     return found
 
 
@@ -139,7 +139,7 @@ def _check(model: nn.Module, recipe: Recipe) -> None:
         raise RecipeError(f"{recipe} has nothing to choose; write '{recipe} | Select(\"fisher\", keep=0.1)'")
 
 
-def _score(model: nn.Module, plan: Plan, span: Narrowing, means: Means) -> dict[str, Tensor]:
+def _candidate_scores(model: nn.Module, plan: Plan, span: Narrowing, means: Means) -> dict[str, Tensor]:
     """Saved name -> score of every value, in the tensor's shape, that one `| Select` may keep, on the CPU."""
     by = span.by
     if not isinstance(by, Select):

@@ -12,7 +12,7 @@ A method says what it does by the functions that it defines; the ports read them
 | `after_with(p, x, y, base, site)` | the same, for a method that reads the module's own weight | module |
 | `keys_values(p, site)` | keys and values that every query sees beside the text's own | attention |
 | `tokens(p, site)` | vectors among the embedded tokens of the text | input |
-| `shared(sites)` | tensors that all sites of one `group(site)` share, and `routes` to their parts | - |
+| `shared(sites)` | tensors that all sites of one `group(site)` share, and `shared_indices` to their parts | - |
 | `event(step, total, sites, parts, memory)` | new tensors at the optimiser steps that are `due` | - |
 | `penalty(parts, sites)` | what is added to the loss | - |
 | `settle(p, site)` | what is saved of the trained tensors, for the method `settled()` | - |
@@ -99,7 +99,7 @@ class Method(Term, Generic[S], abstract=True):
         """Which sites share the tensors of `shared`: those that give the same name (no dots in it)."""
         return "all"
 
-    def routes(self, site: S, sites: Sequence[S]) -> dict[str, Tensor]:
+    def shared_indices(self, site: S, sites: Sequence[S]) -> dict[str, Tensor]:
         """Whole numbers (n,), symbol -> tensor, which parts of what `sites` share this one uses: `p` has them too.
 
         Drawn once from torch's global generator, saved, never trained.

@@ -100,7 +100,7 @@ class RunsBeside(Protocol[At]):
 
 @runtime_checkable
 class Shares(Protocol[At]):
-    """Has tensors above its sites; `group` says which share them, `routes` which parts one uses."""
+    """Has tensors above its sites; `group` says which share them, `shared_indices` which parts one uses."""
 
     def shared(self, sites: Sequence[At]) -> dict[str, Tensor]:
         """Fresh tensors that the sites of a group share, symbol -> tensor; `p` has them beside a site's own."""

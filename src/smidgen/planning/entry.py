@@ -44,7 +44,7 @@ class Entry:
     subsets: Mapping[str, Subset] = field(default_factory=dict, compare=False)
     settled: tuple[tuple[str, Shape], ...] = ()  # what is saved where that is not what is trained
     sites: tuple[Site, ...] = ()  # all that share tensors, for the one that owns these and for each that uses them
-    routes: tuple[tuple[str, Shape], ...] = ()
+    shared_indices: tuple[tuple[str, Shape], ...] = ()
     grown: bool = False  # whether the shapes are those after events
 
     @property
@@ -89,7 +89,7 @@ class Entry:
             if subset.start and term not in self.kept:
                 yield self.name(term) + START, subset.shape
         yield from ((self.name(term) + START, shape) for term, shape in self.terms if term in self.kept)
-        yield from ((self.name(term) + INDICES, shape) for term, shape in self.routes)
+        yield from ((self.name(term) + INDICES, shape) for term, shape in self.shared_indices)
 
     @property
     def kept(self) -> tuple[str, ...]:

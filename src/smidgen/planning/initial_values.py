@@ -36,10 +36,10 @@ def initial(entry: Entry, seed: int, model: nn.Module | None = None) -> dict[str
         return {k: v.contiguous() for k, v in started.items()}  # another layout would round differently
 
 
-def routes(entry: Entry, seed: int) -> dict[str, Tensor]:
+def shared_indices(entry: Entry, seed: int) -> dict[str, Tensor]:
     """Which parts of what its sites share an entry uses, symbol -> (n,) int64."""
     with seeded(seed, entry.site.path, entry.key, "routes"):
-        return {symbol: index.long() for symbol, index in entry.method.routes(entry.site, entry.sites).items()}
+        return {symbol: index.long() for symbol, index in entry.method.shared_indices(entry.site, entry.sites).items()}
 
 
 def blank(entry: Entry) -> dict[str, Tensor]:

@@ -25,8 +25,10 @@ def with_pools(entries: Sequence[Entry]) -> Iterator[Entry]:
             terms = tuple((symbol, tuple(t.shape)) for symbol, t in fresh_shared(first.method, sites).items())
         yield Entry(first.index, first.method, _owner(name), terms, True, sites=sites)
         for entry in found:
-            routes = tuple((symbol, tuple(t.shape)) for symbol, t in entry.method.routes(entry.site, sites).items())
-            yield replace(entry, sites=sites, routes=routes)
+            shared_indices = tuple(
+                (symbol, tuple(t.shape)) for symbol, t in entry.method.shared_indices(entry.site, sites).items()
+            )
+            yield replace(entry, sites=sites, shared_indices=shared_indices)
 
 
 def fresh_shared(method: Method, sites: Sequence[Site]) -> dict[str, Tensor]:

@@ -86,7 +86,7 @@ class Attachment:
     def fixed(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Saved name and tensor of what a file needs beside the trained values: indices, starts drawn at random."""
         for entry in self.plan.entries:
-            if not (entry.subsets or entry.kept or entry.routes):
+            if not (entry.subsets or entry.kept or entry.shared_indices):
                 continue
             module: Any = module_at(model, entry.site.path)
             for term, subset in entry.subsets.items():
@@ -96,7 +96,7 @@ class Attachment:
                     yield entry.name(term) + START, getattr(module.edits[entry.key], term).detach()
             for symbol in entry.kept:
                 yield entry.name(symbol) + START, getattr(module.edits[entry.key], f"{symbol}0")
-            for symbol, _ in entry.routes:
+            for symbol, _ in entry.shared_indices:
                 yield entry.name(symbol) + INDICES, getattr(module.edits[entry.key], symbol).to(torch.int32)
 
     def low_modules(self) -> list[Low]:

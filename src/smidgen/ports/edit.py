@@ -46,10 +46,10 @@ class Edit(nn.Module):
             if len(chosen[symbol]):
                 self.subsets[symbol] = SparseValues(tensor, chosen[symbol], tensor.dtype)
 
-    def share(self, pool: Edit, routes: Mapping[str, Tensor]) -> None:
-        """Use the tensors of a pool, by routes: symbol -> (n,) int64."""
-        self.pool, self.symbols = (pool,), (*self.symbols, *routes)
-        for symbol, index in routes.items():
+    def share(self, pool: Edit, shared_indices: Mapping[str, Tensor]) -> None:
+        """Use the tensors of a pool, by its indices, symbol -> (n,) int64."""
+        self.pool, self.symbols = (pool,), (*self.symbols, *shared_indices)
+        for symbol, index in shared_indices.items():
             self.register_buffer(symbol, index)
 
     def tensors(self) -> dict[str, Tensor]:

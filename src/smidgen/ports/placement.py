@@ -14,7 +14,7 @@ from smidgen.common.dtypes import base_dtype, master_dtype
 from smidgen.common.errors import AttachError
 from smidgen.common.hook_types import Args
 from smidgen.planning.entry import Entry
-from smidgen.planning.initial_values import blank, initial, routes
+from smidgen.planning.initial_values import blank, initial, shared_indices
 from smidgen.planning.plans import Plan
 from smidgen.planning.shared_tensors import pool_key
 from smidgen.ports.attachment_record import Attachment, attachment, check_masters, is_attached
@@ -135,7 +135,7 @@ def _place_edit(model: nn.Module, entry: Entry, fresh: Mapping[str, Tensor], rec
     edit = port.edit(entry.method, entry.site, fresh, chosen)
     if pool := pool_key(entry):
         owner: Any = model
-        edit.share(owner.edits[pool], {k: v.to(device) for k, v in routes(entry, seed).items()})
+        edit.share(owner.edits[pool], {k: v.to(device) for k, v in shared_indices(entry, seed).items()})
     record.handles += port.place(model, entry.site, entry.key, edit)
     if not entry.owns_shared:
         record.edits.append((entry.site.path, entry.key))

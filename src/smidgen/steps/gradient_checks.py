@@ -291,7 +291,7 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 def still(model: nn.Module, start: dict[str, Tensor], rare: Iterable[str] = ()) -> list[str]:
     """Names of trained tensors that are bit for bit where they were, without a declared reason or a name in `rare`."""
-    excused = {*resting(model), *rare}
+    excused = {*may_stand_still(model), *rare}
     now = trained_parameters(model)
     return [n for n, p in now.items() if n not in excused and torch.equal(p.detach(), start[n])]
 
@@ -310,7 +310,7 @@ def check_moved(model: nn.Module, start: dict[str, Tensor], steps: int, rare: It
         )
 
 
-def resting(model: nn.Module) -> Iterator[str]:
+def may_stand_still(model: nn.Module) -> Iterator[str]:
     """Names of trained tensors that may stand still: by their method's word, chosen values of rows of a table, and what
     is new in the base (a pooler that nothing reads)."""
     yield from attachment(model).plan.spare

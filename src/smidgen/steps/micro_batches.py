@@ -1,4 +1,4 @@
-"""A batch in pieces: as much of it at a time as memory allows, with the gradient of the whole."""
+"""Micro-batches: as much of a batch at a time as memory allows, with the gradient of the whole."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from smidgen.data.kinds.base import Batch, kind_named
 from smidgen.steps.objectives import BATCH, MEAN, SUM
 
 
-class Piece(NamedTuple):
-    """Some rows of a batch.
+class MicroBatch(NamedTuple):
+    """Some rows of a batch, computed in one forward and backward pass.
 
     Attributes:
         places: numbers of the rows.
@@ -28,12 +28,12 @@ class Piece(NamedTuple):
     share: float
 
 
-def pieces(
+def split_batch(
     places: Sequence[int], batch: Mapping[str, Tensor], size: int, kind: str, reduction: str = MEAN
-) -> Iterator[Piece]:
-    """A batch in pieces of up to `size` rows.
+) -> Iterator[MicroBatch]:
+    """A batch in micro-batches of up to `size` rows.
 
-    A piece's weight in a mean is its share of rows, or of tokens that carry a label where the loss is a mean over
+    A micro_batch's weight in a mean is its share of rows, or of tokens that carry a label where the loss is a mean over
     those; in a sum it is 1.
 
     Args:
@@ -47,7 +47,7 @@ def pieces(
     """
     rows = len(next(iter(value for value in batch.values() if isinstance(value, Tensor))))
     if rows <= size:
-        yield Piece(places, dict(batch), 1.0, 1.0)
+        yield MicroBatch(places, dict(batch), 1.0, 1.0)
         return
     if reduction == BATCH:
         raise TrainError(
@@ -61,4 +61,4 @@ def pieces(
         share = sum(counts[part]) / sum(counts)
         if share:
             here = places[part] if len(places) == rows else places
-            yield Piece(here, cut, 1.0 if reduction == SUM else share, share)
+            yield MicroBatch(here, cut, 1.0 if reduction == SUM else share, share)

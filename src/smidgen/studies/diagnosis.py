@@ -20,7 +20,7 @@ from smidgen.ports.attachment_record import attachment, refuse_attached, trained
 from smidgen.recipe.recipe import Recipe, Term, as_recipe, registry
 from smidgen.sites.inventory import Part, buffers, left_alone, norms, parts
 from smidgen.sites.task_head import head_names
-from smidgen.steps.gradient_checks import floats, idle_by_word, resting, routed
+from smidgen.steps.gradient_checks import floats, idle_by_word, may_stand_still, routed
 
 NEAR = 1e-3  # of what the recipe changes
 YES, RESTS, UNUSED, IDLE = "yes", "rests by its method's word", "unused by this input", "no token went to its expert"
@@ -234,7 +234,7 @@ def _said(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Name of each trained tensor -> whether it acts, or why not."""
     trained = trained_parameters(model)
     missed = [name for name, p in trained.items() if p.grad is None]
-    rest, spare, idle = set(resting(model)), set(idle_by_word(model)), set(routed(model, missed))
+    rest, spare, idle = set(may_stand_still(model)), set(idle_by_word(model)), set(routed(model, missed))
     for name, p in trained.items():
         if p.grad is None:
             yield name, IDLE if name in idle else UNUSED if name in spare else NEVER

@@ -65,7 +65,7 @@ def _grouped(entries: Sequence[Entry]) -> Iterator[tuple[object, ...]]:
 
 def _uses(entry: Entry) -> str:
     """What stands for tensors where a site has none of its own."""
-    return f"shared, at {', '.join(symbol for symbol, _ in entry.routes)}"
+    return f"shared, at {', '.join(symbol for symbol, _ in entry.shared_indices)}"
 
 
 def _shape(shape: Sequence[int]) -> str:

@@ -44,7 +44,7 @@ def inner_cut(cut: Cut, plan: Plan, batch: Batch) -> Cut | None:
     return replace(cut, site=site, inner=inner) if inner else None
 
 
-def resting_modules(model: nn.Module, plan: Plan, batch: Batch) -> list[nn.Module]:
+def frozen_within_block(model: nn.Module, plan: Plan, batch: Batch) -> list[nn.Module]:
     """All that lies below the lowest edit of a model in eval mode, and so needs no gradient and no dropout.
 
     Beside `frozen_prefix`, the modules of the first edited block that run before its first edited module.

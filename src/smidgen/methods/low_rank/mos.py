@@ -88,7 +88,7 @@ class MoS(LowRank):
         P = torch.empty(n, site.width_in // self.shards).uniform_(-bound, bound)
         return {"P": P, "Q": torch.zeros(n, site.width_out // self.shards)}
 
-    def routes(self, site: MapLike, sites: Sequence[MapLike]) -> dict[str, Tensor]:
+    def shared_indices(self, site: MapLike, sites: Sequence[MapLike]) -> dict[str, Tensor]:
         public = (self.equivalent - self.private) * len(sites) * self.shards
         own = self.private * self.shards
         first = public + [other.name for other in sites].index(site.name) * own

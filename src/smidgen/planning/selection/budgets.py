@@ -54,7 +54,7 @@ def choose(model: nn.Module, plan: Plan, span: Narrowing, scores: Mapping[str, T
     if not isinstance(by, Select):
         raise PlanError(f"{by} does not say how to choose")
     found = _found(plan, span)
-    values = torch.cat([_score(scores, c) for c in found])
+    values = torch.cat([_checked_score(scores, c) for c in found])
     unit, count = label_units(model, found, by.granularity)
     score = values if by.granularity == "element" else _means(values, unit, count)
     group = _groups(found, unit, count, by.scope)
@@ -109,7 +109,8 @@ def quotas(sizes: Sequence[int], total: int) -> list[int]:
     return given
 
 
-def _score(scores: Mapping[str, Tensor], c: Candidate) -> Tensor:
+def _checked_score(scores: Mapping[str, Tensor], c: Candidate) -> Tensor:
+    """A candidate's score, (size,) float64 on the CPU; raises DataError if missing, of another shape or not finite."""
     if c.name not in scores:
         raise DataError(f"there is no score for {c.name}; the scores are those of another recipe")
     score = scores[c.name]

@@ -45,7 +45,7 @@ def why_no_rows(model: nn.Module, plan: Plan) -> dict[str, str]:
 def _of_edit(entry: Entry) -> str | None:
     if entry.owns_shared or entry.sites:
         return "its sites share tensors"
-    if entry.subsets or entry.kept or entry.routes:
+    if entry.subsets or entry.kept or entry.shared_indices:
         return "a file holds more than its trained tensors, such as indices or a start"
     if entry.method.settled() != entry.method:
         return "it is saved as another method"

@@ -72,7 +72,7 @@ class Held:
     modules: list[tuple[str, nn.Module, str, nn.Module]]  # path, parent, name, child
     parameters: list[tuple[str, nn.Module, str, nn.Parameter]]  # name, owner, term
     running: bool = False
-    resting: list[nn.Module] = field(default_factory=list)
+    in_eval_mode: list[nn.Module] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
 
     @classmethod
@@ -91,8 +91,8 @@ class Held:
         """Let modules with running statistics compute as in eval mode."""
         for module in model.modules():
             if module._buffers.get("running_mean") is not None:
-                self.resting.append(module)
-                self.handles += stand(module, rest, wake)
+                self.in_eval_mode.append(module)
+                self.handles += stand(module, to_eval, to_train)
 
     def check_parts(self, recipe: Any, expected: dict[str, nn.Parameter]) -> None:
         """Raises AttachError if a module or parameter of the base is not the one that it was.
@@ -136,7 +136,7 @@ class Held:
         self.put_back()
         for handle in self.handles:
             handle.remove()
-        for module in self.resting:
+        for module in self.in_eval_mode:
             stand_down(module)
 
 
@@ -145,12 +145,12 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, _, _, buffer in _persistent(model)}
 
 
-def rest(module: Any, args: Args) -> None:
+def to_eval(module: Any, args: Args) -> None:
     """Pre-hook of a module with running statistics: it uses them, and does not move them."""
     module._mode, module.training = module.training, False
 
 
-def wake(module: Any, args: Args, output: object) -> None:
+def to_train(module: Any, args: Args, output: object) -> None:
     """Forward hook (always called): back to the mode of before."""
     module.training = module.__dict__.pop("_mode", module.training)
 

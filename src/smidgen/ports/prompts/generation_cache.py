@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from smidgen.ports.prompts.token_insertion import Room
+from smidgen.ports.prompts.token_insertion import TokenInsertion
 
 STAND_INS = ("prepare_inputs_for_generation", "_prepare_static_cache")
 
@@ -45,13 +45,13 @@ def prepare_inputs(model: Any, embedding: str, input_ids: Tensor, **kwargs: Any)
         kwargs["next_sequence_length"] = int(count) + n
     if not (getattr(past, "is_compileable", False) and isinstance(mask, Tensor) and mask.ndim == 2):
         return own(input_ids, **kwargs)
-    room = Room.of(mask, n, at, mask.device)
+    inserted = TokenInsertion.of(mask, n, at, mask.device)
     if seen:
-        kwargs["attention_mask"] = room.put_in(mask, mask.new_ones(()))
+        kwargs["attention_mask"] = inserted.insert(mask, mask.new_ones(()))
     inputs: dict[str, Any] = own(input_ids, **kwargs)
     made = inputs["attention_mask"]
     if isinstance(made, Tensor) and made.ndim == 2:  # BLOOM's, as wide as the cache: there is room in the model's hook
-        inputs["attention_mask"] = room.take_out(made) if seen else made[:, :-n]
+        inputs["attention_mask"] = inserted.remove(made) if seen else made[:, :-n]
     elif not seen:  # the model makes its masks itself, once there is room for the prompt
         inputs["attention_mask"] = mask
     return inputs

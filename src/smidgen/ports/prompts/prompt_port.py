@@ -33,7 +33,7 @@ from smidgen.ports.base import Port
 from smidgen.ports.edit import Edit, Edits, drop_edits, edits_at
 from smidgen.ports.forward_state import state
 from smidgen.ports.prompts.generation_cache import drop_generation, place_generation, seen_by
-from smidgen.ports.prompts.token_insertion import Room
+from smidgen.ports.prompts.token_insertion import TokenInsertion
 from smidgen.sites.input_embedding import _limit, position_limit
 from smidgen.sites.site import InputSite, Site
 from smidgen.sites.task_head import own_pooling
@@ -143,13 +143,13 @@ class Prompted:
     """What a pass knows of the prompt among its tokens.
 
     Attributes:
-        room: its places.
+        inserted: its places.
         tokens: of the text.
         mask: of the text, None without one.
         pending: vectors (B or 1, n, width) and ids (B, n + T) until they are embedded.
     """
 
-    room: Room
+    inserted: TokenInsertion
     tokens: int
     mask: Tensor | None = None
     pending: tuple[Tensor, Tensor] | None = None
@@ -209,11 +209,11 @@ def _take_over(model: nn.Module, entry: Any, module: Any, cls: type[InputEdits])
     place, blank, limit = _place(model, entry), _blank(module, model), _limit(entry, module)
     module.add_module("edits", cls(names, place, blank, limit, decoder is None))
     module._edit_handles = [module.register_forward_hook(fill_prompts)]
-    handles = [entry.register_forward_pre_hook(make_room, with_kwargs=True, prepend=True)]
+    handles = [entry.register_forward_pre_hook(insert_prompt, with_kwargs=True, prepend=True)]
     if decoder is not None:
         return [*handles, decoder.register_forward_pre_hook(widen_cross, with_kwargs=True)]
     # before the pooling of rows, which may stand there already
-    return [*handles, entry.register_forward_hook(take_out, with_kwargs=True, prepend=cls is not InputEdits)]
+    return [*handles, entry.register_forward_hook(remove_prompt, with_kwargs=True, prepend=cls is not InputEdits)]
 
 
 def _place(model: nn.Module, entry: Any) -> int:
@@ -240,7 +240,7 @@ def _blank(embedding: nn.Embedding, model: Any) -> int:
     return free[0] if free else next(i for i in range(3) if i not in {embedding.padding_idx, model.config.pad_token_id})
 
 
-def make_room(entry: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+def insert_prompt(entry: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
     """Forward pre-hook of the model that takes token ids."""
     module = entry.get_input_embeddings()
     edits = module.edits
@@ -270,7 +270,7 @@ def _went_on(given: Kwargs, n: int, at: int) -> dict[str, Any]:
     """Arguments behind a cache that holds the prompt. Masks of each query are as wide as the cache already."""
     mask, places = given.get("attention_mask"), given.get("position_ids")
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        given["attention_mask"] = Room.of(mask, n, at, mask.device).put_in(mask, mask.new_ones(()))
+        given["attention_mask"] = TokenInsertion.of(mask, n, at, mask.device).insert(mask, mask.new_ones(()))
     if places is not None:
         given["position_ids"] = places + n
     return given
@@ -293,30 +293,30 @@ def _check_cache(given: Mapping[str, Any], n: int, seen: int | Tensor, held: int
 
 
 def _put_in(edits: InputEdits, prompt: Tensor, given: Kwargs) -> None:
-    """Room in whatever has a place for each token."""
+    """Insert places into whatever has a place for each token."""
     n, fed, mask = prompt.shape[1], _fed(given), given.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         found = f"one of {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise AttachError(f"a prompt needs an attention mask (batch, tokens), found {found}")
-    check_room(edits.limit, n, fed.shape[1])
-    room = Room.of(mask, n, edits.at, fed.device)
-    known = state().prompts[edits] = Prompted(room, fed.shape[1], mask)
+    check_positions_left(edits.limit, n, fed.shape[1])
+    inserted = TokenInsertion.of(mask, n, edits.at, fed.device)
+    known = state().prompts[edits] = Prompted(inserted, fed.shape[1], mask)
     if given.get("inputs_embeds") is None:
-        given["input_ids"] = room.put_in(fed, fed.new_full((), edits.blank))
+        given["input_ids"] = inserted.insert(fed, fed.new_full((), edits.blank))
         known.pending = prompt, given["input_ids"]
     else:
-        given["inputs_embeds"] = room.fill(room.put_in(fed, fed.new_zeros(())), prompt)
+        given["inputs_embeds"] = inserted.fill(inserted.insert(fed, fed.new_zeros(())), prompt)
     if mask is not None:
-        given["attention_mask"] = room.put_in(mask, mask.new_ones(()))
+        given["attention_mask"] = inserted.insert(mask, mask.new_ones(()))
     for name in (*PER_TOKEN, *TEXT):
         if (each := given.get(name)) is not None:
             text = name in TEXT or "pixel_values" in edits.names  # types say which tokens are an image's
-            given[name] = room.put_in(each, each.new_zeros(())) if text else room.repeat(each)
+            given[name] = inserted.insert(each, each.new_zeros(())) if text else inserted.repeat(each)
     if given.get("position_ids") is not None:
-        given["position_ids"] = room.positions(given["position_ids"])
+        given["position_ids"] = inserted.positions(given["position_ids"])
     labels = given.get("labels")
     if labels is not None and labels.shape == fed.shape[:2]:  # a model that computes its loss itself
-        given["labels"] = room.put_in(_shiftable(labels), labels.new_full((), UNLABELLED))
+        given["labels"] = inserted.insert(_shiftable(labels), labels.new_full((), UNLABELLED))
 
 
 def _shiftable(labels: Tensor) -> Tensor:
@@ -324,7 +324,7 @@ def _shiftable(labels: Tensor) -> Tensor:
     return torch.cat([torch.full_like(labels[:, :1], UNLABELLED), labels[:, 1:]], 1)
 
 
-def check_room(limit: int | None, n: int, tokens: int) -> None:
+def check_positions_left(limit: int | None, n: int, tokens: int) -> None:
     """Raises AttachError if prompt and text are longer than the model's table of positions."""
     if limit is not None and n + tokens > limit:
         shorter = f"max_length={limit - n} or a shorter prompt fits" if limit - n > 2 else "a shorter prompt fits"
@@ -337,7 +337,7 @@ def check_room(limit: int | None, n: int, tokens: int) -> None:
 def check_tokens(model: nn.Module, site: InputSite, method: Method) -> None:
     """Raises AttachError, before anything is touched, if an embedding cannot take a method's vectors."""
     module: Any = model.get_submodule(site.path)
-    check_room(position_limit(model, site), prompt_length(method, site), 1)
+    check_positions_left(position_limit(model, site), prompt_length(method, site), 1)
     config: Any = getattr(model, "config", None)
     if getattr(config, "audio_length_per_tok", None):
         raise AttachError(
@@ -354,41 +354,41 @@ def fill_prompts(module: Any, args: Args, output: Tensor) -> Tensor | None:
     known = state().prompts.get(edits)
     if known is None or known.pending is None:
         return None
-    (prompt, wide), ids, room = known.pending, args[0], known.room
+    (prompt, wide), ids, inserted = known.pending, args[0], known.inserted
     known.pending = None
     if not edits.taken_out:
         del state().prompts[edits]
     if wide.shape == ids.shape[::-1]:  # XLNet embeds (T, B)
-        turned: Tensor = room.fill(output.transpose(0, 1), prompt).transpose(0, 1)
+        turned: Tensor = inserted.fill(output.transpose(0, 1), prompt).transpose(0, 1)
         if wide.shape != ids.shape:
             return turned
-        return torch.where((ids == wide).all(), room.fill(output, prompt), turned)
-    filled: Tensor = room.fill(output, prompt)
+        return torch.where((ids == wide).all(), inserted.fill(output, prompt), turned)
+    filled: Tensor = inserted.fill(output, prompt)
     return filled
 
 
-def take_out(entry: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
+def remove_prompt(entry: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
     """Forward hook of the model that takes token ids: of its hidden states (B, n + T, d), those of the text."""
     known = state().prompts.pop(entry.get_input_embeddings().edits, None)
     if known is None:
         return None
-    room = known.room
+    inserted = known.inserted
     for name in CACHES:
         if isinstance(cache := getattr(output, name, None), Cache):
-            cache.__dict__[HELD] = room.n
+            cache.__dict__[HELD] = inserted.n
     if "attention_mask" in kwargs:  # hooks behind this one pool the text's tokens by it
         kwargs["attention_mask"] = known.mask
     if isinstance(output, tuple):
-        return (room.take_out(output[0]), *output[1:])
+        return (inserted.remove(output[0]), *output[1:])
     for name in STATES:
         if output.get(name) is not None:
-            output[name] = _text_of(entry, room, output[name], known.tokens, kwargs.get("logits_to_keep", 0))
+            output[name] = _text_of(entry, inserted, output[name], known.tokens, kwargs.get("logits_to_keep", 0))
     if output.get("hidden_states") is not None:
-        output["hidden_states"] = tuple(map(room.take_out, output["hidden_states"]))
+        output["hidden_states"] = tuple(map(inserted.remove, output["hidden_states"]))
     return output
 
 
-def _text_of(entry: Any, room: Room, states: Tensor, tokens: int, last: int | Tensor) -> Tensor:
+def _text_of(entry: Any, inserted: TokenInsertion, states: Tensor, tokens: int, last: int | Tensor) -> Tensor:
     """States or logits of the text alone: of all its tokens, or of so many at the end, where no prompt stands.
 
     Raises:
@@ -396,12 +396,12 @@ def _text_of(entry: Any, room: Room, states: Tensor, tokens: int, last: int | Te
     """
     if isinstance(last, int) and 0 < last <= tokens and states.shape[1] == last:
         return states
-    if states.shape[1] < tokens + room.n:  # more where an image's follow
+    if states.shape[1] < tokens + inserted.n:  # more where an image's follow
         raise AttachError(
-            f"{type(entry).__name__} gives {states.shape[1]} states for {tokens + room.n} tokens: it shortens the "
+            f"{type(entry).__name__} gives {states.shape[1]} states for {tokens + inserted.n} tokens: it shortens the "
             "text, and a prompt cannot be taken out of what is left"
         )
-    return room.take_out(states)
+    return inserted.remove(states)
 
 
 def widen_cross(decoder: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
@@ -409,5 +409,5 @@ def widen_cross(decoder: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]
     states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
     if states is None or mask is None or states.shape[1] == mask.shape[1]:
         return None
-    room = Room.of(mask, states.shape[1] - mask.shape[1], 0, mask.device)
-    return args, {**kwargs, "encoder_attention_mask": room.put_in(mask, mask.new_ones(()))}
+    inserted = TokenInsertion.of(mask, states.shape[1] - mask.shape[1], 0, mask.device)
+    return args, {**kwargs, "encoder_attention_mask": inserted.insert(mask, mask.new_ones(()))}

@@ -1,4 +1,4 @@
-"""Room between tokens: places put into tensors of a text, row by row, and taken out of what a model makes of them."""
+"""Insertion between tokens: places put into tensors of a text, row by row, and taken out of what a model makes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Room:
+class TokenInsertion:
     """Places for n vectors in each row of a batch, behind the first `after` tokens of its text.
 
     Attributes:
@@ -23,13 +23,13 @@ class Room:
     after: int
 
     @classmethod
-    def of(cls, mask: Tensor | None, n: int, after: int, device: torch.device) -> Room:
+    def of(cls, mask: Tensor | None, n: int, after: int, device: torch.device) -> TokenInsertion:
         """The text is what a mask (B, T) keeps; all of each row without one."""
         if mask is None:
             return cls(torch.zeros(1, 1, dtype=torch.long, device=device), n, after)
         return cls((mask != 0).int().argmax(1, keepdim=True), n, after)
 
-    def put_in(self, x: Tensor, inside: Tensor) -> Tensor:
+    def insert(self, x: Tensor, inside: Tensor) -> Tensor:
         """(B, T, ...) -> (B, T + n, ...). `inside` is broadcast to that, and read at the new places."""
         empty = x.new_zeros(len(x), self.n, *x.shape[2:])
         column = self._columns(x.shape[1] + self.n, x)
@@ -43,7 +43,7 @@ class Room:
         places = self._start(x[..., 0]) + torch.arange(self.n, device=x.device)
         return x.index_put((rows, places), vectors.to(x.dtype).expand(len(x), -1, -1))
 
-    def take_out(self, x: Tensor) -> Tensor:
+    def remove(self, x: Tensor) -> Tensor:
         """(B, T + n, ...) -> (B, T, ...)."""
         column = self._columns(x.shape[1] - self.n, x)
         return torch.where(column < self._start(x), x[:, : -self.n], x[:, self.n :])
@@ -51,7 +51,7 @@ class Room:
     def repeat(self, x: Tensor) -> Tensor:
         """(B, T, ...) -> (B, T + n, ...): the places have what the text's first token has."""
         rows = torch.arange(len(x), device=x.device)[:, None]
-        return self.put_in(x, x[rows, self.first.to(x.device)])
+        return self.insert(x, x[rows, self.first.to(x.device)])
 
     def positions(self, places: Tensor) -> Tensor:
         """Positions (..., B, T) -> (..., B, T + n): the places follow on what is before, the rest is n further."""
@@ -61,7 +61,7 @@ class Room:
         text = places.gather(1, self.first.to(places.device).expand(len(places), 1))
         behind = self._columns(places.shape[1], places) >= self._start(places)
         column = self._columns(places.shape[1] + self.n, places)
-        return self.put_in(places + self.n * behind, text + column - self.first.to(places.device))
+        return self.insert(places + self.n * behind, text + column - self.first.to(places.device))
 
     def _columns(self, count: int, x: Tensor) -> Tensor:
         return torch.arange(count, device=x.device).view(1, -1, *[1] * (x.ndim - 2))

@@ -21,4 +21,4 @@ def hooks(model: nn.Module) -> int:
 
 def untrained(case: Case) -> set[str]:
     """Names of trained tensors that may stand still."""
-    return set(gradient_checks.resting(case.model))
+    return set(gradient_checks.may_stand_still(case.model))

@@ -25,7 +25,7 @@ from smidgen.delta.delta import Delta
 from smidgen.delta.saved_selection import Selection
 from smidgen.efficiency.activation_checkpointing import recomputing
 from smidgen.efficiency.packing.isolation_check import check_kind
-from smidgen.efficiency.prefix_cache.within_block import resting_modules
+from smidgen.efficiency.prefix_cache.within_block import frozen_within_block
 from smidgen.importance.selecting import select
 from smidgen.inference.evaluation import Scores, compute_scores
 from smidgen.inference.forward_pass import run_examples
@@ -36,7 +36,7 @@ from smidgen.steps.divergence import remedy
 from smidgen.steps.gradient_checks import FEW, MANY, Watch, check_depends, snapshot
 from smidgen.steps.growth import assign
 from smidgen.steps.loss_computation import At, Beside, loss_of
-from smidgen.steps.micro_batches import Piece, pieces
+from smidgen.steps.micro_batches import MicroBatch, split_batch
 from smidgen.steps.objectives import BATCH, SUM, reduction_of
 from smidgen.steps.optimizer_groups import optimizer
 from smidgen.steps.other_batches import Source
@@ -119,13 +119,13 @@ class Loop:
         self.total = self.feed.steps
         with borrowed(self.model):
             self.selection = self._selected()
-            room, size = self._room(earlier)
+            fitting, size = self._fit_memory(earlier)
             self._attach()
             self.feed = self.feed.ready(self.model.to(device))
             source = Source(self.settings.seed, self.settings.batch_size, self.rows.max_length, device)
             self.beside = Beside.of(self.objective, self.model, self.task, self.processor, source)
             with recomputing(self.model) if self.settings.recompute else nullcontext():
-                self._decide(wanted, room, size, earlier)
+                self._decide(wanted, fitting, size, earlier)
                 return self._train()
 
     def _encode(self, limit: int | None) -> None:
@@ -156,12 +156,12 @@ class Loop:
         else:
             attach(self.model, self.run.recipe, pooling=s.pooling, seed=s.seed, selection=self.selection)
 
-    def _decide(self, wanted: Mapping[str, object], room: Settings, size: int, earlier: Choices | None) -> None:
+    def _decide(self, wanted: Mapping[str, object], fitting: Settings, size: int, earlier: Choices | None) -> None:
         """What settings left open, now or at an earlier start."""
         before = {} if earlier is None else {"cache": earlier.cache, "rows": earlier.rows}
         splits = (self.rows,) if self.held is None else (self.rows, self.mine)
         unsteered = self.kind.unsteered or (READS_OTHERS if self.beside.batches else None)
-        given = Conditions(self.collate, room, self.folder.path, self.run.shared)
+        given = Conditions(self.collate, fitting, self.folder.path, self.run.shared)
         made, why = shortcuts(self.model, splits, given, before, unsteered)
         self.around, self.around_held = made[0], made[-1]
         fresh = choices(self.model, self.settings, self.rows, self.total, self.world)
@@ -171,7 +171,7 @@ class Loop:
         self.at_once = sys.maxsize if self.reduction == BATCH else at_once
         self.folder.keep(self.selection)
 
-    def _room(self, earlier: Choices | None) -> tuple[Settings, int]:
+    def _fit_memory(self, earlier: Choices | None) -> tuple[Settings, int]:
         """Settings whose cache fits beside a step, and how many rows of a batch are computed at once."""
         s = self.settings
         if s.max_memory is None:
@@ -248,7 +248,7 @@ class Loop:
 
     def _train_mode(self) -> None:
         self.model.train()
-        for module in self.resting:
+        for module in self.frozen:
             module.eval()
 
     def _step(self, places: Sequence[int], batch: Batch) -> None:
@@ -258,9 +258,9 @@ class Loop:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         with memory_guard(self.settings.batch_size, self.settings.batch_tokens):
-            for piece in pieces(places, batch, self.at_once, self.task.kind, self.reduction):
-                with self.around(piece.places, piece.batch):
-                    loss = self._loss(self.prepared, piece.batch, self._at(piece))
+            for micro_batch in split_batch(places, batch, self.at_once, self.task.kind, self.reduction):
+                with self.around(micro_batch.places, micro_batch.batch):
+                    loss = self._loss(self.prepared, micro_batch.batch, self._at(micro_batch))
                     value += float(loss.detach())
                     if not math.isfinite(value):
                         raise DivergedError(
@@ -281,10 +281,10 @@ class Loop:
         if progress.step in (min(FEW, self.total), MANY) and self.total > 1:
             self.watch.moved(self.model, progress.step)
 
-    def _at(self, piece: Piece) -> At:
-        """Where the loss of a piece stands; processes average their gradients, which a sum has to make up for."""
-        weight = piece.weight * self.world if self.reduction == SUM else piece.weight
-        return At(self.progress.step, self.total, weight, piece.share, piece.places)
+    def _at(self, micro_batch: MicroBatch) -> At:
+        """Where the loss of a micro_batch stands; processes average their gradients, which a sum has to make up for."""
+        weight = micro_batch.weight * self.world if self.reduction == SUM else micro_batch.weight
+        return At(self.progress.step, self.total, weight, micro_batch.share, micro_batch.places)
 
     def _remedy(self) -> str:
         return remedy(self.model, self.accelerator.mixed_precision)
@@ -306,7 +306,9 @@ class Loop:
         self.model.eval()
         rows = [self.rows[i] for i in range(min(2, len(self.rows)))]
         batch = {k: v.to(self.accelerator.device) for k, v in self.collate(rows).items()}
-        self.resting = resting_modules(self.model, attachment(self.model).plan, self.task.task_kind.model_inputs(batch))
+        self.frozen = frozen_within_block(
+            self.model, attachment(self.model).plan, self.task.task_kind.model_inputs(batch)
+        )
         loss = self._loss(self.model, batch, At(places=range(len(rows))))
         check_depends(self.model, loss)
         loss.backward()

@@ -11,13 +11,13 @@ from smidgen.methods.capabilities import AddsTokens
 from smidgen.planning.prompt_positions import prompt_length
 from smidgen.planning.resolution import resolve
 from smidgen.ports.attachment_record import refuse_attached
-from smidgen.ports.prompts.prompt_port import check_room
+from smidgen.ports.prompts.prompt_port import check_positions_left
 from smidgen.recipe.recipe import Recipe
 from smidgen.sites.input_embedding import position_limit
 from smidgen.sites.site import InputSite
 
 
-def room(model: nn.Module, recipe: Recipe) -> tuple[int | None, int]:
+def position_budget(model: nn.Module, recipe: Recipe) -> tuple[int | None, int]:
     """Positions that the model has, None where they do not end, and how many of them the recipe's prompts take.
 
     Raises:
@@ -35,11 +35,11 @@ def room(model: nn.Module, recipe: Recipe) -> tuple[int | None, int]:
 
 def longest(model: nn.Module, recipe: Recipe, processor: Processor) -> int | None:
     """Most tokens of a text when nobody says: None for the processor's own limit, less where a prompt needs room."""
-    limit, taken = room(model, recipe)
+    limit, taken = position_budget(model, recipe)
     return None if limit is None else min(getattr(processor, "model_max_length", 512), 512, limit - taken)
 
 
 def check_lengths(model: nn.Module, recipe: Recipe, lengths: Sequence[int]) -> None:
     """Raises AttachError, before anything is trained, if a text is too long to stand beside the recipe's prompts."""
-    limit, taken = room(model, recipe)
-    check_room(limit, taken, max(lengths, default=0))
+    limit, taken = position_budget(model, recipe)
+    check_positions_left(limit, taken, max(lengths, default=0))

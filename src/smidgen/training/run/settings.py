@@ -26,8 +26,8 @@ class Settings:
     more) and needs at most `cache_bytes` for each split; True insists, with a file in `out` beyond that; False never.
     `only_read` computes the last block for the one token that the head reads: None where that is exact.
     `fast_dropout` draws the same distribution as torch in less time on a CPU. `max_memory` (bytes, or "4GB") cuts
-    batches into pieces whose training step fits by estimate; their gradients add up to the batch's. `recompute` keeps
-    only the inputs of blocks and computes them again in the backward pass (see `recomputing`).
+    batches into micro-batches whose training step fits by estimate; their gradients add up to the batch's. `recompute`
+    keeps only the inputs of blocks and computes them again in the backward pass (see `recomputing`).
     """
 
     seed: int = 0

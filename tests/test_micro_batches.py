@@ -1,4 +1,4 @@
-"""A batch in pieces: the same gradient in less memory, for every kind of task."""
+"""Micro-batches: the same gradient in less memory, for every kind of task."""
 
 import json
 
@@ -8,7 +8,7 @@ import torch
 import smidgen as sm
 from smidgen.common.errors import TrainError
 from smidgen.common.memory import give_back_memory
-from smidgen.steps.micro_batches import pieces
+from smidgen.steps.micro_batches import split_batch
 from tests import helpers as h
 
 OPTIONS = {"epochs": 2, "batch_size": 8, "progress": False, "max_length": 16, "lr": 1e-2}
@@ -37,11 +37,11 @@ def labelled(kind):
 
 @pytest.mark.parametrize("kind", ["classification", "tokens", "causal-lm"])
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_pieces_add_up_to_the_gradient_of_the_batch(kind, size):
+def test_micro_batches_add_up_to_the_gradient_of_the_batch(kind, size):
     model, batch = labelled(kind)
     model = model.double()
     whole = gradient(model, model(**batch).loss)
-    found = list(pieces([3, 1, 4, 0, 2], {**batch, "use_cache": False}, size, kind))
+    found = list(split_batch([3, 1, 4, 0, 2], {**batch, "use_cache": False}, size, kind))
     model.zero_grad()
     total = sum(model(**piece.batch).loss * piece.weight for piece in found)
     torch.testing.assert_close(gradient(model, total), whole, rtol=1e-9, atol=1e-12)
@@ -56,7 +56,7 @@ def test_a_plain_mean_over_pieces_would_be_wrong():
     model, batch = labelled("causal-lm")
     model = model.double()
     whole = gradient(model, model(**batch).loss)
-    found = list(pieces(range(5), batch, 2, "causal-lm"))
+    found = list(split_batch(range(5), batch, 2, "causal-lm"))
     wrong = gradient(model, sum(model(**piece.batch).loss for piece in found) / len(found))
     assert not torch.allclose(wrong, whole, rtol=1e-3)
 
@@ -64,7 +64,7 @@ def test_a_plain_mean_over_pieces_would_be_wrong():
 def test_a_piece_without_labels_is_left_out():
     model, batch = labelled("tokens")
     batch["labels"][2:4] = -100
-    found = list(pieces(range(5), batch, 2, "tokens"))
+    found = list(split_batch(range(5), batch, 2, "tokens"))
     assert [list(places) for places, *_ in found] == [[0, 1], [4]]
     assert all(torch.isfinite(model(**piece.batch).loss) for piece in found)
 
