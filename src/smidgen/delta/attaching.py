@@ -91,7 +91,11 @@ def _put(model: nn.Module, plan: Plan, delta: Delta) -> None:
 
 
 def detach(model: nn.Module) -> Delta:
-    """Take off what is attached and give it back as a Delta; the model is as it was, bit for bit."""
+    """Take off what is attached and give it back as a Delta; the model is as it was, bit for bit.
+
+    Raises:
+        AttachError: nothing is attached, or the model was changed while something was; it stays attached.
+    """
     delta = Delta.of(model)
     remove(model)
     return delta
@@ -113,7 +117,12 @@ def attached(
     selection: Selection | None = None,
     verify: bool = True,
 ) -> Iterator[nn.Module]:
-    """`attach` on entry, take off on exit, also after an error; a delta switches the model to eval mode inside."""
+    """`attach` on entry, take off on exit, also after an error; a delta switches the model to eval mode inside.
+
+    Nothing is given back: what was trained inside is lost, unless `Delta.of(model)` took a copy. Modes are restored.
+
+    Args and errors: as in `attach`.
+    """
     refuse_attached(model)
     what = what.on(model, verify=verify) if isinstance(what, Sum) else what
     with modes_kept(model):
@@ -128,7 +137,11 @@ def attached(
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Run the base inside: edits and masters off, pooling kept; gives an Objective its reference outputs."""
+    """Run the base inside: edits off, parameters at their pretrained values, the pooling kept.
+
+    Raises:
+        AttachError: nothing is attached.
+    """
     record, inside = attachment(model), bare(model)
     record.unplug(inside)
     try:
@@ -138,7 +151,11 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print the counts in the wording that PEFT users know, head apart."""
+    """Print numbers of trained, head and all values, and trained over pretrained in percent, as PEFT words it.
+
+    Raises:
+        AttachError: nothing is attached.
+    """
     plan = attachment(model).plan
     everything = plan.pretrained + plan.head_values
     print(

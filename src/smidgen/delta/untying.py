@@ -12,7 +12,7 @@ from smidgen.sites.site import module_at
 
 
 class UntiedWarning(UserWarning):
-    """Merging gave a tied weight values of its own."""
+    """Merging gave a weight that shared its tensor with another (tied embeddings) values of its own."""
 
 
 def untie(model: nn.Module, names: Iterable[str]) -> None:

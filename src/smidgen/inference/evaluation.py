@@ -63,7 +63,11 @@ def evaluate(  # noqa: PLR0913 - options by keyword
     """Metrics of a model, with a delta attached for the time, on a split of a task.
 
     Args:
+        delta: attached for the time, in eval mode; None for the model as it is.
+        split: of the task.
         processor: makes the model's inputs, by default the one of its name; `tokenizer` is another name of it.
+        batch_size: in examples.
+        max_length: in tokens; by default what the delta was trained with, else what the model takes.
 
     Raises:
         DataError: the task lacks the split, or its labels, or has other labels than the delta.

@@ -34,7 +34,20 @@ class Subset:
 
 @dataclass(frozen=True)
 class Entry:
-    """One method at one site: existing parameters that it trains, or tensors that it adds."""
+    """One method at one site: existing parameters that it trains, or tensors that it adds.
+
+    Attributes:
+        index: of the method in the recipe.
+        method: what trains or adds.
+        site: where; a `SharedSite` for tensors that several sites share.
+        terms: name (weight, bias) or symbol (A, B) and whole shape of each tensor that it trains.
+        added: whether the tensors are new, not parameters of the model.
+        subsets: term -> the values that a selection kept of it.
+        settled: symbol and shape of what is saved, where that is not what is trained.
+        sites: all that share tensors, for the one that owns these and for each that uses them.
+        shared_indices: symbol and shape of the whole numbers that say which shared parts the site uses.
+        grown: whether the shapes are those after growth in training.
+    """
 
     index: int
     method: Method
@@ -42,10 +55,10 @@ class Entry:
     terms: tuple[tuple[str, Shape], ...]
     added: bool
     subsets: Mapping[str, Subset] = field(default_factory=dict, compare=False)
-    settled: tuple[tuple[str, Shape], ...] = ()  # what is saved where that is not what is trained
-    sites: tuple[Site, ...] = ()  # all that share tensors, for the one that owns these and for each that uses them
+    settled: tuple[tuple[str, Shape], ...] = ()
+    sites: tuple[Site, ...] = ()
     shared_indices: tuple[tuple[str, Shape], ...] = ()
-    grown: bool = False  # whether the shapes are those after events
+    grown: bool = False
 
     @property
     def key(self) -> str:

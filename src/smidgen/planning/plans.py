@@ -17,10 +17,21 @@ from smidgen.sites.site import Site
 class Plan:
     """What a recipe will do to a model. The head is counted apart, the same in every recipe.
 
-    `low` are sites of the head in or below the blocks: tensors that the checkpoint lacked. `spare` are names of the
-    head's tensors that are new in the base, which the model may not use. `unread` are paths of modules that its class
-    or configuration never reads, where the recipe would have trained something. `left_out` is what the recipe's words
-    would cover and it does not, by place and reason.
+    Attributes:
+        recipe: what the plan is of.
+        model: name of the model's class.
+        entries: one for each method at each site, and for each owner of shared tensors, in the recipe's order.
+        head: name and shape of each tensor of the head.
+        pretrained: number of the model's values, the head's left out.
+        pooling: the one that was asked for; None for the class's own.
+        reads: the class's own pooling.
+        costs: bytes and FLOPs of a training step, see `smidgen.plan`; None where they were not asked for.
+        chosen: whether a selection has been applied, so that counts are those of what is kept.
+        low: sites of the head in or below the blocks: tensors that the checkpoint lacked.
+        spare: names of the head's tensors that are new in the base, which the model may not use.
+        unread: paths of modules that the model's class or configuration never reads, where the recipe would have
+            trained something.
+        left_out: what the recipe's words would cover and it does not, by place and reason.
     """
 
     recipe: Recipe

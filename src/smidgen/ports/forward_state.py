@@ -190,7 +190,11 @@ def end_turn(model: nn.Module, args: Args, output: object) -> None:
 
 @contextmanager
 def rows_from(index: Tensor | Sequence[int]) -> Iterator[None]:
-    """Inside, row b of a batch is computed with result `index[b]` of those that are attached (`attached_rows`)."""
+    """Inside, row b of a batch is computed with result `index[b]` of those that are attached (`attached_rows`).
+
+    Args:
+        index: (B,) whole numbers, one for each row of the batches to come.
+    """
     outer = _THREAD.current
     _THREAD.current = ForwardState(outer=outer, rows=torch.as_tensor(index, dtype=torch.long))
     try:

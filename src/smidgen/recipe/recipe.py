@@ -94,6 +94,10 @@ class Narrowing:
 class Recipe:
     """A sum of terms, applied left to right; runs of them may be narrowed.
 
+    Attributes:
+        terms: the methods, in order.
+        narrowed: which of them keep only a part of their values (`| Select(...)`), and by what.
+
     Raises:
         RecipeError: it is empty, a filter stands where a method should, or something is narrowed twice.
     """

@@ -46,7 +46,10 @@ class _Part:
 
 
 def find_sites(model: nn.Module) -> list[OwnerSite]:
-    """Every module that owns parameters, once each, in order of registration; slices follow the whole."""
+    """Every module that owns parameters, once each, in order of registration, as a site of its kind.
+
+    Slices of a fused projection (query, key, value) follow the whole, with the rows of its weight that are theirs.
+    """
     model = bare(model)
     stacks = find_blocks(model)
     parts = _parts_outside(model, stacks) | _parts_of_blocks(stacks) | _parts_of_lists(model, stacks)

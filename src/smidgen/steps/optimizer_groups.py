@@ -22,6 +22,9 @@ def parameter_groups(
         lr: for all methods; by default each method's own (LN 3e-3, LoRA 3e-3, Full 5e-5).
         head_lr: for the head; 5e-3 by default.
         weight_decay: of the trained values; 0 by default, because decay pulls a gain to 0, not to where it began.
+
+    Raises:
+        AttachError: nothing is attached.
     """
     record = attachment(model)
     masters = dict(record.trained())
@@ -56,7 +59,10 @@ def _group(
 def optimizer(
     model: nn.Module, lr: float | None = None, head_lr: float | None = None, weight_decay: float = 0.0
 ) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; hand it to Trainer as `optimizers=(sm.optimizer(model), None)`."""
+    """AdamW over `parameter_groups`; hand it to Trainer as `optimizers=(sm.optimizer(model), None)`.
+
+    Args and errors: as in `parameter_groups`.
+    """
     groups = parameter_groups(model, lr, head_lr, weight_decay)
     fused = all(p.device.type in FUSED for p in trained_parameters(model).values())  # one call for many small tensors
     return torch.optim.AdamW(groups, fused=fused or None)

@@ -9,13 +9,18 @@ from smidgen.ports.attachment_record import attachment
 
 
 def penalty(model: nn.Module) -> Tensor | None:
-    """The sum of the methods' penalties, a scalar; None if none has one. `fit` adds it to the loss."""
+    """The sum of the attached methods' penalties, a scalar; None if none has one. `fit` adds it to the loss.
+
+    Raises:
+        AttachError: nothing is attached.
+    """
     record = attachment(model)
     found = None
     for index, method in enumerate(record.plan.recipe):
         if isinstance(method, Penalises):
-            rows = record.added_by(index)
-            value = method.penalty([record.tensors_of(row) for row in rows], [row.site for row in rows])
+            entries = record.added_by(index)
+            parts = [record.tensors_of(entry) for entry in entries]
+            value = method.penalty(parts, [entry.site for entry in entries])
             if value is not None:
                 found = value if found is None else found + value
     return found

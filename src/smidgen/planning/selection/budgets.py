@@ -17,7 +17,7 @@ from smidgen.recipe.recipe import Narrowing
 
 
 class SelectionWarning(UserWarning):
-    """A selection that was filled up with values whose score is 0."""
+    """A selection had fewer values of a score above 0 than its budget, and was filled up with some of score 0."""
 
 
 def entries_of(plan: Plan, span: Narrowing) -> list[Entry]:

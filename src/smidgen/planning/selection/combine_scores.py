@@ -23,6 +23,8 @@ def combine(
     """One score of every value from those of several tasks; `choose` then meets the budget, so sizes stay equal.
 
     Args:
+        span: which methods of the recipe are narrowed, and by which Select.
+        tasks: for each task, saved name -> score of each value, in the tensor's shape.
         how: "mean": mean of the scores, each task's divided by their sum (of absolute values). "rank": mean rank.
             "union": how many tasks keep the value (with a minus for order="bottom"), ties by "mean": their union,
             trimmed to the budget from its rarest members up.
