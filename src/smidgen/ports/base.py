@@ -23,8 +23,9 @@ from smidgen.sites.site import Site
 class Port(SiteRules, ABC):
     """Base of all ports: how sites of some types are found, and edits there are checked, placed, removed and folded.
 
-    One object serves all models; `register_port` makes it known. An edit stands at `model.get_submodule(site.path).edits[key]`, in an `Edits`; it has tensors that are trained and is
-    switched by its `enabled`, which the port's hooks read at every call.
+    One object serves all models; `register_port` makes it known. An edit stands at
+    `model.get_submodule(site.path).edits[key]`, in an `Edits`; it has tensors that are trained and is switched by its
+    `enabled`, which the port's hooks read at every call.
 
     Class attributes:
         edit: the class of its edits.
