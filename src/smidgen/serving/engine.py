@@ -73,6 +73,11 @@ class Engine:
         return self._closing
 
     @property
+    def writing(self) -> int:
+        """Texts that are being written."""
+        return sum(len(decoding) for decoding in list(self._decoding.values()))
+
+    @property
     def waiting(self) -> int:
         """Requests that no pass has taken yet."""
         return len(self._waiting) + len(self._texts)
@@ -173,8 +178,7 @@ class Engine:
     def _join_texts(self) -> None:
         """Let new texts join those that are being written."""
         with self._changed:
-            writing = sum(len(decoding) for decoding in self._decoding.values())
-            count = max(self.limits.texts - writing, 0)
+            count = max(self.limits.texts - self.writing, 0)
             new, self._texts = self._texts[:count], self._texts[count:]
         groups: dict[tuple[int, int], list[Generation]] = {}
         for text in new:

@@ -8,7 +8,7 @@ from importlib.resources import files
 
 import anyio.to_thread
 from fastapi import FastAPI
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from smidgen.common.version import __version__
@@ -61,7 +61,7 @@ def create_app(server: Server, options: HttpOptions | None = None) -> FastAPI:
             raise ClosedError("the server is stopping and takes no more requests")
         return JSONResponse({"status": "ready", "deltas": len(server.bank), "needs_key": bool(options.keys)})
 
-    @app.get("/metrics", tags=["state"])
+    @app.get("/metrics", tags=["state"], response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Numbers for Prometheus."""
         return Response(generate_latest(measures.registry), media_type=CONTENT_TYPE_LATEST)

@@ -7,9 +7,9 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, HTTPException
+from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -20,53 +20,58 @@ from smidgen.serving.http.errors import RESPONSES, told
 from smidgen.serving.sampling import Sampling
 
 router = APIRouter(tags=["OpenAI"], responses=RESPONSES)
-# what may be given as it is by default, since it changes nothing then
-IDLE: dict[str, tuple[object, ...]] = {
-    "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (False, 0), "frequency_penalty": (0,),
-    "presence_penalty": (0,), "logit_bias": ({},), "suffix": ("",), "tools": ([],), "store": (False,),
-    "response_format": ({"type": "text"},), "parallel_tool_calls": (True, False), "service_tier": ("auto", "default"),
-}  # fmt: skip
-UNHEEDED = ("user", "metadata", "safety_identifier")  # labels of the caller's own
+
+Stop = Annotated[str, Field(min_length=1)]
+Nothing = Annotated[float, Field(ge=0, le=0)]
 
 
 class StreamOptions(BaseModel):
     """What else a stream tells."""
 
+    model_config = ConfigDict(extra="forbid")
     include_usage: bool = False
 
 
-class WritingRequest(BaseModel):
-    """What both kinds of request have in common."""
+class TextFormat(BaseModel):
+    """Answers are text."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text"]
+
+
+class WritingRequest(BaseModel):
+    """What both kinds of request have in common. Options that are not heeded may be given as they are by default."""
+
+    model_config = ConfigDict(extra="forbid")
     model: Name
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     seed: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    n: Literal[1] | None = None
+    logprobs: Literal[False, 0] | None = None
+    frequency_penalty: Nothing | None = None
+    presence_penalty: Nothing | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
 
     def sampling(self, max_tokens: int | None) -> Sampling:
         """As the engine takes it; OpenAI's defaults: temperature 1, 16 tokens of a completion."""
-        self._check()
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         temperature = 1.0 if self.temperature is None else self.temperature
         return Sampling(max_tokens or 16, temperature, self.top_p or 1.0, 0, stop, self.seed)
-
-    def _check(self) -> None:
-        """Raises HTTPException for an option that would be left unheeded."""
-        for name, value in (self.model_extra or {}).items():
-            if value is None or name in UNHEEDED or any(value == idle for idle in IDLE.get(name, ())):
-                continue
-            known = ", ".join(f for f in type(self).model_fields)
-            raise HTTPException(400, f"{name}={json.dumps(value)[:60]} is not supported; there are {known}")
 
 
 class CompletionRequest(WritingRequest):
     """A prompt to go on with."""
 
-    prompt: str
+    prompt: Annotated[str, Field(min_length=1)]
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+    suffix: Annotated[str, Field(max_length=0)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=32768)] | None = None
 
 
@@ -85,6 +90,12 @@ class ChatRequest(WritingRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1, le=32768)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=32768)] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=0)] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: TextFormat | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: Literal[False] | None = None
+    safety_identifier: str | None = None
 
 
 class Form:
