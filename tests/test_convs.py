@@ -18,7 +18,7 @@ from smidgen.efficiency.prefix_cache.cut_point import why_not
 from smidgen.importance.fisher_information import attached_fisher
 from smidgen.planning.frozen_modules import frozen_prefix
 from smidgen.planning.resolution import resolve
-from smidgen.ports import module_port as ports
+from smidgen.ports import module_edits as ports
 from smidgen.ports.attachment_record import attachment, trained_parameters
 from smidgen.recipe.recipe import as_recipe
 from smidgen.sites import discovery as sites
