@@ -208,9 +208,10 @@ def test_bad_questions(deltas):
 
 def test_a_full_queue_refuses_and_closing_answers_what_was_taken(deltas, monkeypatch):
     model, deltas = deltas
-    real, free = forward_batches.compute, threading.Event()
+    real, free, taken = forward_batches.compute, threading.Event(), threading.Event()
 
     def slow(requests):
+        taken.set()
         free.wait()
         return real(requests)
 
@@ -227,6 +228,7 @@ def test_a_full_queue_refuses_and_closing_answers_what_was_taken(deltas, monkeyp
     try:
         for thread in threads:
             thread.start()
+        assert taken.wait(30)
         end = time.monotonic() + 30
         while served.engine.waiting < 3 and time.monotonic() < end:
             time.sleep(0.001)

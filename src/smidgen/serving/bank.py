@@ -183,6 +183,7 @@ class Bank:
             self.store.remove(name)
 
     def _keep(self, name: str, tenant: Tenant) -> None:
+        """Hold a delta in memory, and let go of those used least recently that have a file, as far as need be."""
         self._forget(name)
         self._tenants[name] = tenant
         self._bytes += tenant.nbytes

@@ -115,6 +115,7 @@ class Engine:
         self._thread.join()
 
     def _work(self) -> None:
+        """The thread: a token for each text, then a batch, until nothing is left of what was taken before closing."""
         while True:
             with self._changed:
                 while not (self._waiting or self._texts or self._decoding):
@@ -146,6 +147,7 @@ class Engine:
         return []
 
     def _pass(self, batch: Sequence[Request]) -> None:
+        """Compute a batch and answer it; those who wait no more are left out."""
         live = [request for request in batch if request.future.set_running_or_notify_cancel()]
         if not live:
             return

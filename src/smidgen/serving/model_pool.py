@@ -48,6 +48,7 @@ class ModelPool:
             return self._served[name]
 
     def _loaded(self, kind: TaskKind, name: str, delta: Delta | None) -> ServedModel:
+        """The base in a class that is not there yet, by its name."""
         source = getattr(self.model.config, "_name_or_path", "")
         if delta is None or not source:
             raise ServingError(

@@ -114,6 +114,7 @@ class Server:
         return Profile.of_record(store.record(name))
 
     def _make(self, name: str, delta: Delta) -> Tenant:
+        """A delta as a tenant of the base in the class that its kind of task takes."""
         kind = Profile.of(delta).task_kind
         if delta.info.get("task") is None:
             own = self.models.first
@@ -253,6 +254,7 @@ class Server:
         columns: Cells,
         wanted: Wanted,
     ) -> list[Request]:
+        """A request for each row of some columns, encoded as the kind does."""
         names = tuple(name for name in columns if name != "labels")
         label = "labels" if "labels" in columns else None
         encoded = kind.encode(_rows(kind, columns), model.processor, names, label, profile.max_length)
