@@ -75,7 +75,8 @@ def application(options: ReplicaOptions, replicas: int) -> Any:
     class Replica:
         """One server."""
 
-    return Replica.bind()
+    replica: Any = Replica
+    return replica.bind()
 
 
 def serve_on_ray(
