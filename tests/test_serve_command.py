@@ -51,6 +51,7 @@ def serving(world, *more):
         process.kill()
         process.wait(30)
         reading.join(30)
+        process.stderr.close()
 
 
 def ask(url, name="d0", key=None):
@@ -64,7 +65,8 @@ def alive(url):
     end = time.monotonic() + 60
     while True:
         try:
-            return urllib.request.urlopen(f"{url}/readyz", timeout=5).status
+            with urllib.request.urlopen(f"{url}/readyz", timeout=5) as answer:
+                return answer.status
         except OSError:
             if time.monotonic() > end:
                 raise
@@ -84,6 +86,7 @@ def test_sigterm_under_load_answers_what_was_taken(world):
                     told.append(ask(url)["answers"][0]["answer"])
                 except urllib.error.HTTPError as error:
                     refused.append(error.code)
+                    error.close()
                     return
                 except OSError:  # it listens no more
                     refused.append("closed")
