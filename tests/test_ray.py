@@ -14,7 +14,7 @@ from tests import helpers as h
 from tests.test_mixed_layouts import trained
 
 ray = pytest.importorskip("ray")
-pytestmark = [pytest.mark.timeout(400), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.timeout(700), pytest.mark.filterwarnings("ignore")]
 
 
 def ask(url, name):
@@ -47,7 +47,7 @@ def test_a_replica_that_dies_under_load(tmp_path):
         daemon=True,
     )
     run.start()
-    assert ready.wait(200)
+    assert ready.wait(400)
     url, right, wrong, lost, done = f"http://127.0.0.1:{port}", [], [], [], threading.Event()
     try:
         assert all(ask(url, name) == wanted[name] for name in wanted)
