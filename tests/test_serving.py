@@ -92,6 +92,19 @@ def test_threads_get_their_own_answers_while_deltas_come_and_go(deltas):
     assert counts.passes < counts.rows  # rows shared passes
 
 
+def test_the_model_given_is_free_for_other_things(deltas):
+    model, deltas = deltas
+    with server(model) as served:
+        served.add("d0", deltas["d0"])
+        wanted = served.predict("d0", TEXTS)
+        with h.untouched(model):
+            served.add("d1", deltas["d1"])
+            assert all(parameter.requires_grad for parameter in model.parameters())
+        with sm.attached(model, deltas["d1"]):
+            assert apart(served.predict("d0", TEXTS), wanted) < 1e-6
+            served.add("d2", deltas["d2"])
+
+
 def test_a_replaced_delta_answers_by_its_new_values_alone(deltas):
     model, deltas = deltas
     with server(model) as served:

@@ -10,7 +10,7 @@ from threading import RLock
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from smidgen.common.dtypes import LOW, master_dtype
@@ -27,6 +27,7 @@ from smidgen.planning.initial_values import initial
 from smidgen.planning.plans import Plan
 from smidgen.planning.prompt_positions import prompt_length
 from smidgen.planning.resolution import resolve
+from smidgen.ports.attachment_record import refuse_attached
 from smidgen.ports.by_row.heads import padded
 from smidgen.ports.by_row.mixture import Mixture
 from smidgen.ports.forward_state import Mix, RowBlock, mixed
@@ -42,16 +43,18 @@ Signature = tuple[Any, ...]
 class ServedModel:
     """A base that answers for many deltas.
 
-    The model given stays untouched: edits stand on a second one of the same Parameter objects. `lock` is held while
-    rows are computed, and while a layout is put on. `forward_seconds` are those inside of the model,
-    `writes` is whether it was seen to write texts.
+    The model given stays untouched: edits stand on a second one of the same Parameter objects, and deltas are tried on
+    a third (`plain`). `lock` is held while rows are computed, and while a layout is put on. `forward_seconds` are those
+    inside of the model, `writes` is whether it was seen to write texts.
 
     Raises:
         AttachError: something is attached to the model.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Processor) -> None:
-        self.plain, self.processor, self.lock = bare(model), processor, RLock()
+        refuse_attached(model)
+        self.processor, self.lock = processor, RLock()
+        self.plain: PreTrainedModel = _shared_copy(bare(model))
         self.plain.eval()
         self.takes_positions = takes_positions(self.plain)
         self.mixture = Mixture(_shared_copy(self.plain))
@@ -268,7 +271,7 @@ def _few(delta: Delta, layout: RowLayout) -> tuple[Tensor, Tensor | None]:
     return torch.cat(values), torch.cat(places)
 
 
-def _shared_copy(model: nn.Module) -> nn.Module:
+def _shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A model of the same Parameter objects and buffers."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, memo)

@@ -61,7 +61,7 @@ def _valueless(entry: Entry) -> Edit:
 
 
 class Mixture:
-    """A model that rows of different results go through, in eval mode, frozen.
+    """A model that rows of different results go through, in eval mode.
 
     Use `with mixed(mix): model(**batch)`. The model's Parameter objects come back by `close`.
 
@@ -76,9 +76,8 @@ class Mixture:
         self._terms: dict[str, NeutralTerms] = {}
         self._heads: dict[str, RemovableHandle] = {}
         self._handles: list[RemovableHandle] = []
-        self._flags = [(p, p.requires_grad) for p in self.model.parameters()]
         self._training = [module for module in self.model.modules() if module.training]
-        self.model.eval().requires_grad_(False)
+        self.model.eval()
         self._handles += [
             self.model.register_forward_pre_hook(open_pass, prepend=True),
             self.model.register_forward_hook(close_pass, always_call=True),
@@ -146,8 +145,6 @@ class Mixture:
             self.remove(layout)
         for handle in self._handles:
             handle.remove()
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
         for module in self._training:
             module.training = True
         self._handles = []
