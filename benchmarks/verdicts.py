@@ -14,7 +14,7 @@ import smidgen as sm
 from smidgen.common.errors import AttachError, SmidgenError
 from smidgen.ports.attachment_record import attachment, trained_parameters
 from smidgen.recipe.recipe import as_recipe
-from smidgen.steps.gradient_checks import Watch, check_depends, resting
+from smidgen.steps.gradient_checks import Watch, check_depends, may_stand_still
 
 NEAR = 1e-4  # of 1 + the largest output: what float32 inside a float64 model leaves
 LOW = 0.05  # of the same, in a low-precision base: what rounding leaves
@@ -197,7 +197,7 @@ def _train(subject, model, recipe, notes):
     loss.backward()
     watch.first(model)
     watch.saw(model)
-    may, dead = {*resting(model), *watch.unseen, *watch.flat(model)}, []
+    may, dead = {*may_stand_still(model), *watch.unseen, *watch.flat(model)}, []
     for name, parameter in trained_parameters(model).items():
         if name not in may and not parameter.grad.any():
             dead.append(name)

@@ -11,6 +11,7 @@ import torch
 import smidgen as sm
 from smidgen.common.errors import AttachError, PlanError
 from smidgen.methods.prompt.prompt_tuning import PromptTuning
+from smidgen.ports import module_edits
 from smidgen.ports import module_port as ports
 from smidgen.ports.attachment_record import attachment, trained_parameters
 from smidgen.ports.base import Port
@@ -173,7 +174,7 @@ def the_other_way_round(monkeypatch):
             output = edit.after(args[0], output)
         return output
 
-    monkeypatch.setattr(ports, "run_after", reverse)
+    monkeypatch.setattr(module_edits, "run_after", reverse)
 
 
 def rounded(monkeypatch):
