@@ -50,7 +50,7 @@ async def predict(body: PredictRequest, asked: Asking) -> PredictResponse:
     """What a delta's model says: labels with probabilities, numbers, tags, or a text."""
     check_size(asked, body.inputs)
     check_size(asked, body.pairs or [])
-    asked.about(body.model)
+    asked.about(body.model, len(body.inputs))
     found = await asked.run(
         asked.server.predict, body.model, body.inputs, pairs=body.pairs, max_new_tokens=body.max_tokens
     )
@@ -97,7 +97,7 @@ async def embeddings(body: EmbeddingsRequest, asked: Asking) -> EmbeddingsRespon
     """The mean of the last hidden states over each text's tokens, of length 1."""
     texts = [body.input] if isinstance(body.input, str) else body.input
     check_size(asked, texts)
-    asked.about(body.model)
+    asked.about(body.model, len(texts))
     vectors = (await asked.run(asked.server.embed, body.model, texts)).numpy().astype(np.float32)
     if not np.isfinite(vectors).all():
         raise ServingError("the model's outputs are not finite (NaN): the delta, or the base, is damaged")

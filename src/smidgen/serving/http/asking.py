@@ -25,10 +25,9 @@ class Asked:
         self.server: Server = request.app.state.server
         self.options: HttpOptions = request.app.state.options
 
-    def about(self, delta: str) -> str:
-        """Note in the request's log line which delta it is about."""
-        self.request.state.delta = delta[:128]
-        return delta
+    def about(self, delta: str, rows: int = 0) -> None:
+        """Note in the request's log line which delta it is about, and how many rows are asked for."""
+        self.request.state.delta, self.request.state.rows = delta[:128], rows
 
     async def run(self, function: Callable[P, Found], *args: P.args, **kwargs: P.kwargs) -> Found:
         """A call of the server in a thread. Raises TimeoutError if it takes too long."""

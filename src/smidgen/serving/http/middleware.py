@@ -54,7 +54,8 @@ class RequestLog:
             self.measures.requests.labels(route, str(status)).inc()
             self.measures.seconds.labels(route).observe(seconds)
             line = {"id": number, "method": scope["method"], "route": route, "status": status,
-                    "ms": round(1e3 * seconds, 1), "delta": state.get("delta")}  # fmt: skip
+                    "ms": round(1e3 * seconds, 1), "delta": state.get("delta"),
+                    "rows": state.get("rows", 0)}  # fmt: skip
             LOG.info(json.dumps(line))
 
 

@@ -155,7 +155,7 @@ async def _written(
     asked: Asked, body: WritingRequest, prompt: str | list[dict[str, str]], sampling: Sampling, form: Form
 ) -> dict[str, Any] | StreamingResponse:
     """A text, or the stream of it."""
-    asked.about(body.model)
+    asked.about(body.model, 1)
     pieces = LoopQueue(asyncio.get_running_loop())
     begin: Callable[..., Generation] = asked.server.begin
     text = await asked.run(begin, body.model, prompt, sampling, pieces=pieces)

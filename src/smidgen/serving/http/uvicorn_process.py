@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 
@@ -39,7 +41,16 @@ def serve_http(server: Server, host: str, port: int, options: HttpOptions, say: 
         create_app(server, options), log_level="warning", access_log=False, timeout_graceful_shutdown=30,
         server_header=False,
     )  # fmt: skip
-    uvicorn.Server(config).run(sockets=[listening])
+    _Process(config).run(sockets=[listening])
+
+
+class _Process(uvicorn.Server):
+    """A signal stops it and is not raised again behind the end: all is answered, so the exit status is 0."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop; a second Ctrl-C waits for nothing."""
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
 
 def _listen(host: str, port: int) -> socket.socket:
