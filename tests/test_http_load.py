@@ -1,4 +1,4 @@
-"""A real server under load: 2,000 requests from 32 connections while deltas come, go and change, each answer checked."""
+"""A server under load: 2,000 requests from 32 connections while deltas come, go and change, each answer checked."""
 
 import collections
 import http.client
@@ -19,7 +19,8 @@ from tests.test_mixed_layouts import trained
 from tests.test_serving import RECIPES, TASK, TEXTS, apart, saved, server
 
 pytest.importorskip("fastapi")
-httpx = pytest.importorskip("httpx")
+pytest.importorskip("httpx")
+import httpx
 import uvicorn
 
 from smidgen.serving.http.app import create_app

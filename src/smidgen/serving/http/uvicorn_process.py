@@ -60,6 +60,7 @@ def _listen(host: str, port: int) -> socket.socket:
         found = socket.socket(family, socket.SOCK_STREAM)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind((host, port))
+        found.listen(2048)  # before it is said: who connects at once waits, and is not refused
     except (OSError, OverflowError) as error:
         raise ServingError(f"cannot listen at {host}:{port}: {getattr(error, 'strerror', None) or error}") from None
     return found
