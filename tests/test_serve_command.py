@@ -101,7 +101,7 @@ def test_sigterm_under_load_answers_what_was_taken(world):
         stop.set()
         for thread in threads:
             thread.join(60)
-    assert status in (0, -signal.SIGTERM)
+    assert status == 0
     assert told
     assert set(refused) <= {503, "closed"}
     logged = [json.loads(line) for line in lines[1:] if line.startswith("{")]

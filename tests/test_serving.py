@@ -497,3 +497,26 @@ def test_what_cannot_be_mixed_on_windows_is_refused_when_it_is_added():
         with pytest.raises(AttachError, match="which part belongs to which row"):
             served.add("x", trained(model, "LoRA(rank=2)"))
         assert not len(served.bank)
+
+
+def test_a_delta_that_goes_while_it_is_read_is_unknown(deltas, tmp_path, monkeypatch):
+    """Not damaged, and not listed any more; one that is damaged still says so."""
+    model, deltas = deltas
+    with server(model, saved(tmp_path, deltas)) as served:
+        store = served.bank.store
+        load = store.load
+
+        def late(name):
+            store.remove(name)
+            return load(name)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(store, "load", late)
+            with pytest.raises(UnknownDeltaError, match="d0"):
+                served.predict("d0", TEXTS)
+        assert "d0" not in served.bank
+        assert not list(tmp_path.glob(".d0*"))
+        (tmp_path / "d1" / "delta.safetensors").write_bytes(b"no values")
+        with pytest.raises(DeltaError, match=r"delta\.safetensors"):
+            served.predict("d1", TEXTS)
+        assert "d1" in served.bank

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from threading import Lock
 
 from smidgen.common.byte_sizes import parse_bytes
-from smidgen.common.errors import nearest
+from smidgen.common.errors import DeltaError, nearest
 from smidgen.delta.delta import Delta
 from smidgen.serving.delta_store import NAME, DeltaStore, check_name
 from smidgen.serving.errors import UnknownDeltaError
@@ -124,7 +124,12 @@ class Bank:
                         continue  # replaced, removed, or loaded by another thread meanwhile
                 assert self.store is not None  # what has no file is in memory
                 version = self.store.version(name)
-                tenant = make(name, self.store.load(name))
+                try:
+                    tenant = make(name, self.store.load(name))
+                except DeltaError:
+                    if self._as_it_was(name, entry, version):
+                        raise
+                    continue  # replaced or removed while it was read
                 with self._lock:
                     if self._entries.get(name) is not entry:
                         continue
@@ -132,6 +137,15 @@ class Bank:
                     entry.version, entry.seen = version, time.monotonic()
                     self._keep(name, tenant)
                     return tenant
+
+    def _as_it_was(self, name: str, entry: _Entry, version: tuple[object, ...]) -> bool:
+        """Whether a delta's file is still the one of a version; forgets a delta that has none any more."""
+        assert self.store is not None
+        there = self.store.has(name)
+        with self._lock:
+            if not there and self._entries.get(name) is entry:
+                del self._entries[name]
+        return there and self.store.version(name) == version
 
     def _compare(self, name: str) -> None:
         """See what another process did to a name: new ones at once, others after a while."""

@@ -157,6 +157,14 @@ class DeltaStore:
             shutil.rmtree(old, ignore_errors=True)
 
     def remove(self, name: str) -> None:
-        """Take a delta away."""
-        if self.has(name):
-            self.fs.rm(f"{self.root}/{name}", recursive=True)
+        """Take a delta away; at no moment is a part of it there."""
+        if not self.has(name):
+            return
+        final = f"{self.root}/{name}"
+        if self.local:
+            gone = tempfile.mkdtemp(prefix=f".{name}.", dir=self.root)
+            os.rename(final, gone)
+            shutil.rmtree(gone)
+        else:
+            self.fs.rm(f"{final}/{META}")
+            self.fs.rm(final, recursive=True)
