@@ -105,7 +105,7 @@ def test_training_mode_computes_with_the_statistics_of_the_base():
 
 
 def test_statistics_that_move_would_be_seen(monkeypatch):
-    monkeypatch.setattr(held, "rest", lambda module, args: None)
+    monkeypatch.setattr(held, "to_eval", lambda module, args: None)
     monkeypatch.setattr(held.Held, "put_back", lambda self: None)
     model = built("levit")
     with pytest.raises((AttachError, AssertionError)), h.untouched(model):

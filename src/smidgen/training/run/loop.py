@@ -77,15 +77,15 @@ class Loop:
         if self.accelerator.distributed_type in UNTESTED:
             kind = self.accelerator.distributed_type.value
             raise TrainError(f"{kind} is not supported yet; use one process or DDP (accelerate launch --multi_gpu)")
+        if run.settings.batching == PACK:
+            check_kind(run.task.kind)
+        check_coupling(run.task.task_kind, run.settings, self.accelerator.num_processes)
+        self.run = run = run.checked()
         if again := reversible_stacks(bare(run.model)):
             raise TrainError(
                 f"{type(next(iter(again.values()))).__name__} trains on texts whose length is a multiple of its chunks "
                 "alone, and fit's batches have any; attach, and train it in a loop of your own (smidgen.optimizer)"
             )
-        if run.settings.batching == PACK:
-            check_kind(run.task.kind)
-        check_coupling(run.task.task_kind, run.settings, self.accelerator.num_processes)
-        self.run = run = run.checked()
         self.model, self.task, self.settings, self.objective = run.model, run.task, run.settings, run.objective
         self.selection, self.kind = run.selection, run.task.task_kind
         self.reduction = reduction_of(self.objective, self.kind)
