@@ -63,6 +63,9 @@ def application(options: ReplicaOptions, replicas: int) -> Any:
         raise ServingError(f"replicas={replicas}: at least 1")
     serve = _ray_serve()
 
+    def build() -> FastAPI:  # a plain function: Ray takes a method for an app
+        return options.app()
+
     @serve.deployment(
         name="smidgen",
         num_replicas=replicas,
@@ -71,7 +74,7 @@ def application(options: ReplicaOptions, replicas: int) -> Any:
         health_check_period_s=2,
         graceful_shutdown_timeout_s=60,
     )
-    @serve.ingress(options.app)
+    @serve.ingress(build)
     class Replica:
         """One server."""
 
