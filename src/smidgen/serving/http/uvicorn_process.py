@@ -39,7 +39,7 @@ def serve_http(server: Server, host: str, port: int, options: HttpOptions, say: 
         log.setLevel(logging.INFO)
     config = uvicorn.Config(
         create_app(server, options), log_level="warning", access_log=False, timeout_graceful_shutdown=30,
-        server_header=False,
+        server_header=False, timeout_keep_alive=75,  # longer than clients keep a connection that they do not use
     )  # fmt: skip
     _Process(config).run(sockets=[listening])
 
