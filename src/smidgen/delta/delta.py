@@ -238,7 +238,10 @@ def _folder(source: str | os.PathLike[str], revision: str | None) -> Path:
 
 
 def _listing(folder: Path) -> str:
-    return ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+    try:
+        return ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+    except OSError:  # it went meanwhile
+        return "nothing"
 
 
 def _meta(path: Path) -> DeltaForm:

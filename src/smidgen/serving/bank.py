@@ -126,7 +126,7 @@ class Bank:
                 version = self.store.version(name)
                 try:
                     tenant = make(name, self.store.load(name))
-                except DeltaError:
+                except (DeltaError, FileNotFoundError):
                     if self._as_it_was(name, entry, version):
                         raise
                     continue  # replaced or removed while it was read
@@ -141,11 +141,12 @@ class Bank:
     def _as_it_was(self, name: str, entry: _Entry, version: tuple[object, ...]) -> bool:
         """Whether a delta's file is still the one of a version; forgets a delta that has none any more."""
         assert self.store is not None
-        there = self.store.has(name)
+        now = self.store.version(name)
+        there = bool(now)
         with self._lock:
             if not there and self._entries.get(name) is entry:
                 del self._entries[name]
-        return there and self.store.version(name) == version
+        return there and now == version
 
     def _compare(self, name: str) -> None:
         """See what another process did to a name: new ones at once, others after a while."""

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,7 +92,18 @@ class DeltaStore:
             return read_json(Path(copy, META))
 
     def version(self, name: str) -> tuple[object, ...]:
-        """What tells one state of a delta's file from another; () if there is none."""
+        """What tells one state of a delta's file from another; () if there is none, a moment later neither.
+
+        Where a delta is replaced there is none for a moment.
+        """
+        for wait in (0.005, 0.02, 0.0):
+            if found := self._version(name):
+                return found
+            time.sleep(wait)
+        return ()
+
+    def _version(self, name: str) -> tuple[object, ...]:
+        """As it is just now."""
         found = []
         for file in (META, TENSORS):
             try:

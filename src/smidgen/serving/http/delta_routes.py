@@ -11,8 +11,10 @@ from fastapi import APIRouter, File, Query, Response, UploadFile
 from fastapi import Path as InPath
 from pydantic import BaseModel
 
+from smidgen.common.errors import DeltaError
 from smidgen.delta.delta import META, TENSORS, Delta
 from smidgen.serving.delta_store import BASE, check_name
+from smidgen.serving.errors import UnknownDeltaError
 from smidgen.serving.http.asking import Asking
 from smidgen.serving.http.errors import RESPONSES
 from smidgen.serving.server import Server
@@ -99,7 +101,16 @@ async def deltas(
 
 
 def _cards(server: Server, names: list[str]) -> list[DeltaCard]:
-    return [card(server, name) for name in names]
+    """Cards of those that are still there."""
+    found = []
+    for name in names:
+        try:
+            found.append(card(server, name))
+        except (DeltaError, UnknownDeltaError):
+            store = server.bank.store
+            if name in server.bank and store is not None and store.has(name):
+                raise
+    return found
 
 
 @router.get("/v1/deltas/{name}")
@@ -134,8 +145,6 @@ def _added(server: Server, name: str, files: dict[str, Any]) -> DeltaCard:
 
 def _renamed(folder: str, name: str) -> Delta:
     """Read a delta; errors name it, not the folder of a moment."""
-    from smidgen.common.errors import DeltaError
-
     try:
         return Delta.load(folder)
     except DeltaError as error:
