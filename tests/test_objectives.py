@@ -15,11 +15,12 @@ from smidgen.common.errors import DataError, DeltaError, SmidgenError, TrainErro
 from smidgen.data.kinds.base import kind_named
 from smidgen.delta.content_hash import content_digest
 from smidgen.ports.attachment_record import trained_parameters
+from smidgen.ports.in_place.shared_parameters import shared_copy
 from smidgen.steps.loss_computation import At, Beside, loss_of
 from smidgen.steps.micro_batches import split_batch
 from smidgen.steps.objectives import Needs, Objective, TaskLoss, reduction_of
 from smidgen.steps.other_batches import OtherBatches, Source
-from smidgen.steps.references import reference_models, shared_copy
+from smidgen.steps.references import reference_models
 from smidgen.steps.step import BASE, START, Batches
 from smidgen.testing.cases import shake
 from tests import helpers as h

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @contextmanager
@@ -45,7 +48,7 @@ def renew_caches(model: nn.Module) -> None:
             _set(modes)
 
 
-def copied(model: nn.Module, memo: dict[int, Tensor] | None = None) -> nn.Module:
+def copied(model: Model, memo: dict[int, Tensor] | None = None) -> Model:
     """A deep copy of a model. `memo`: id of an object -> what stands for it in the copy, as deepcopy takes it."""
     renew_caches(model)  # a cache with a graph cannot be copied
     return copy.deepcopy(model, memo)

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from smidgen.common.dtypes import LOW, master_dtype
 from smidgen.common.errors import AttachError, DeltaError
-from smidgen.common.wrappers import bare
 from smidgen.data.kinds.base import Collate, TaskKind
 from smidgen.data.processor import Processor
 from smidgen.delta.attaching import attached
@@ -31,6 +30,7 @@ from smidgen.ports.attachment_record import refuse_attached
 from smidgen.ports.by_row.heads import padded
 from smidgen.ports.by_row.mixture import Mixture
 from smidgen.ports.forward_state import Mix, RowBlock, mixed
+from smidgen.ports.in_place.shared_parameters import shared_copy
 from smidgen.serving.tenants import Profile, RowLayout, Tenant, no_values
 from smidgen.sites.site import InputSite
 from smidgen.sites.task_head import takes_positions
@@ -43,7 +43,7 @@ Signature = tuple[Any, ...]
 class ServedModel:
     """A base that answers for many deltas.
 
-    The model given stays untouched: edits stand on a second one of the same Parameter objects, and deltas are tried on
+    The model given stays untouched: edits stand on a second one of the same values in memory, and deltas are tried on
     a third (`plain`). `lock` is held while rows are computed, and while a layout is put on. `forward_seconds` are those
     inside of the model, `writes` is whether it was seen to write texts.
 
@@ -54,10 +54,10 @@ class ServedModel:
     def __init__(self, model: PreTrainedModel, processor: Processor) -> None:
         refuse_attached(model)
         self.processor, self.lock = processor, RLock()
-        self.plain: PreTrainedModel = _shared_copy(bare(model))
+        self.plain = shared_copy(model)
         self.plain.eval()
         self.takes_positions = takes_positions(self.plain)
-        self.mixture = Mixture(_shared_copy(self.plain))
+        self.mixture = Mixture(shared_copy(self.plain))
         self.model: Any = self.mixture.model
         self.forward_seconds, self.writes = 0.0, False
         self._layouts: dict[str, RowLayout | None] = {}
@@ -269,12 +269,6 @@ def _few(delta: Delta, layout: RowLayout) -> tuple[Tensor, Tensor | None]:
             index = delta.tensors.get(name + INDICES)
             places.append(offset + (torch.arange(len(values[-1])) if index is None else index.long()))
     return torch.cat(values), torch.cat(places)
-
-
-def _shared_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same Parameter objects and buffers."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, memo)
 
 
 def _outputs(outputs: Any) -> list[Tensor]:

@@ -6,15 +6,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from smidgen.common.errors import TrainError
-from smidgen.common.module_modes import copied, evaluating
+from smidgen.common.module_modes import evaluating
 from smidgen.common.wrappers import bare
 from smidgen.delta.attaching import attach, disabled, remove
 from smidgen.delta.delta import Delta
-from smidgen.ports.attachment_record import base_tensors
-from smidgen.sites.new_tensors import MARK, keep_note
+from smidgen.ports.in_place.shared_parameters import shared_copy
+from smidgen.sites.new_tensors import keep_note
 from smidgen.steps.step import BASE, START, Reference
 
 Models = Mapping[str, nn.Module | None]
@@ -49,20 +49,6 @@ def _model(model: nn.Module, name: str, reference: Reference) -> nn.Module | Non
     raise TrainError(
         f"the reference {name!r} is {reference!r:.40}; it is {BASE!r}, {START!r}, a Delta, or another module"
     )
-
-
-def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy whose base parameters and buffers are the model's own in memory; what is attached is copied.
-
-    The Parameter objects are others, so that freezing them or attaching to the copy leaves the model alone.
-    """
-    memo: dict[int, Tensor] = {}
-    for parameter in base_tensors(model).values():
-        memo[id(parameter)] = twin = nn.Parameter(parameter.detach(), requires_grad=False)
-        if getattr(parameter, MARK, False):
-            setattr(twin, MARK, True)
-    memo |= {id(buffer): buffer for buffer in model.buffers()}
-    return copied(bare(model), memo)
 
 
 def _frozen(model: nn.Module) -> nn.Module:

@@ -1,9 +1,32 @@
-"""Models of one base in several classes: what they have in common is in memory once."""
+"""Several models of one base: what they have in common is in memory once."""
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from smidgen.common.module_modes import copied
+from smidgen.common.wrappers import bare
+from smidgen.ports.attachment_record import base_tensors
+from smidgen.sites.new_tensors import MARK
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def shared_copy(model: Model) -> Model:
+    """A copy whose base parameters and buffers are the model's own in memory; what is attached is copied.
+
+    The Parameter objects are others, so that freezing them or attaching to the copy leaves the model alone.
+    """
+    memo: dict[int, Tensor] = {}
+    for parameter in base_tensors(model).values():
+        memo[id(parameter)] = twin = nn.Parameter(parameter.detach(), requires_grad=False)
+        if getattr(parameter, MARK, False):
+            setattr(twin, MARK, True)
+    memo |= {id(buffer): buffer for buffer in model.buffers()}
+    return copied(bare(model), memo)
 
 
 def share_parameters(first: nn.Module, other: nn.Module) -> int:
