@@ -24,6 +24,7 @@ from smidgen.methods.capabilities import AddsKeys, Tensors
 from smidgen.planning.entry import Entry
 from smidgen.planning.rules.attention import KeyValueRules
 from smidgen.ports.base import Port
+from smidgen.ports.by_row.layouts import Layouts
 from smidgen.ports.edit import Edit, Edits, edits_at
 from smidgen.ports.forward_state import state
 from smidgen.sites.site import Site
@@ -85,19 +86,12 @@ class KeyValueEdits(Edits):
         return name, self.interface.get_interface(name, self.eager)  # type: ignore[arg-type]
 
 
-class KeyValueLayouts(KeyValueEdits):
+class KeyValueLayouts(Layouts[KeyValueEdits], KeyValueEdits):
     """Layout -> its edits at one attention module; each row of a mixed batch has its own keys."""
 
-    def add(self, layout: str, key: str, edit: Edit) -> None:
-        """Put an edit behind those of its layout."""
-        if layout not in self:
-            self[layout] = KeyValueEdits(self.config, self.interface, self.eager)
-        layouts: Any = self[layout]
-        layouts[key] = edit.eval()
-
-    def drop(self, layout: str) -> None:
-        """Take a layout's edits away."""
-        self._modules.pop(layout, None)
+    def fresh(self) -> KeyValueEdits:
+        """An empty place at the same attention."""
+        return KeyValueEdits(self.config, self.interface, self.eager)
 
     def added(self, key: Tensor) -> AddedKeys | None:
         """What each row's layout adds, right before the text; places in front stay empty where it adds less."""
@@ -105,7 +99,7 @@ class KeyValueLayouts(KeyValueEdits):
         mix = now.mixed()
         found: list[AddedKeys | None] = []
         for block in mix.blocks:
-            edits = cast("KeyValueEdits | None", self._modules.get(block.layout or ""))
+            edits = self.of(block.layout)
             if edits is None:
                 found.append(None)
                 continue

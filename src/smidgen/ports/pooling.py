@@ -22,11 +22,22 @@ def pool_output(pooling: str, base: Any, args: Args, kwargs: Kwargs, output: Any
     """Forward hook: last_hidden_state (B, T, d) -> its pooled vector (B, d), repeated over T."""
     hidden = output[0]
     pooled = pool(hidden, kwargs.get("attention_mask"), pooling)
-    spread = pooled[:, None, :].expand_as(hidden)
+    return with_pooled(output, pooled[:, None, :].expand_as(hidden), pooled)
+
+
+def own_pooled(output: Any) -> Tensor | None:
+    """The vector (B, d) that a base model itself makes of each text, if it makes one."""
+    found = (*output[1:2], None)[0] if isinstance(output, tuple) else output.get("pooler_output")
+    return found if isinstance(found, Tensor) and found.ndim == 2 else None
+
+
+def with_pooled(output: Any, states: Tensor, pooled: Tensor | None) -> Any:
+    """A base model's output with other states (B, T, d), and with another vector (B, d) where it had one."""
+    had = own_pooled(output) is not None
     if isinstance(output, tuple):
-        return (spread, pooled, *output[2:]) if len(output) > 1 and output[1].ndim == 2 else (spread, *output[1:])
-    output["last_hidden_state"] = spread
-    if output.get("pooler_output") is not None:
+        return (states, pooled, *output[2:]) if had else (states, *output[1:])
+    output["last_hidden_state"] = states
+    if had:
         output["pooler_output"] = pooled
     return output
 

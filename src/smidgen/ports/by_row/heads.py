@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from smidgen.common.hook_types import Args, Kwargs
 from smidgen.ports.forward_state import state
-from smidgen.ports.pooling import pool
+from smidgen.ports.pooling import own_pooled, pool, with_pooled
 
 
 def padded(tensors: Sequence[Tensor]) -> Tensor:
@@ -46,17 +46,11 @@ def pool_by_row(base: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
     poolings: Mapping[str, Tensor] = state().mixed().poolings
     if not poolings:
         return None
-    hidden, mask = output[0].clone(), kwargs.get("attention_mask")
-    own = output[1] if isinstance(output, tuple) and len(output) > 1 else getattr(output, "pooler_output", None)
-    own = own.clone() if isinstance(own, Tensor) and own.ndim == 2 else None
+    states, own, mask = output[0].clone(), own_pooled(output), kwargs.get("attention_mask")
+    own = None if own is None else own.clone()
     for pooling, rows in poolings.items():
-        pooled = pool(hidden[rows], None if mask is None else mask[rows], pooling)
-        hidden[rows] = pooled[:, None, :].expand(-1, hidden.shape[1], -1)
+        pooled = pool(states[rows], None if mask is None else mask[rows], pooling)
+        states[rows] = pooled[:, None, :].expand(-1, states.shape[1], -1)
         if own is not None:
             own[rows] = pooled
-    if isinstance(output, tuple):
-        return (hidden, own, *output[2:]) if own is not None else (hidden, *output[1:])
-    output["last_hidden_state"] = hidden
-    if own is not None:
-        output["pooler_output"] = own
-    return output
+    return with_pooled(output, states, own)

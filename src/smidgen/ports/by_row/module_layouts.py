@@ -6,25 +6,26 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from smidgen.common.errors import AttachError
 from smidgen.common.hook_types import Args, first_of, like
 from smidgen.methods.capabilities import EditsInput
+from smidgen.ports.by_row.layouts import Layouts
 from smidgen.ports.edit import Edit
 from smidgen.ports.forward_state import state
 from smidgen.ports.module_edits import ModuleEdits, edited_input, edited_output
 from smidgen.ports.tap import entered
 
 
-class ModuleLayouts(nn.ModuleDict):
+class ModuleLayouts(Layouts[ModuleEdits]):
     """Layout -> its edits at one module; `sees_input` once any of them has edited what enters."""
 
     sees_input = False
 
-    def of(self, layout: str | None) -> ModuleEdits | None:
-        """A layout's edits; None if it has none here."""
-        return cast("ModuleEdits | None", self._modules.get(layout or ""))
+    def fresh(self) -> ModuleEdits:
+        """An empty place."""
+        return ModuleEdits()
 
     @property
     def reads_entry(self) -> bool:
@@ -87,18 +88,15 @@ def add_layout(module: Any, layout: str, key: str, edit: Edit) -> None:
     if isinstance(edit.method, EditsInput) and not layouts.sees_input:
         module._layout_handles.append(module.register_forward_pre_hook(run_layouts_before))
         layouts.sees_input = True
-    if layouts.of(layout) is None:
-        layouts[layout] = ModuleEdits()
-    edits: Any = layouts[layout]
-    edits[key] = edit.eval()
+    layouts.add(layout, key, edit)
 
 
 def drop_layout(module: Any, layout: str) -> None:
     """Take a layout's edits off a module; with the last one also the hooks."""
-    layouts: Any = module._modules.get("layouts")
+    layouts: ModuleLayouts | None = module._modules.get("layouts")
     if layouts is None:
         return
-    layouts._modules.pop(layout, None)
+    layouts.drop(layout)
     if not len(layouts):
         for handle in module.__dict__.pop("_layout_handles"):
             handle.remove()

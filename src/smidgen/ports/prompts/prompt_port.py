@@ -30,6 +30,7 @@ from smidgen.planning.entry import Entry
 from smidgen.planning.prompt_positions import prompt_length
 from smidgen.planning.rules.inputs import InputRules
 from smidgen.ports.base import Port
+from smidgen.ports.by_row.layouts import Layouts
 from smidgen.ports.edit import Edit, Edits, drop_edits, edits_at
 from smidgen.ports.forward_state import state
 from smidgen.ports.prompts.generation_cache import drop_generation, place_generation, seen_by
@@ -103,19 +104,12 @@ class InputEdits(Edits):
         return torch.cat(found, 1) if found else None
 
 
-class InputLayouts(InputEdits):
+class InputLayouts(Layouts[InputEdits], InputEdits):
     """Layout -> its edits at one embedding."""
 
-    def add(self, layout: str, key: str, edit: Edit) -> None:
-        """Put an edit behind those of its layout."""
-        if layout not in self:
-            self[layout] = InputEdits(self.names, self.at, self.blank, self.limit, self.taken_out)
-        layouts: Any = self[layout]
-        layouts[key] = edit.eval()
-
-    def drop(self, layout: str) -> None:
-        """Take a layout's edits away."""
-        self._modules.pop(layout, None)
+    def fresh(self) -> InputEdits:
+        """An empty place at the same embedding."""
+        return InputEdits(self.names, self.at, self.blank, self.limit, self.taken_out)
 
     def prompt(self, dtype: torch.dtype) -> Tensor | None:
         """The vectors of each row, (B, n, width); None where no row has any.
@@ -125,7 +119,7 @@ class InputLayouts(InputEdits):
         """
         now = state()
         blocks = now.mixed().blocks
-        layouts: list[Any] = [self._modules.get(block.layout or "") for block in blocks]
+        layouts = [self.of(block.layout) for block in blocks]
         if not any(layouts):
             return None
         found = []
