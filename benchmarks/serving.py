@@ -22,6 +22,7 @@ from environment import describe, write
 from transformers.utils import logging
 
 import smidgen as sm
+from smidgen.inference.task_record import TaskRecord
 from smidgen.serving.forward_batches import compute
 
 logging.set_verbosity_error()
@@ -48,9 +49,10 @@ def requests(server, names, sentences):
     """One request for each name, on a sentence each."""
     found = []
     for name, sentence in zip(names, sentences, strict=True):
-        tenant, kind, model = server._found(name)
-        profile = tenant.profile if tenant else server.profile(next(iter(server.bank)))
-        found += server._requests(tenant, kind, model, profile, {"text": [sentence]}, "logits")
+        asked = server._asked(name)
+        if asked.tenant is None:
+            asked = replace(asked, task=TaskRecord("classification", ("text",), None))
+        found += asked.requests({"text": [sentence]}, "logits")
     return found
 
 

@@ -209,7 +209,7 @@ def test_bad_questions(deltas):
         served.add("d0", deltas["d0"])
         with pytest.raises(UnknownDeltaError, match="did you mean 'd0'"):
             served.predict("d1", TEXTS)
-        with pytest.raises(DataError, match="no inputs"):
+        with pytest.raises(DataError, match="no texts to predict"):
             served.predict("d0", [])
         with pytest.raises(DataError, match="takes 1 text"):
             served.predict("d0", TEXTS, pairs=TEXTS)
@@ -253,6 +253,38 @@ def test_a_full_queue_refuses_and_closing_answers_what_was_taken(deltas, monkeyp
     for thread in (*threads, closing):
         thread.join(30)
     assert len(found) == 4
+
+
+def test_whoever_waits_no_longer_is_not_computed(deltas, monkeypatch):
+    model, deltas = deltas
+    real, free, rows = forward_batches.compute, threading.Event(), []
+
+    def slow(requests):
+        free.wait(30)
+        rows.extend(requests)
+        return real(requests)
+
+    monkeypatch.setattr(engine_module, "compute", slow)
+    with server(model, limits=sm.Limits(batch=1, wait=0)) as served:
+        served.add("d0", deltas["d0"])
+        try:
+            with pytest.raises(TimeoutError, match=r"within 0\.1 seconds"):
+                served.predict("d0", TEXTS, timeout=0.1)
+        finally:
+            free.set()
+        assert served.predict("d0", ["good"])
+    assert len(rows) == 2  # the one that was under way, and the one behind
+
+
+def test_a_delta_of_no_task_is_of_the_class_that_the_base_came_in(deltas):
+    model, _ = deltas
+    plain = trained(model, "LN()", 3)
+    assert "task" not in plain.info
+    with server(model) as served:
+        served.add("plain", plain)
+        wanted = sm.predict(model, TEXTS, delta=plain, tokenizer=h.tokenizer())
+        assert apart(served.predict("plain", TEXTS), wanted) < 1e-5
+        assert list(served.models.served) == ["BertForSequenceClassification"]
 
 
 def test_one_bad_row_does_not_spoil_the_others(deltas, monkeypatch):
@@ -340,6 +372,18 @@ def test_texts_that_join_and_leave_are_as_alone(writer):
             assert text.written == alone(model, deltas.get(name), text.ids, text.sampling.max_tokens)
             assert done.tokens == len(text.written)
         assert served.engine.counts.steps < sum(len(text.written) for _, text in begun)  # they shared steps
+
+
+def test_several_prompts_of_one_question_are_written_side_by_side(writer):
+    model, deltas = writer
+    with server(model) as served:
+        served.add("d0", deltas["d0"])
+        found = served.predict("d0", PROMPTS, max_new_tokens=8)
+        steps = served.engine.counts.steps
+        assert [one.label for one in found] == [
+            served.generate("d0", p, sm.Sampling(max_tokens=8)).text for p in PROMPTS
+        ]
+        assert served.engine.counts.steps - steps > steps  # one after another it takes more
 
 
 def test_streams_stops_and_seeds(writer):

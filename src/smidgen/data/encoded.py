@@ -10,6 +10,19 @@ Column = list[Any]  # cells of one column, whose type its Dataset alone knows
 Cells = dict[str, Column]
 
 
+class CellRows:
+    """Columns as the rows of a Dataset are read by kinds with plain cells: counted, and cut out as columns."""
+
+    def __init__(self, columns: Cells) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, rows: slice) -> Cells:
+        return {name: values[rows] for name, values in self.columns.items()}
+
+
 class Encoded(Sequence[Example]):
     """Examples as dicts, of plain lists for texts: input_ids, attention_mask, token_type_ids if the tokenizer has them,
     labels; images and sounds are what their collator reads.

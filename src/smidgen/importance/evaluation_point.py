@@ -17,6 +17,7 @@ from smidgen.delta.compatibility import head_held
 from smidgen.delta.delta import Delta
 from smidgen.delta.fingerprint import verify
 from smidgen.delta.merging import merge
+from smidgen.inference.task_record import TaskRecord
 from smidgen.planning.plans import Plan
 from smidgen.planning.resolution import resolve
 from smidgen.ports.attachment_record import is_attached, trained_parameters
@@ -109,8 +110,7 @@ def length_of(delta: Delta | None, task: Task, wanted: int | None) -> int | None
             f"the data has the labels {', '.join(task.labels) or 'none'}; "
             f"the delta was trained on {', '.join(delta.labels)}"
         )
-    found: int | None = delta.info.get("settings", {}).get("max_length")
-    return found if wanted is None else wanted
+    return TaskRecord.of(delta.info).max_length if wanted is None else wanted
 
 
 def check_still(model: nn.Module) -> None:

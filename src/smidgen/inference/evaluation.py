@@ -18,6 +18,7 @@ from smidgen.delta.attaching import attached
 from smidgen.delta.delta import Delta
 from smidgen.inference.forward_pass import run_examples
 from smidgen.inference.processors import processor_of
+from smidgen.inference.task_record import TaskRecord
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def evaluate(  # noqa: PLR0913 - options by keyword
         )
     processor = given_processor(processor, tokenizer) or processor_of(model, task.task_kind)
     if max_length is None and delta is not None:
-        max_length = delta.info.get("settings", {}).get("max_length")
+        max_length = TaskRecord.of(delta.info).max_length
     encoded = task.encode(processor, split, max_length=max_length)
     with attached(model, delta) if delta is not None else nullcontext():
         outputs = run_examples(model, encoded, task, processor, batch_size)

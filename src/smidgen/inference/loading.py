@@ -18,6 +18,7 @@ from smidgen.delta.delta import Delta
 from smidgen.inference.builtin_models import Options, _guarded, _locate
 from smidgen.inference.fastest_dtype import fastest
 from smidgen.inference.processors import load_processor
+from smidgen.inference.task_record import TaskRecord
 from smidgen.sites.new_tensors import note_new
 
 DTYPES = {
@@ -85,7 +86,7 @@ def _shape(task: Task | None, delta: Delta | None) -> tuple[TaskKind | None, tup
     if task is not None:
         return task.task_kind, tuple(task.labels)
     if delta is not None:
-        name = delta.info.get("task", {}).get("kind")
+        name = TaskRecord.of(delta.info).kind
         return None if name is None else kind_named(name), delta.labels
     return None, ()
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from datasets import Dataset
 from torch import Tensor
@@ -14,14 +15,15 @@ from transformers import PreTrainedModel
 from smidgen.common.errors import DataError
 from smidgen.common.wrappers import bare
 from smidgen.data.conll import is_tagged
-from smidgen.data.encoded import Cells, Column
-from smidgen.data.kinds.base import Outputs, Question, Run, TaskKind, kind_named
+from smidgen.data.encoded import CellRows, Cells, Column, Encoded
+from smidgen.data.kinds.base import Outputs, Question, Run, TaskKind
 from smidgen.data.processor import Processor, given_processor
 from smidgen.data.readers import FORMATS, decode, read_rows
 from smidgen.delta.attaching import attached
 from smidgen.delta.delta import Delta
 from smidgen.inference.forward_pass import forwards
 from smidgen.inference.processors import processor_of
+from smidgen.inference.task_record import TaskRecord
 
 Text = str | Column  # a list of words (tokens), or of messages
 
@@ -69,16 +71,20 @@ def predict(  # noqa: PLR0913 - options by keyword
     Raises:
         DataError: no texts, or the task takes two texts and got one, or the other way round.
     """
-    model, kind, columns = bare(model), _kind(delta), _columns(delta)
-    processor = given_processor(processor, tokenizer) or processor_of(model, kind)
-    _check(texts, pairs, len(kind.asked(columns)))
-    seconds = None if pairs is None else list(pairs)
-    run = _running(model, processor, delta, kind, batch_size)
-    limit = delta.info.get("settings", {}).get("max_length")
-    question = Question(list(texts), seconds, columns, delta.labels, run, model, processor, max_new_tokens, limit)
+    model, task = bare(model), TaskRecord.of(delta.info)
+    processor = given_processor(processor, tokenizer) or processor_of(model, task.task_kind)
+    check_inputs(texts, pairs, task.asked)
+    seconds, limit = None if pairs is None else list(pairs), task.max_length
+    run = _running(model, processor, task, batch_size)
+    question = Question(list(texts), seconds, task.columns, delta.labels, run, model, processor, max_new_tokens, limit)
     with attached(model, delta):
-        answers = kind.answers(question)
-    shown: Column = [None] * len(answers) if seconds is None else seconds
+        return predictions(task.task_kind, question)
+
+
+def predictions(kind: TaskKind, question: Question) -> list[Prediction]:
+    """A kind's answers to a question, beside the inputs."""
+    answers = kind.answers(question)
+    shown: Column = [None] * len(answers) if question.seconds is None else question.seconds
     each = zip(answers, shown, strict=True)
     return [Prediction(answer.text, answer.answer, pair, answer.probabilities) for answer, pair in each]
 
@@ -92,8 +98,9 @@ def read_texts(path: Path, delta: Delta) -> tuple[Column, Column | None]:
     Raises:
         DataError: the file cannot be read or has not got the columns, or a row has no text.
     """
-    kind = _kind(delta)
-    columns, own = kind.asked(_columns(delta)), kind.read_inputs(path)
+    task = TaskRecord.of(delta.info)
+    kind = task.task_kind
+    columns, own = kind.asked(task.columns), kind.read_inputs(path)
     if own is not None:
         return own, None
     suffix = path.suffix.lower()
@@ -123,15 +130,8 @@ def _texts(path: Path, name: str, values: Column, wanted: type) -> list[Text]:
     return values
 
 
-def _kind(delta: Delta) -> TaskKind:
-    return kind_named(str(delta.info.get("task", {}).get("kind", "classification")))
-
-
-def _columns(delta: Delta) -> tuple[str, ...]:
-    return tuple(delta.info.get("task", {}).get("text") or ["text"])
-
-
-def _check(texts: Sequence[object], pairs: Sequence[Text] | None, wanted: int) -> None:
+def check_inputs(texts: Sequence[object], pairs: Sequence[object] | None, wanted: int) -> None:
+    """Raises DataError if there is no input, or if inputs do not have the number of texts that a task takes."""
     if not texts:
         raise DataError("there are no texts to predict; give text= or file=")
     if (pairs is not None) != (wanted == 2):
@@ -141,13 +141,20 @@ def _check(texts: Sequence[object], pairs: Sequence[Text] | None, wanted: int) -
         raise DataError(f"{len(texts)} texts and {len(pairs)} pairs: they go together one by one")
 
 
-def _running(model: PreTrainedModel, processor: Processor, delta: Delta, kind: TaskKind, size: int) -> Run:
+def encode_inputs(columns: Cells, task: TaskRecord, processor: Processor) -> Encoded:
+    """New inputs as a kind encodes its examples; the column "labels", if there is one, as labels."""
+    kind = task.task_kind
+    names, label = tuple(name for name in columns if name != "labels"), "labels" if "labels" in columns else None
+    rows = CellRows(columns) if kind.plain_cells else Dataset.from_dict(columns)
+    return kind.encode(cast(Dataset, rows), processor, names, label, task.max_length)
+
+
+def _running(model: PreTrainedModel, processor: Processor, task: TaskRecord, size: int) -> Run:
     """Logits and labels of each input, padded as in `fit` and `evaluate`; the labels are the column "labels"."""
-    limit = delta.info.get("settings", {}).get("max_length")
+    kind = task.task_kind
 
     def run(columns: Cells) -> list[tuple[Tensor, Tensor | None]]:
-        text, label = tuple(name for name in columns if name != "labels"), "labels" if "labels" in columns else None
-        encoded = kind.encode(Dataset.from_dict(columns), processor, text, label, limit)
+        encoded = encode_inputs(columns, task, processor)
         found: dict[int, tuple[Tensor, Tensor | None]] = {}
 
         def take(rows: Sequence[int], outputs: Outputs, labels: Tensor | None) -> None:

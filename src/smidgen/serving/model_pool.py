@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from threading import RLock
 from typing import Any, cast
 
 import transformers
 from transformers import PreTrainedModel
 
-from smidgen.data.kinds.base import TaskKind
+from smidgen.common.wrappers import bare
+from smidgen.data.kinds.base import TaskKind, kind_named
 from smidgen.data.processor import Processor
 from smidgen.delta.delta import Delta
 from smidgen.inference.loading import load
@@ -28,9 +30,17 @@ class ModelPool:
     """
 
     def __init__(self, model: PreTrainedModel, processor: Processor | None = None) -> None:
-        self.model, self._lock = model, RLock()
-        self.first = ServedModel(model, processor_of(model) if processor is None else processor)
-        self._served: dict[str, ServedModel] = {type(model).__name__: self.first}
+        self.model, self._lock = bare(model), RLock()
+        self.first = ServedModel(self.model, processor_of(self.model) if processor is None else processor)
+        self._served: dict[str, ServedModel] = {type(self.model).__name__: self.first}
+
+    @cached_property
+    def own_kind(self) -> TaskKind:
+        """The kind of task of the class that the base came in; of several, the first that is registered."""
+        for kind in TaskKind.registry.values():
+            if type(self.model) in classes_for(self.model, kind):
+                return kind
+        return kind_named("classification")
 
     def of(self, kind: TaskKind, delta: Delta | None = None) -> ServedModel:
         """The base for a kind of task.
@@ -71,18 +81,26 @@ class ModelPool:
             served.close()
 
 
+def classes_for(model: PreTrainedModel, kind: TaskKind) -> tuple[type, ...]:
+    """The classes of transformers that a kind of task takes of a model's type, the usual one first."""
+    auto: Any = getattr(transformers, kind.model_class)
+    mapping = getattr(auto, "_model_mapping", None)
+    if mapping is None:
+        return (auto,)
+    found = mapping.get(type(model.config), ())
+    return tuple(found) if isinstance(found, tuple | list) else (found,)
+
+
 def class_for(model: PreTrainedModel, kind: TaskKind) -> str:
     """Name of the class that a kind of task takes of a model's type; the model's own if it fits.
 
     Raises:
         ServingError: transformers has none.
     """
-    auto: Any = getattr(transformers, kind.model_class)
-    mapping = getattr(auto, "_model_mapping", None)
-    if mapping is None:
-        return str(auto.__name__)
-    found = mapping.get(type(model.config), None)
-    if found is None:
-        raise ServingError(f"transformers has no {kind.model_class} for {type(model.config).__name__}: {kind.name} "
-                           "tasks of this base are not served")  # fmt: skip
-    return str((found[0] if isinstance(found, tuple | list) else found).__name__)
+    classes = classes_for(model, kind)
+    if not classes:
+        raise ServingError(
+            f"transformers has no {kind.model_class} for {type(model.config).__name__}: {kind.name} tasks of this base "
+            "are not served"
+        )
+    return (type(model) if type(model) in classes else classes[0]).__name__

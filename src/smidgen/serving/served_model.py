@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from math import prod
 from threading import RLock
@@ -21,7 +21,7 @@ from smidgen.delta.attaching import attached
 from smidgen.delta.compatibility import check_values, fitted
 from smidgen.delta.delta import Delta
 from smidgen.inference.sample_inputs import fitting_inputs
-from smidgen.planning.entry import INDICES, START
+from smidgen.planning.entry import INDICES, START, Shape
 from smidgen.planning.initial_values import initial
 from smidgen.planning.plans import Plan
 from smidgen.planning.prompt_positions import prompt_length
@@ -31,7 +31,7 @@ from smidgen.ports.by_row.heads import padded
 from smidgen.ports.by_row.mixture import Mixture
 from smidgen.ports.forward_state import Mix, RowBlock, mixed
 from smidgen.ports.in_place.shared_parameters import shared_copy
-from smidgen.serving.tenants import Profile, RowLayout, Tenant, no_values
+from smidgen.serving.tenants import Profile, RowLayout, Tenant
 from smidgen.sites.site import InputSite
 from smidgen.sites.task_head import takes_positions
 
@@ -61,6 +61,7 @@ class ServedModel:
         self.model: Any = self.mixture.model
         self.forward_seconds, self.writes = 0.0, False
         self._layouts: dict[str, RowLayout | None] = {}
+        self._count = 0
         self._known: set[Signature] = set()
         self._collators: dict[str, Collate] = {}
         self._sample: Mapping[str, Tensor] | None = None
@@ -83,20 +84,31 @@ class ServedModel:
             DeltaError: it belongs to another base, or a tensor is missing, unexpected or of another shape.
             AttachError: rows of one batch cannot have different results of its recipe.
         """
-        signature = _signature(delta)
+        signature, whole = _signature(delta), str(delta.recipe.whole)
         with self.lock:
             if signature in self._known:
                 check_values(self.plain, delta)
-                layout = self._layouts[str(delta.recipe.whole)]
-                return self._tenant(name, delta, layout)
+                return self._tenant(name, delta, self._layouts[whole])
             plan = self._fitted(delta)
-            layout, new = self._layout(delta, plan)
-            tenant = self._tenant(name, delta, layout)
-            if new:
-                self._prove(delta, tenant)
-            self._layouts[str(delta.recipe.whole)] = layout
+            if whole not in self._layouts:
+                self._layouts[whole] = self._proven(name, delta, plan)
             self._known.add(signature)
-            return tenant
+            return self._tenant(name, delta, self._layouts[whole])
+
+    def _proven(self, name: str, delta: Delta, plan: Plan) -> RowLayout | None:
+        """A new layout on the model, of which rows are seen to be computed as alone; None for a head alone."""
+        if plan.recipe.narrowed:
+            plan = resolve(self.plain, delta.recipe.whole, delta.pooling, delta.head)
+        key = f"layout{self._count}"
+        self._count += 1
+        self.mixture.add(key, plan)
+        try:
+            layout = self._layout(key, plan)
+            self._prove(delta, self._tenant(name, delta, layout))
+        except Exception:
+            self.mixture.remove(key)
+            raise
+        return layout
 
     def _fitted(self, delta: Delta) -> Plan:
         """The plan of a delta, whose head may have as many outputs as it likes."""
@@ -110,43 +122,27 @@ class ServedModel:
                     f"the delta's head has {name} of {tuple(given.shape)}, {type(self.plain).__name__} has {found}"
                 )
             head[name] = own[name]
-        alike = _with_tensors(delta, {**delta.tensors, **head})
-        return fitted(self.plain, alike)
+        return fitted(self.plain, replace(delta, tensors={**delta.tensors, **head}))
 
-    def _layout(self, delta: Delta, plan: Plan) -> tuple[RowLayout | None, bool]:
-        """The layout of a recipe, and whether it is new on the model."""
-        whole = str(delta.recipe.whole)
-        if whole in self._layouts:
-            return self._layouts[whole], False
-        if plan.recipe.narrowed:
-            plan = resolve(self.plain, delta.recipe.whole, delta.pooling, delta.head)
-        key = f"layout{len(self._layouts)}"
-        self.mixture.add(key, plan)
-        shapes = {name: shape for row in plan.entries for name, shape in row.names()}
-        if not shapes:
-            return None, True
-        places, offset = {}, 0
-        for name, shape in shapes.items():
-            places[name] = (offset, shape)
-            offset += prod(shape)
-        prompt = sum(prompt_length(row.method, row.site) for row in plan.entries if isinstance(row.site, InputSite))
-        return RowLayout(key, plan, places, offset, self._start(plan, places, offset), prompt), True
-
-    def _start(self, plan: Plan, places: Mapping[str, tuple[int, tuple[int, ...]]], size: int) -> Tensor:
-        """(size,): the base's values of what is trained in place, fresh ones of what is added."""
+    def _layout(self, key: str, plan: Plan) -> RowLayout | None:
+        """Where the values of a plan's tensors lie in a row of numbers, and what they start from."""
+        places, offset, start = dict[str, tuple[int, Shape]](), 0, list[Tensor]()
+        for entry in plan.entries:
+            fresh = initial(entry, 0) if entry.added else {}
+            for term, name, shape in entry.trained():
+                places[name] = offset, shape
+                offset += prod(shape)
+                start.append(fresh[term] if entry.added else self.plain.get_parameter(name).detach())
+        if not places:
+            return None
         dtype = master_dtype(next(self.plain.parameters()).dtype)
-        found = torch.zeros(size, device=self.device, dtype=dtype)
-        for row in plan.entries:
-            fresh = initial(row, 0) if row.added else {}
-            for term, shape in row.terms:
-                offset, _ = places[row.name(term)]
-                value = fresh[term] if row.added else self.plain.get_parameter(row.name(term)).detach()
-                found[offset : offset + prod(shape)] = value.flatten().to(found)
-        return found
+        base = torch.cat([value.flatten().to(self.device, dtype) for value in start])
+        prompt = sum(prompt_length(e.method, site) for e in plan.entries if isinstance(site := e.site, InputSite))
+        return RowLayout(key, plan, places, offset, base, prompt)
 
     def _tenant(self, name: str, delta: Delta, layout: RowLayout | None) -> Tenant:
         head = {n: delta.tensors[n].to(self.device) for n in delta.head}
-        profile, values, places = Profile.of(delta), no_values(), None
+        profile, values, places = Profile.of(delta), torch.empty(0), None
         if layout is not None and not delta.recipe.narrowed:
             values = torch.cat([delta.tensors[n].flatten() for n in layout.places]).to(self.device)
         elif layout is not None:
@@ -186,33 +182,26 @@ class ServedModel:
         """Compare a row of a mixed batch with what its delta gives alone, and one of the base beside it with the base.
 
         Raises:
-            AttachError: they differ, or the batch cannot be computed; the layout is off again then.
+            DeltaError: what it gives alone is not finite.
+            AttachError: they differ, or the batch cannot be computed.
         """
-        key = tenant.order
-        try:
-            if self._sample is None:
-                self._sample = fitting_inputs(self.plain)
-            sample = {name: value.to(self.device) for name, value in self._sample.items()}
-            count = len(next(iter(sample.values())))
-            rows = [None, *[tenant] * (count - 1)] if not tenant.prompt else [tenant] * count
-            alone = _with_tensors(delta, {**delta.tensors, **self._own_head(delta)})
-            ours = _with_head(tenant, self._own_head(delta))
-            with torch.inference_mode(), attached(self.plain, alone):
-                wanted = _outputs(self.plain(**sample))
-            with torch.inference_mode():
-                base = _outputs(self.plain(**sample))
-                with mixed(self.mix([row and ours for row in rows])):
-                    found = _outputs(self.model(**sample))
-        except Exception:
-            self.mixture.remove(key)
-            raise
-        if not all(bool(torch.isfinite(output).all()) for output in wanted):
-            self.mixture.remove(key)
+        if self._sample is None:
+            self._sample = fitting_inputs(self.plain)
+        sample = {name: value.to(self.device) for name, value in self._sample.items()}
+        count, head = len(next(iter(sample.values()))), self._own_head(delta)
+        ours = replace(tenant, head={name: value.to(self.device) for name, value in head.items()})
+        rows = [ours] * count if tenant.prompt else [None, *[ours] * (count - 1)]
+        with torch.inference_mode():
+            base = _outputs(self.plain(**sample))
+            with attached(self.plain, replace(delta, tensors={**delta.tensors, **head})):
+                alone = _outputs(self.plain(**sample))
+            with mixed(self.mix(rows)):
+                found = _outputs(self.model(**sample))
+        if not all(bool(torch.isfinite(output).all()) for output in alone):
             raise DeltaError("the model's outputs with the delta are not finite (NaN): its values are damaged")
         for place, row in enumerate(rows):
-            apart, size = _apart(found, base if row is None else wanted, place)
+            apart, size = _apart(found, base if row is None else alone, place)
             if not apart <= self._tolerance * max(size, 1.0):
-                self.mixture.remove(key)
                 what = "the untouched base" if row is None else str(delta.recipe)
                 raise AttachError(
                     f"rows of one batch cannot have different results of {delta.recipe} on "
@@ -237,18 +226,6 @@ def _signature(delta: Delta) -> Signature:
     """What deltas have in common that differ in values only."""
     shapes = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(delta.tensors.items()))
     return (str(delta.recipe), delta.pooling, delta.head, shapes)
-
-
-def _with_tensors(delta: Delta, tensors: Mapping[str, Tensor]) -> Delta:
-    found = copy.copy(delta)
-    object.__setattr__(found, "tensors", tensors)
-    return found
-
-
-def _with_head(tenant: Tenant, head: Mapping[str, Tensor]) -> Tenant:
-    found = copy.copy(tenant)
-    object.__setattr__(found, "head", {name: value.to(tenant.values.device) for name, value in head.items()})
-    return found
 
 
 def _few(delta: Delta, layout: RowLayout) -> tuple[Tensor, Tensor | None]:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import replace
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import transformers
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from smidgen.common.errors import DataError, nearest
+from smidgen.common.errors import nearest
 from smidgen.data.encoded import Cells
 from smidgen.data.kinds.base import Question, TaskKind, kind_named
 from smidgen.data.processor import Processor
 from smidgen.delta.delta import Delta
-from smidgen.inference.prediction import Prediction
+from smidgen.inference.prediction import Prediction, check_inputs, encode_inputs, predictions
+from smidgen.inference.task_record import TaskRecord
 from smidgen.serving.bank import Bank
 from smidgen.serving.decoding import Completion, Generation, Pieces, check_writing, encode_prompt
 from smidgen.serving.delta_store import BASE
@@ -32,6 +31,7 @@ from smidgen.serving.sampling import Sampling
 from smidgen.serving.served_model import ServedModel
 from smidgen.serving.tenants import Profile, Tenant
 
+Found = TypeVar("Found")
 CAUSAL_LM, HEADLESS = "AutoModelForCausalLM", "AutoModel"
 
 
@@ -95,10 +95,6 @@ class Server:
         """Take a delta away, with its file if the bank has a folder. Raises UnknownDeltaError if there is none."""
         self.bank.remove(name)
 
-    def profile(self, name: str) -> Profile:
-        """What is known of a delta; loads it. Raises as `Bank.tenant` does."""
-        return self.bank.tenant(name, self._make).profile
-
     def describe(self, name: str) -> Profile:
         """What is known of a delta, from its JSON if it is not in memory.
 
@@ -115,36 +111,26 @@ class Server:
 
     def _make(self, name: str, delta: Delta) -> Tenant:
         """A delta as a tenant of the base in the class that its kind of task takes."""
-        kind = Profile.of(delta).task_kind
-        if delta.info.get("task") is None:
-            own = self.models.first
-            if type(own.plain).__name__ == delta.info.get("model_class", type(own.plain).__name__):
-                return own.tenant(name, delta)
-        model = self.models.of(kind, delta)
+        kind, model = self._placed(TaskRecord.of(delta.info), delta)
         if kind.model_class == CAUSAL_LM and not model.writes:
             check_writing(model)
             model.writes = True
         return model.tenant(name, delta)
 
-    def _found(self, name: str | None) -> tuple[Tenant | None, TaskKind, ServedModel]:
-        if name is None or name == BASE:
-            return None, self._own_kind(), self.models.first
-        tenant = self.bank.tenant(name, self._make)
-        if tenant.profile.kind is None:
-            return tenant, self._own_kind(), self.models.first
-        kind = tenant.profile.task_kind
-        return tenant, kind, self.models.of(kind)
+    def _placed(self, task: TaskRecord, delta: Delta | None = None) -> tuple[TaskKind, ServedModel]:
+        """The kind of a recorded task, and the base in its class; of no task the base as it came."""
+        if task.kind is None:
+            return self.models.own_kind, self.models.first
+        return task.task_kind, self.models.of(task.task_kind, delta)
 
-    def _own_kind(self) -> TaskKind:
-        """The kind of task of the class that the base came in; of several, the first that is registered."""
-        model = self.models.first.plain
-        for kind in TaskKind.registry.values():
-            mapping: Any = getattr(_auto(kind), "_model_mapping", None)
-            found = None if mapping is None else mapping.get(type(model.config), None)
-            classes = found if isinstance(found, tuple | list) else (found,)
-            if type(model) in classes:
-                return kind
-        return kind_named("classification")
+    def _asked(self, name: str | None) -> Asked:
+        """Whom a question is for. Raises as `Bank.tenant` does."""
+        if name is None or name == BASE:
+            model, kind = self.models.first, self.models.own_kind
+            return Asked(None, TaskRecord(kind.name, ("text",), None), _base_labels(model), kind, model)
+        tenant = self.bank.tenant(name, self._make)
+        kind, model = self._placed(tenant.profile.task)
+        return Asked(tenant, replace(tenant.profile.task, kind=kind.name), tenant.profile.labels, kind, model)
 
     # Questions
 
@@ -170,39 +156,35 @@ class Server:
             DataError: no inputs, or one where the task takes two.
             TimeoutError: it took longer.
         """
-        tenant, kind, model = self._found(name)
-        if kind.model_class == CAUSAL_LM:
-            return [self._continued(tenant, model, text, max_new_tokens, timeout) for text in texts]
-        if tenant is None and kind.model_class == HEADLESS:
+        asked = self._asked(name)
+        check_inputs(texts, pairs, asked.task.asked)
+        if asked.kind.model_class == CAUSAL_LM:
+            return self._written(asked, texts, Sampling(max_tokens=max_new_tokens), timeout)
+        if asked.tenant is None and asked.kind.model_class == HEADLESS:
             raise ServingError(
-                f"the base, a {type(model.plain).__name__}, has no head: name a delta, or ask for embeddings"
+                f"the base, a {type(asked.model.plain).__name__}, has no head: name a delta, or ask for embeddings"
             )
-        profile = tenant.profile if tenant is not None else _base_profile(model, kind)
-        _check(texts, pairs, len(kind.asked(profile.columns)))
 
         def run(columns: Cells) -> list[tuple[Tensor, Tensor | None]]:
-            requests = self._requests(tenant, kind, model, profile, columns, "logits")
-            return self._computed(requests, timeout)
+            return self._computed(asked.requests(columns, "logits"), timeout)
 
-        seconds = None if pairs is None else list(pairs)
-        names, limit = profile.labels, profile.max_length
         question = Question(
-            list(texts), seconds, profile.columns, names, run, model.plain, model.processor, max_new_tokens, limit
-        )
-        answers = kind.answers(question)
-        _check_finite(answers)
-        each = zip(answers, seconds or [None] * len(answers), strict=True)
-        return [Prediction(a.text, a.answer, None if pair is None else str(pair), a.probabilities) for a, pair in each]
+            list(texts), None if pairs is None else list(pairs), asked.task.columns, asked.labels, run,
+            asked.model.plain, asked.model.processor, max_new_tokens, asked.task.max_length,
+        )  # fmt: skip
+        found = predictions(asked.kind, question)
+        _check_finite(found)
+        return found
 
     def embed(self, name: str | None, texts: Sequence[str], *, timeout: float | None = None) -> Tensor:
         """The mean of the last hidden states over each text's tokens, of length 1, as `pairs` tasks compare: (n, d).
 
         Raises as `predict` does.
         """
-        tenant, _, model = self._found(name)
-        kind = kind_named("classification")
-        profile = tenant.profile if tenant is not None else _base_profile(model, kind)
-        requests = self._requests(tenant, kind, model, profile, {"text": list(texts)}, "vector")
+        asked = self._asked(name)
+        text = kind_named("classification")  # one text, whatever the task takes
+        plain = replace(asked, kind=text, task=replace(asked.task, kind=text.name, columns=("text",)))
+        requests = plain.requests({"text": list(texts)}, "vector")
         return torch.stack([vector for vector, _ in self._computed(requests, timeout)])
 
     def generate(
@@ -229,43 +211,79 @@ class Server:
             prompt: a text, or messages of a chat.
             pieces: where pieces of text are put as they come, and None behind the last one; by default a queue.
         """
-        tenant, kind, model = self._found(name)
-        if kind.model_class != CAUSAL_LM:
-            raise ServingError(f"{name or BASE!r} answers {kind.name} tasks and writes no text; use predict")
-        text = Generation(model, tenant, _ids(model, prompt), sampling or Sampling())
+        asked = self._asked(name)
+        if asked.kind.model_class != CAUSAL_LM:
+            raise ServingError(f"{name or BASE!r} answers {asked.kind.name} tasks and writes no text; use predict")
+        return self._begin(asked, prompt, sampling or Sampling(), pieces)
+
+    def _written(
+        self, asked: Asked, prompts: Sequence[object], sampling: Sampling, timeout: float | None
+    ) -> list[Prediction]:
+        """Continuations of several prompts, side by side."""
+        begun = list[Generation]()
+        try:
+            begun += (self._begin(asked, prompt, sampling) for prompt in prompts)
+            done = _results([text.future for text in begun], timeout)
+        finally:
+            for text in begun:
+                text.abandoned = True  # of one that is done it says nothing
+        return [Prediction(str(prompt), one.text) for prompt, one in zip(prompts, done, strict=True)]
+
+    def _begin(self, asked: Asked, prompt: object, sampling: Sampling, pieces: Pieces | None = None) -> Generation:
+        """Let the engine write on from a text, or from messages."""
+        text = Generation(asked.model, asked.tenant, _ids(asked.model, prompt), sampling)
         if pieces is not None:
             text.pieces = pieces
         self.engine.write(text)
         return text
 
-    def _continued(
-        self, tenant: Tenant | None, model: ServedModel, text: object, count: int, timeout: float | None
-    ) -> Prediction:
-        one = Generation(model, tenant, _ids(model, text), Sampling(max_tokens=count))
-        self.engine.write(one)
-        return Prediction(str(text), one.future.result(timeout).text)
-
-    def _requests(
-        self,
-        tenant: Tenant | None,
-        kind: TaskKind,
-        model: ServedModel,
-        profile: Profile,
-        columns: Cells,
-        wanted: Wanted,
-    ) -> list[Request]:
-        """A request for each row of some columns, encoded as the kind does."""
-        names = tuple(name for name in columns if name != "labels")
-        label = "labels" if "labels" in columns else None
-        encoded = kind.encode(_rows(kind, columns), model.processor, names, label, profile.max_length)
-        own_head = wanted == "logits" and tenant is not None and bool(profile.labels)
-        width = kind.width(profile.labels) if own_head else None
-        one = Request(model, tenant, kind, {}, wanted, width, 0)
-        return [_for(one, example, kind.length(example)) for example in encoded]
-
     def _computed(self, requests: Sequence[Request], timeout: float | None) -> list[tuple[Tensor, Tensor | None]]:
         self.engine.submit(requests)
-        return [request.future.result(timeout) for request in requests]
+        return _results([request.future for request in requests], timeout)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Whom a question is for.
+
+    Attributes:
+        tenant: None for the untouched base.
+        task: what its inputs are like; `kind` is named in any case.
+        labels: names in id order.
+        model: whose rows the inputs become.
+    """
+
+    tenant: Tenant | None
+    task: TaskRecord
+    labels: tuple[str, ...]
+    kind: TaskKind
+    model: ServedModel
+
+    def requests(self, columns: Cells, wanted: Wanted) -> list[Request]:
+        """A request for each row of some columns, encoded as the kind does."""
+        own_head = wanted == "logits" and self.tenant is not None and bool(self.labels)
+        width = self.kind.width(self.labels) if own_head else None
+        return [
+            Request(self.model, self.tenant, self.kind, example, wanted, width, self.kind.length(example))
+            for example in encode_inputs(columns, self.task, self.model.processor)
+        ]
+
+
+def _results(futures: Sequence[Future[Found]], timeout: float | None) -> list[Found]:
+    """What some futures hold, within a time for all; those that nobody waits for any more are not computed.
+
+    Raises:
+        TimeoutError: it took longer; or the first of their errors.
+    """
+    waiting = wait(futures, timeout, FIRST_EXCEPTION).not_done
+    for future in waiting:
+        future.cancel()
+    for future in futures:
+        if future not in waiting:
+            future.result()
+    if waiting:
+        raise TimeoutError(f"no answer within {timeout} seconds")
+    return [future.result() for future in futures]
 
 
 def _ids(model: ServedModel, prompt: object) -> list[int]:
@@ -287,51 +305,13 @@ def render_chat(model: ServedModel, messages: Sequence[object]) -> str:
     return text
 
 
-class _Rows(dict[str, list[Any]]):
-    """Columns in place of a Dataset: kinds of text read them chunk by chunk and ask for no more."""
-
-    def __len__(self) -> int:
-        return len(next(iter(self.values())))
-
-    def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, slice):
-            return {name: values[key] for name, values in self.items()}
-        return super().__getitem__(key)
-
-
-def _rows(kind: TaskKind, columns: Cells) -> Dataset:
-    """The columns as `encode` reads them."""
-    found: Any = _Rows(columns) if kind.processor_class == TaskKind.processor_class else Dataset.from_dict(columns)
-    return found
-
-
-def _for(one: Request, example: Any, length: int) -> Request:
-    """A request like another, of an example of its own."""
-    return replace(one, example=example, length=length, future=Future())
-
-
-def _auto(kind: TaskKind) -> object:
-    """The class of transformers that a kind of task loads."""
-    return getattr(transformers, kind.model_class, None)
-
-
-def _base_profile(model: ServedModel, kind: TaskKind) -> Profile:
+def _base_labels(model: ServedModel) -> tuple[str, ...]:
+    """Label names of a base, in id order."""
     names = getattr(model.plain.config, "id2label", None) or {}
-    labels = tuple(str(names[i]) for i in sorted(names))
-    return Profile("", kind.name, ("text",), labels, None, {}, 0, 0)
+    return tuple(str(names[i]) for i in sorted(names))
 
 
-def _check(texts: Sequence[object], pairs: Sequence[object] | None, wanted: int) -> None:
-    if not texts:
-        raise DataError("there are no inputs to predict")
-    if (pairs is not None) != (wanted == 2):
-        hint = "give the second ones as well" if wanted == 2 else "leave out the second ones"
-        raise DataError(f"the delta's task takes {wanted} text{'s' * (wanted > 1)} each; {hint}")
-    if pairs is not None and len(pairs) != len(texts):
-        raise DataError(f"{len(texts)} texts and {len(pairs)} pairs: they go together one by one")
-
-
-def _check_finite(answers: Sequence[Any]) -> None:
+def _check_finite(answers: Sequence[Prediction]) -> None:
     """Raises ServingError where a model says NaN."""
     for answer in answers:
         numbers = [*answer.probabilities.values(), *([answer.answer] if isinstance(answer.answer, float) else [])]

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from smidgen.common.errors import DeltaError
-from smidgen.data.kinds.base import TaskKind, kind_named
 from smidgen.delta.delta import Delta
+from smidgen.inference.task_record import TaskRecord
 from smidgen.planning.entry import Shape
 from smidgen.planning.plans import Plan
 from smidgen.planning.saved_layout import is_value
@@ -25,54 +24,42 @@ class Profile:
 
     Attributes:
         recipe: its spelling.
-        kind: name of the kind of task; None if it was trained on none.
-        columns: the task's input columns.
+        task: what its inputs are like.
         labels: names in id order.
-        max_length: of an input, in tokens; None for the kind's own.
         metrics: of its training's validation.
         trained, head: numbers of values.
     """
 
     recipe: str
-    kind: str | None
-    columns: tuple[str, ...]
+    task: TaskRecord
     labels: tuple[str, ...]
-    max_length: int | None
-    metrics: Mapping[str, Any]
+    metrics: Mapping[str, float]
     trained: int
     head: int
 
     @classmethod
     def of(cls, delta: Delta) -> Profile:
         """Of a delta's own record."""
-        return cls._of(str(delta.recipe), delta.info, delta.labels, delta.trained, delta.head_values)
-
-    @classmethod
-    def _of(cls, recipe: str, info: Mapping[str, Any], labels: tuple[str, ...], trained: int, head: int) -> Profile:
-        task: Mapping[str, Any] = info.get("task") or {}
-        metrics = {k: v for k, v in (info.get("scores") or {}).items() if isinstance(v, int | float)}
-        limit = (info.get("settings") or {}).get("max_length")
-        columns = tuple(task.get("text") or ["text"])
-        return cls(recipe, task.get("kind"), columns, labels, limit, metrics, trained, head)
+        metrics = _numbers(delta.info.get("scores"))
+        task = TaskRecord.of(delta.info)
+        return cls(str(delta.recipe), task, delta.labels, metrics, delta.trained, delta.head_values)
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Profile:
         """Of a delta's JSON, whose values are not read. Raises DeltaError if it is damaged."""
         try:
-            shapes = {name: tuple(spec["shape"]) for name, spec in record["tensors"].items()}
-            sizes = {name: prod(shape) for name, shape in shapes.items() if is_value(name)}
+            sizes = {name: prod(spec["shape"]) for name, spec in record["tensors"].items() if is_value(name)}
             head = sum(size for name, size in sizes.items() if name in record["head"])
-            info: Mapping[str, Any] = record["info"]
-            return cls._of(
-                str(Recipe.from_json(record["recipe"])), info, tuple(record["labels"]), sum(sizes.values()) - head, head
-            )
+            recipe, info = str(Recipe.from_json(record["recipe"])), record["info"]
+            metrics, labels = _numbers(info.get("scores")), tuple(record["labels"])
+            return cls(recipe, TaskRecord.of(info), labels, metrics, sum(sizes.values()) - head, head)
         except (KeyError, TypeError, AttributeError) as error:
             raise DeltaError(f"a delta's JSON is damaged: {type(error).__name__} {error}") from None
 
-    @property
-    def task_kind(self) -> TaskKind:
-        """The kind of task; classification where none is recorded, as in `predict`."""
-        return kind_named(self.kind or "classification")
+
+def _numbers(scores: Mapping[str, object] | None) -> dict[str, float]:
+    """Those of some scores that are numbers."""
+    return {name: float(value) for name, value in (scores or {}).items() if isinstance(value, int | float)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,8 +131,3 @@ class Tenant:
             return self.values
         assert self.layout is not None
         return self.layout.base.index_copy(0, self.places, self.values)
-
-
-def no_values() -> Tensor:
-    """Of a tenant without a layout."""
-    return torch.empty(0)

@@ -99,6 +99,7 @@ class TaskKind:
         reads_prose, reads_tagged: running text, and words with their tags line by line, are of this kind.
         unpackable: why examples cannot share a row; None if they can.
         general: claims whatever has a label, so that it is asked last.
+        plain_cells: `encode` reads slices of columns and nothing else of a Dataset, so new inputs need not be one.
     """
 
     registry: ClassVar[dict[str, TaskKind]] = {}
@@ -121,6 +122,7 @@ class TaskKind:
     reads_tagged: ClassVar[bool] = False
     unpackable: ClassVar[str | None] = "its examples are no runs of tokens"
     general: ClassVar[bool] = False
+    plain_cells: ClassVar[bool] = False
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)

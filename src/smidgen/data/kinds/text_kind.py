@@ -23,6 +23,7 @@ class TextKind(TaskKind, abstract=True):
     holds: ClassVar[LabelType]
     lists: ClassVar[bool] = False  # texts are lists of words
     general: ClassVar[bool] = True
+    plain_cells: ClassVar[bool] = True
 
     def claims(self, rows: Dataset, text: Sequence[str] | None, label: str | None) -> Columns | None:
         """By the type of the label column. Raises DataError if that is none of names, numbers or tags."""

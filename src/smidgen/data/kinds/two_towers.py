@@ -49,6 +49,7 @@ class TwoTowers(TaskKind, abstract=True):
     normal = True
     passes = 2
     unsteered = "a pair is two texts, and states are kept of one"
+    plain_cells = True
     unpackable = "two texts are compared by the means of their rows"
     label_dtype: ClassVar[torch.dtype | None] = torch.float32
 

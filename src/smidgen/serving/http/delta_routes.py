@@ -66,10 +66,10 @@ def card(server: Server, name: str) -> DeltaCard:
     """A delta's card; from its JSON if it is not in memory."""
     profile, tenant = server.describe(name), server.bank.peek(name)
     size = tenant.nbytes if tenant is not None else 4 * (profile.trained + profile.head)
-    pairs = len(profile.task_kind.asked(profile.columns)) == 2
-    metrics = {key: float(value) for key, value in profile.metrics.items() if value == value}
+    metrics = {key: value for key, value in profile.metrics.items() if value == value}  # JSON has no NaN
     return DeltaCard(
-        name=name, recipe=profile.recipe, kind=profile.kind, labels=list(profile.labels), pairs=pairs,
+        name=name, recipe=profile.recipe, kind=profile.task.kind, labels=list(profile.labels),
+        pairs=profile.task.asked == 2,
         trained=profile.trained, head=profile.head, metrics=metrics, loaded=tenant is not None, bytes=size,
     )  # fmt: skip
 
