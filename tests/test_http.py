@@ -12,7 +12,7 @@ from smidgen.common.errors import WriteError
 from smidgen.serving.errors import ServingError
 from tests import helpers as h
 from tests.test_mixed_layouts import trained
-from tests.test_serving import RECIPES, TASK, TEXTS, apart, saved, server
+from tests.test_serving import RECIPES, TASK, TEXTS, saved, server
 
 pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
@@ -392,43 +392,6 @@ def test_a_client_that_goes_away_frees_its_row(live):
     while found.engine.writing and time.monotonic() < end:
         time.sleep(0.01)
     assert not found.engine.writing
-
-
-def test_many_clients_while_deltas_come_and_go(classifiers, tmp_path):
-    """Each answer is that of its own delta, and none is lost."""
-    model, deltas = classifiers
-    wanted = {n: sm.predict(model, TEXTS, delta=d, tokenizer=h.tokenizer()) for n, d in deltas.items()}
-    given, done, wrong, count = files(deltas["d0"], tmp_path / "x"), threading.Event(), [], []
-    found = server(model, saved(tmp_path / "all", deltas))
-    with TestClient(create_app(found)) as client:
-
-        def ask(seed):
-            for i in range(25):
-                name = f"d{(seed + i) % 5}"
-                answer = client.post("/v1/predict", json={"model": name, "inputs": TEXTS})
-                count.append(answer.status_code)
-                answers = answer.json()["answers"]
-                told = [sm.Prediction(t, a["answer"], None, a["probabilities"])
-                        for t, a in zip(TEXTS, answers, strict=True)]  # fmt: skip
-                if apart(told, wanted[name]) > 1e-5:
-                    wrong.append(name)
-
-        def change():
-            while not done.is_set():
-                client.put("/v1/deltas/more", files=given)
-                client.put("/v1/deltas/d0", files=given)
-                client.delete("/v1/deltas/more")
-
-        threads = [threading.Thread(target=ask, args=(seed,), daemon=True) for seed in range(8)]
-        changing = threading.Thread(target=change, daemon=True)
-        for thread in (changing, *threads):
-            thread.start()
-        for thread in threads:
-            thread.join(120)
-        done.set()
-        changing.join(30)
-    assert count == [200] * 200
-    assert not wrong
 
 
 def test_the_openapi_document_is_heeded(writer):

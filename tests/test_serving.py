@@ -158,12 +158,38 @@ def test_two_banks_on_one_folder_see_what_the_other_does(deltas, tmp_path):
         first.add("a", deltas["d2"])
         assert apart(second.predict("a", TEXTS), first.predict("a", TEXTS)) < 1e-6
         assert apart(second.predict("a", TEXTS), was) > 1e-4
+        assert second.bank.names() == ["a", "b"]
         first.remove("a")
         with pytest.raises(UnknownDeltaError):
             second.predict("a", TEXTS)
+        assert second.bank.names() == ["b"]
+        first.add("c", deltas["d1"])
+        assert second.describe("c").recipe == "LoRA(rank=2)"
+        second.remove("c")
+        with pytest.raises(UnknownDeltaError):
+            first.describe("c")
         loads = other.loads
         second.predict("b", TEXTS)
         assert other.loads == loads  # what did not change is not read again
+
+
+def test_of_writers_of_one_name_memory_and_file_have_the_same(deltas, tmp_path):
+    model, deltas = deltas
+    with server(model, saved(tmp_path, {"a": deltas["d0"]})) as served:
+        store, save = served.bank.store, served.bank.store.save
+
+        def late(name, delta):
+            save(name, delta)
+            time.sleep(0.01 if delta is deltas["d1"] else 0)  # who saves first is in memory last
+
+        store.save = late
+        for _ in range(10):
+            both = [threading.Thread(target=served.add, args=("a", deltas[n])) for n in ("d1", "d2")]
+            for thread in both:
+                thread.start()
+            for thread in both:
+                thread.join()
+            assert served.describe("a").recipe == str(store.load("a").recipe)
 
 
 def test_deltas_at_a_url(deltas, tmp_path):

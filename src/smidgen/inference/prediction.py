@@ -73,15 +73,15 @@ def predict(  # noqa: PLR0913 - options by keyword
     """
     model, task = bare(model), TaskRecord.of(delta.info)
     processor = given_processor(processor, tokenizer) or processor_of(model, task.task_kind)
-    check_inputs(texts, pairs, task.asked)
+    check_texts(texts, pairs, task.asked)
     seconds, limit = None if pairs is None else list(pairs), task.max_length
     run = _running(model, processor, task, batch_size)
     question = Question(list(texts), seconds, task.columns, delta.labels, run, model, processor, max_new_tokens, limit)
     with attached(model, delta):
-        return predictions(task.task_kind, question)
+        return answers_to(task.task_kind, question)
 
 
-def predictions(kind: TaskKind, question: Question) -> list[Prediction]:
+def answers_to(kind: TaskKind, question: Question) -> list[Prediction]:
     """A kind's answers to a question, beside the inputs."""
     answers = kind.answers(question)
     shown: Column = [None] * len(answers) if question.seconds is None else question.seconds
@@ -130,7 +130,7 @@ def _texts(path: Path, name: str, values: Column, wanted: type) -> list[Text]:
     return values
 
 
-def check_inputs(texts: Sequence[object], pairs: Sequence[object] | None, wanted: int) -> None:
+def check_texts(texts: Sequence[object], pairs: Sequence[object] | None, wanted: int) -> None:
     """Raises DataError if there is no input, or if inputs do not have the number of texts that a task takes."""
     if not texts:
         raise DataError("there are no texts to predict; give text= or file=")

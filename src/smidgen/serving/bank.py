@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import OrderedDict
@@ -56,7 +57,9 @@ class Bank:
         self.store = None if place is None else DeltaStore(place)
         self.max_memory = None if max_memory is None else parse_bytes(max_memory)
         self.recheck = recheck
-        self._lock = Lock()
+        self._lock = Lock()  # of what is in memory; held for moments
+        self._writing = Lock()  # of what is stored: memory and file change in one order
+        self._looked = -math.inf
         self._entries: dict[str, _Entry] = {}
         self._tenants: OrderedDict[str, Tenant] = OrderedDict()  # the least recently used first
         self._bytes = 0
@@ -74,6 +77,13 @@ class Bank:
             for name in [n for n, entry in self._entries.items() if entry.stored and n not in there]:
                 del self._entries[name]
                 self._forget(name)
+
+    def names(self) -> list[str]:
+        """All that are there, sorted; the folder is looked at again, at most once in `recheck` seconds."""
+        if time.monotonic() - self._looked >= self.recheck:
+            self._looked = time.monotonic()
+            self.refresh()
+        return list(self)
 
     @property
     def nbytes(self) -> int:
@@ -109,7 +119,7 @@ class Bank:
             DeltaError: its file is damaged, or of another base.
             AttachError: it cannot be mixed.
         """
-        self._compare(name)
+        self.look(name)
         while True:
             with self._lock:
                 if (found := self._tenants.get(name)) is not None:
@@ -148,7 +158,7 @@ class Bank:
                 del self._entries[name]
         return there and now == version
 
-    def _compare(self, name: str) -> None:
+    def look(self, name: str) -> None:
         """See what another process did to a name: new ones at once, others after a while."""
         if self.store is None:
             return
@@ -178,24 +188,27 @@ class Bank:
         """
         check_name(name)
         tenant = make(name, delta)
-        if self.store is not None:
-            self.store.save(name, delta)
-        with self._lock:
-            self._forget(name)
+        with self._writing:
+            if self.store is not None:
+                self.store.save(name, delta)
             version = () if self.store is None else self.store.version(name)
-            self._entries[name] = _Entry(stored=self.store is not None, version=version)
-            self._keep(name, tenant)
+            with self._lock:
+                self._entries[name] = _Entry(stored=self.store is not None, version=version)
+                self._keep(name, tenant)
         return tenant
 
     def remove(self, name: str) -> None:
         """Take a delta away, with its file. Raises UnknownDeltaError if there is none."""
-        with self._lock:
-            if name not in self._entries:
+        self.look(name)
+        with self._writing:
+            entry = self._entries.get(name)
+            if entry is None:
                 raise UnknownDeltaError(f"no delta is called {name!r}{nearest(name, self._entries)}")
-            entry = self._entries.pop(name)
-            self._forget(name)
-        if entry.stored and self.store is not None:
-            self.store.remove(name)
+            if entry.stored and self.store is not None:
+                self.store.remove(name)
+            with self._lock:
+                self._entries.pop(name, None)
+                self._forget(name)
 
     def _keep(self, name: str, tenant: Tenant) -> None:
         """Hold a delta in memory, and let go of those used least recently that have a file, as far as need be."""

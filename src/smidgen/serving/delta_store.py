@@ -76,10 +76,6 @@ class DeltaStore:
         """Whether a delta of this name is there."""
         return bool(NAME.fullmatch(name)) and bool(self.fs.exists(f"{self.root}/{name}/{META}"))
 
-    def size(self, name: str) -> int:
-        """Bytes of a delta's values."""
-        return int(self.fs.size(f"{self.root}/{name}/{TENSORS}"))
-
     def record(self, name: str) -> dict[str, Any]:
         """A delta's JSON, without its values. Raises DeltaError if it is damaged or was taken away."""
         if self.local:

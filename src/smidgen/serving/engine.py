@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from smidgen.serving.decoding import Decoding, Generation
@@ -40,14 +40,13 @@ class Limits:
 
 @dataclass
 class Counts:
-    """What an engine has done. `seconds` are those inside of passes, `busy` those in which anything was to do."""
+    """What an engine has done; `seconds` are those of its passes and steps."""
 
     passes: int = 0
     rows: int = 0
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    busy: float = 0.0
 
 
 class Engine:
@@ -122,13 +121,11 @@ class Engine:
                     if self._closing:
                         return
                     self._changed.wait()
-            begin = time.perf_counter()
             self._join_texts()
             self._step_texts()
             batch = self._next_batch()
             if batch:
                 self._pass(batch)
-            self.counts.busy += time.perf_counter() - begin
 
     def _next_batch(self) -> list[Request]:
         """The next requests to compute; waits a little for more of them, unless texts are being written."""
@@ -151,16 +148,14 @@ class Engine:
         live = [request for request in batch if request.future.set_running_or_notify_cancel()]
         if not live:
             return
-        begin = time.perf_counter()
+        self.counts.passes += 1
+        self.counts.rows += len(live)
         try:
-            results = compute(live)
+            with self._timed():
+                results = compute(live)
         except Exception as error:  # told to whoever asked; the thread goes on
             self._alone_or_failed(live, error)
             return
-        finally:
-            self.counts.passes += 1
-            self.counts.rows += len(live)
-            self.counts.seconds += time.perf_counter() - begin
         for request, result in zip(live, results, strict=True):
             request.future.set_result(result)
 
@@ -188,21 +183,27 @@ class Engine:
                 groups.setdefault(text.group, []).append(text)
         for key, texts in groups.items():
             decoding = self._decoding.setdefault(key, Decoding(texts[0].model))
-            self._timed(decoding.join, texts)
+            with self._timed():
+                decoding.join(texts)
 
     def _step_texts(self) -> None:
+        """A token for each text; groups in which all are finished go."""
         for key, decoding in list(self._decoding.items()):
             if len(decoding):
                 self.counts.steps += 1
                 self.counts.tokens += len(decoding)
-                self._timed(decoding.step)
+                with self._timed():
+                    decoding.step()
             if not len(decoding):
                 del self._decoding[key]
 
-    def _timed(self, function, *args) -> None:  # type: ignore[no-untyped-def]
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
         begin = time.perf_counter()
-        function(*args)
-        self.counts.seconds += time.perf_counter() - begin
+        try:
+            yield
+        finally:
+            self.counts.seconds += time.perf_counter() - begin
 
 
 def like_length(group: Sequence[Request], count: int) -> list[Request]:
@@ -210,10 +211,3 @@ def like_length(group: Sequence[Request], count: int) -> list[Request]:
     first, *others = group
     nearest = sorted(others, key=lambda request: abs(request.length - first.length))
     return [first, *nearest[: count - 1]]
-
-
-def wait_for(futures: Sequence[Future[object]], timeout: float | None) -> None:
-    """Wait for results. Raises the first error among them, or TimeoutError."""
-    end = None if timeout is None else time.monotonic() + timeout
-    for future in futures:
-        future.result(None if end is None else max(end - time.monotonic(), 0))

@@ -18,7 +18,7 @@ from smidgen.data.encoded import Cells
 from smidgen.data.kinds.base import Question, TaskKind, kind_named
 from smidgen.data.processor import Processor
 from smidgen.delta.delta import Delta
-from smidgen.inference.prediction import Prediction, check_inputs, encode_inputs, predictions
+from smidgen.inference.prediction import Prediction, answers_to, check_texts, encode_inputs
 from smidgen.inference.task_record import TaskRecord
 from smidgen.serving.bank import Bank
 from smidgen.serving.decoding import Completion, Generation, Pieces, check_writing, encode_prompt
@@ -102,6 +102,7 @@ class Server:
             UnknownDeltaError: no delta has this name.
             DeltaError: its JSON is damaged.
         """
+        self.bank.look(name)
         found, store = self.bank.peek(name), self.bank.store
         if found is not None:
             return found.profile
@@ -123,14 +124,14 @@ class Server:
             return self.models.own_kind, self.models.first
         return task.task_kind, self.models.of(task.task_kind, delta)
 
-    def _asked(self, name: str | None) -> Asked:
+    def _asked(self, name: str | None) -> Recipient:
         """Whom a question is for. Raises as `Bank.tenant` does."""
         if name is None or name == BASE:
             model, kind = self.models.first, self.models.own_kind
-            return Asked(None, TaskRecord(kind.name, ("text",), None), _base_labels(model), kind, model)
+            return Recipient(None, TaskRecord(kind.name, ("text",), None), _base_labels(model), kind, model)
         tenant = self.bank.tenant(name, self._make)
         kind, model = self._placed(tenant.profile.task)
-        return Asked(tenant, replace(tenant.profile.task, kind=kind.name), tenant.profile.labels, kind, model)
+        return Recipient(tenant, replace(tenant.profile.task, kind=kind.name), tenant.profile.labels, kind, model)
 
     # Questions
 
@@ -157,7 +158,7 @@ class Server:
             TimeoutError: it took longer.
         """
         asked = self._asked(name)
-        check_inputs(texts, pairs, asked.task.asked)
+        check_texts(texts, pairs, asked.task.asked)
         if asked.kind.model_class == CAUSAL_LM:
             return self._written(asked, texts, Sampling(max_tokens=max_new_tokens), timeout)
         if asked.tenant is None and asked.kind.model_class == HEADLESS:
@@ -172,7 +173,7 @@ class Server:
             list(texts), None if pairs is None else list(pairs), asked.task.columns, asked.labels, run,
             asked.model.plain, asked.model.processor, max_new_tokens, asked.task.max_length,
         )  # fmt: skip
-        found = predictions(asked.kind, question)
+        found = answers_to(asked.kind, question)
         _check_finite(found)
         return found
 
@@ -217,7 +218,7 @@ class Server:
         return self._begin(asked, prompt, sampling or Sampling(), pieces)
 
     def _written(
-        self, asked: Asked, prompts: Sequence[object], sampling: Sampling, timeout: float | None
+        self, asked: Recipient, prompts: Sequence[object], sampling: Sampling, timeout: float | None
     ) -> list[Prediction]:
         """Continuations of several prompts, side by side."""
         begun = list[Generation]()
@@ -229,7 +230,7 @@ class Server:
                 text.abandoned = True  # of one that is done it says nothing
         return [Prediction(str(prompt), one.text) for prompt, one in zip(prompts, done, strict=True)]
 
-    def _begin(self, asked: Asked, prompt: object, sampling: Sampling, pieces: Pieces | None = None) -> Generation:
+    def _begin(self, asked: Recipient, prompt: object, sampling: Sampling, pieces: Pieces | None = None) -> Generation:
         """Let the engine write on from a text, or from messages."""
         text = Generation(asked.model, asked.tenant, _ids(asked.model, prompt), sampling)
         if pieces is not None:
@@ -243,7 +244,7 @@ class Server:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Recipient:
     """Whom a question is for.
 
     Attributes:

@@ -51,8 +51,9 @@ async def predict(body: PredictRequest, asked: Asking) -> PredictResponse:
     check_size(asked, body.inputs)
     check_size(asked, body.pairs or [])
     asked.about(body.model, len(body.inputs))
+    timeout, tokens = asked.options.timeout, body.max_tokens
     found = await asked.run(
-        asked.server.predict, body.model, body.inputs, pairs=body.pairs, max_new_tokens=body.max_tokens
+        asked.server.predict, body.model, body.inputs, pairs=body.pairs, max_new_tokens=tokens, timeout=timeout
     )
     answers = [Answered(answer=one.answer, probabilities=dict(one.probabilities)) for one in found]  # type: ignore[arg-type]
     return PredictResponse(model=body.model, answers=answers)
@@ -98,7 +99,8 @@ async def embeddings(body: EmbeddingsRequest, asked: Asking) -> EmbeddingsRespon
     texts = [body.input] if isinstance(body.input, str) else body.input
     check_size(asked, texts)
     asked.about(body.model, len(texts))
-    vectors = (await asked.run(asked.server.embed, body.model, texts)).numpy().astype(np.float32)
+    found = await asked.run(asked.server.embed, body.model, texts, timeout=asked.options.timeout)
+    vectors = found.numpy().astype(np.float32)
     if not np.isfinite(vectors).all():
         raise ServingError("the model's outputs are not finite (NaN): the delta, or the base, is damaged")
     coded = body.encoding_format == "base64"

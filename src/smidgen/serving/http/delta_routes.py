@@ -77,7 +77,8 @@ def card(server: Server, name: str) -> DeltaCard:
 @router.get("/v1/models")
 async def models(asked: Asking) -> ModelList:
     """Names that `model` takes: the base, and each delta."""
-    return ModelList(data=[ModelCard(id=name) for name in (BASE, *asked.server.bank)])
+    names = await asked.run(asked.server.bank.names)
+    return ModelList(data=[ModelCard(id=name) for name in (BASE, *names)])
 
 
 @router.get("/v1/models/{name}")
@@ -95,9 +96,10 @@ async def deltas(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> DeltaList:
     """Deltas behind a name, in the order of names."""
-    names = [name for name in asked.server.bank if name > after]
+    known = await asked.run(asked.server.bank.names)
+    names = [name for name in known if name > after]
     cards = await asked.run(_cards, asked.server, names[:limit])
-    return DeltaList(data=cards, total=len(asked.server.bank), next=names[limit - 1] if len(names) > limit else None)
+    return DeltaList(data=cards, total=len(known), next=names[limit - 1] if len(names) > limit else None)
 
 
 def _cards(server: Server, names: list[str]) -> list[DeltaCard]:
