@@ -1,4 +1,4 @@
-"""`smidgen serve` as a process: where it listens, SIGTERM under load, mistakes in one line; the page in a browser."""
+"""`smidgen serve` as a process: where it listens, how it ends, its log and keys, mistakes; the page in a browser."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from contextlib import contextmanager
 
@@ -54,9 +55,10 @@ def serving(world, *more):
         process.stderr.close()
 
 
-def ask(url, name="d0", key=None):
+def ask(url, name="d0", key=None, number=None):
     body = json.dumps({"model": name, "inputs": ["the film was good"]}).encode()
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+    headers |= {"X-Request-ID": number} if number else {}
     with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/predict", body, headers), timeout=60) as answer:
         return json.load(answer)
 
@@ -108,6 +110,46 @@ def test_sigterm_under_load_answers_what_was_taken(world):
     answered = [line for line in logged if line["route"] == "/v1/predict" and line["status"] == 200]
     assert len(answered) == len(told) + 2  # each that was taken was answered, and came
     assert not [line for line in lines if "Traceback" in line]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_well(world, stop):
+    """Whoever supervises it sees status 0, not a process that a signal has killed."""
+    with serving(world) as (process, url, lines):
+        assert alive(url) == 200
+        process.send_signal(stop)
+        assert process.wait(60) == 0
+    assert not [line for line in lines if "Traceback" in line]
+
+
+def test_each_key_lets_in_and_each_request_has_a_line(world, tmp_path):
+    keys = ("0123456789abcdef", "fedcba9876543210")
+    (tmp_path / "keys").write_text("\n".join(keys))
+    with serving(world, "--api-key-file", str(tmp_path / "keys")) as (process, url, lines):
+        for i, key in enumerate(keys):
+            assert ask(url, key=key, number=f"r{i}")
+        with pytest.raises(urllib.error.HTTPError, match="401") as wrong:
+            ask(url, key=keys[0].upper(), number="r2")
+        wrong.value.close()
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    logged = {line["id"]: line for line in map(json.loads, lines[1:])}
+    assert {name: (line["status"], line["delta"], line["rows"]) for name, line in logged.items()} == {
+        "r0": (200, "d0", 1),
+        "r1": (200, "d0", 1),
+        "r2": (401, None, 0),
+    }
+    assert not any(key in line for key in keys for line in lines)
+
+
+def test_a_missing_package_is_named_with_what_installs_it(world):
+    arguments = ["smidgen", "serve", "--model", str(world / "base"), "--deltas", str(world / "deltas")]
+    hidden = (f"import sys; sys.modules['fastapi'] = None; sys.argv = {arguments!r}; "
+              "from smidgen.cli.commands import main; sys.exit(main())")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "pip install 'smidgen[serve]'" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
