@@ -32,6 +32,7 @@ from smidgen.cli.options import (  # fmt: skip
     Metric,
     Model,
     Most,
+    NewTokens,
     OnlyRead,
     Option,
     Out,
@@ -126,7 +127,7 @@ def tune(
     lr: Annotated[float | None, Option(help="default: the method's own")] = None,
     head_lr: Annotated[float | None, Option(help="learning rate of the head")] = None,
     batch_size: BatchSize = 32, batch_tokens: BatchTokens = None, max_length: Length = None,
-    dtype: Precision = TuneDtype.float32, only_read: OnlyRead = None,
+    max_new_tokens: NewTokens = None, dtype: Precision = TuneDtype.float32, only_read: OnlyRead = None,
     max_memory: Annotated[str | None, Option(help="such as 4GB: larger batches are computed in micro-batches")] = None,
     recompute: Annotated[bool, Option("--recompute", help="activations computed twice, not kept: less memory")] = False,
     pooling: Pooling = None, limit: Limit = None, text: Text = None, label: Label = None, kind: Kind = None,
@@ -146,8 +147,9 @@ def tune(
     try:
         delta = sm.fit(
             network, wanted, task, out=out, processor=processor, selection=kept, seed=seed, epochs=epochs, lr=lr,
-            head_lr=head_lr, batch_size=batch_size, batch_tokens=batch_tokens, max_length=max_length, pooling=pooling,
-            batching=batching.value, cache=cache, only_read=only_read, max_memory=max_memory, recompute=recompute,
+            head_lr=head_lr, batch_size=batch_size, batch_tokens=batch_tokens, max_length=max_length,
+            max_new_tokens=max_new_tokens, pooling=pooling, batching=batching.value, cache=cache,
+            only_read=only_read, max_memory=max_memory, recompute=recompute,
         )  # fmt: skip
     except KeyboardInterrupt:
         state = RunFolder(out, writer=False).resume()
@@ -168,14 +170,16 @@ def evaluate_command(
     delta: DeltaFolder, data: Data, model: Base = None,
     split: Annotated[str, Option(help="train, validation or test")] = "test",
     text: Text = None, label: Label = None, kind: Kind = None, metric: Metric = None, limit: Most = None,
-    batch_size: BatchSize = 64, max_length: Length = None, dtype: OwnDtype = None, as_json: Json = False,
+    batch_size: BatchSize = 64, max_length: Length = None, max_new_tokens: NewTokens = None, dtype: OwnDtype = None,
+    as_json: Json = False,
 ) -> None:  # fmt: skip
     """Metrics of a delta on a split of a task."""
     trained, network, processor = open_delta(delta, model, dtype)
     task = open_task(data, text, label, kind, metric, limit and {split: limit})
     result = sm.evaluate(
-        network, task, delta=trained, split=split, processor=processor, batch_size=batch_size, max_length=max_length
-    )
+        network, task, delta=trained, split=split, processor=processor, batch_size=batch_size, max_length=max_length,
+        max_new_tokens=max_new_tokens,
+    )  # fmt: skip
     report = {"delta": delta, "data": data, "split": split, "metric": result.metric, "scores": result.values,
               "examples": len(result.references), "truncated": result.truncated}  # fmt: skip
     results.show(report, results.evaluated(result, trained, task.name, split), as_json)

@@ -41,6 +41,9 @@ Limit = Annotated[int | None, Option("--limit", min=1, help="use so many trainin
 Most = Annotated[int | None, Option("--limit", min=1, help="use so many examples of the split")]
 BatchSize = Annotated[int, Option("--batch-size", min=1)]
 BatchTokens = Annotated[int | None, Option("--batch-tokens", min=1, help="fill batches to so many tokens, not rows")]
+NewTokens = Annotated[
+    int | None, Option("--max-new-tokens", min=1, help="of what the model writes, for bleu, rougeL, ...")
+]
 Length = Annotated[int | None, Option("--max-length", min=1, help="tokens per text")]
 Pooling = Annotated[str | None, Option("--pooling", help="first, mean or last; default is the model's own")]
 OwnDtype = Annotated[Dtype | None, Option("--dtype", help="of the base; default as in training")]

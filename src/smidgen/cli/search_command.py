@@ -19,6 +19,7 @@ from smidgen.cli.options import (  # fmt: skip
     Limit,
     Metric,
     Model,
+    NewTokens,
     OnlyRead,
     Option,
     Out,
@@ -42,6 +43,7 @@ def run_search(
     epochs: Annotated[int, Option(min=1)] = 3,
     head_lr: Annotated[float | None, Option(help="learning rate of the head")] = None,
     batch_size: BatchSize = 32, max_length: Length = None,
+    max_new_tokens: NewTokens = None,
     dtype: Precision = TuneDtype.float32, only_read: OnlyRead = None,
     pooling: Pooling = None, limit: Limit = None, text: Text = None, label: Label = None, kind: Kind = None,
     metric: Metric = None,
@@ -58,7 +60,8 @@ def run_search(
         found = sm.search(
             network, wanted, task, out=out, processor=processor, lr=lr or None, seeds=seeds, trials=trials, jobs=jobs,
             say=results.note, progress=progress, epochs=epochs, head_lr=head_lr, batch_size=batch_size,
-            max_length=max_length, pooling=pooling, batching=batching.value, cache=cache, only_read=only_read,
+            max_length=max_length, max_new_tokens=max_new_tokens, pooling=pooling, batching=batching.value, cache=cache,
+            only_read=only_read,
         )  # fmt: skip
     except KeyboardInterrupt:
         results.note("stopped; the same command goes on from there")

@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,17 @@ BIO = re.compile(r"O|[BI]-.+")
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: what computes it, and which way is better."""
+    """A metric: what computes it, and which way is better.
+
+    Attributes:
+        function: (predictions, references) -> value.
+        package: imports the optional package that it is computed by, or raises DataError.
+    """
 
     name: str
     function: Callable[[Values, Values], float]
     higher_is_better: bool = True
+    package: Callable[[], ModuleType] | None = None
 
 
 def accuracy(predictions: Values, references: Values) -> float:

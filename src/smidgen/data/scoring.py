@@ -15,13 +15,16 @@ def default_metric(kind: str) -> str:
 
 
 def check_metric(metric: str, kind: str, labels: Sequence[str] = ()) -> None:
-    """Raises DataError if there is no such metric, if it is for another kind, or if its labels are not BIO
-    names."""
+    """Raises DataError if there is no such metric, if it is for another kind, if its package is not installed, or if
+    its labels are not BIO names."""
     fitting = [m.name for m in kind_named(kind).metrics]
     if metric not in fitting:
         what = f"is not for {kind}" if metric in METRICS else "is unknown"
         hint = nearest(metric, fitting) or f"; there are {', '.join(fitting)}"
         raise DataError(f"metric {metric!r} {what}{hint}")
+    package = METRICS[metric].package
+    if package is not None:
+        package()
     if metric == ENTITY_F1.name and not is_bio(labels):
         odd = next(label for label in labels if not BIO.fullmatch(label))
         raise DataError(f"entity_f1 needs labels O, B-type, I-type and found {odd!r}; use metric='token_accuracy'")

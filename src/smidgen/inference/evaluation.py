@@ -9,16 +9,20 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from smidgen.common.errors import DataError
-from smidgen.data.kinds.base import Pair
+from smidgen.common.module_modes import evaluating
+from smidgen.data.encoded import Example
+from smidgen.data.kinds.base import Pair, written_texts
 from smidgen.data.metrics import METRICS
 from smidgen.data.processor import Processor, given_processor
-from smidgen.data.scoring import compute_metric
+from smidgen.data.scoring import compute_metric, default_metric
 from smidgen.data.task import Task
 from smidgen.delta.attaching import attached
 from smidgen.delta.delta import Delta
 from smidgen.inference.forward_pass import run_examples
 from smidgen.inference.processors import processor_of
 from smidgen.inference.task_record import TaskRecord
+
+NEW_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Scores:
         metric: name of the task's own metric.
         values: metric name -> number.
         predictions, references: per example, as its kind of task has them: label id, float, label names per token,
-            nll and tokens.
+            nll and tokens; where the metric reads what the model writes, that and the right texts.
         truncated: examples longer than the model takes.
     """
 
@@ -60,6 +64,7 @@ def evaluate(  # noqa: PLR0913 - options by keyword
     tokenizer: Processor | None = None,
     batch_size: int = 64,
     max_length: int | None = None,
+    max_new_tokens: int | None = None,
 ) -> Scores:
     """Metrics of a model, with a delta attached for the time, on a split of a task.
 
@@ -69,6 +74,8 @@ def evaluate(  # noqa: PLR0913 - options by keyword
         processor: makes the model's inputs, by default the one of its name; `tokenizer` is another name of it.
         batch_size: in examples.
         max_length: in tokens; by default what the delta was trained with, else what the model takes.
+        max_new_tokens: of what the model writes, for metrics such as BLEU; by default what the delta was trained with,
+            else 128.
 
     Raises:
         DataError: the task lacks the split, or its labels, or has other labels than the delta.
@@ -81,16 +88,44 @@ def evaluate(  # noqa: PLR0913 - options by keyword
             f"the delta was trained on {', '.join(delta.labels)}"
         )
     processor = given_processor(processor, tokenizer) or processor_of(model, task.task_kind)
-    if max_length is None and delta is not None:
-        max_length = TaskRecord.of(delta.info).max_length
+    if delta is not None:
+        record = TaskRecord.of(delta.info)
+        max_length, max_new_tokens = max_length or record.max_length, max_new_tokens or record.max_new_tokens
     encoded = task.encode(processor, split, max_length=max_length)
     with attached(model, delta) if delta is not None else nullcontext():
         outputs = run_examples(model, encoded, task, processor, batch_size)
-    return compute_scores(task, outputs, encoded.truncated)
+        written = write_examples(model, encoded, task, processor, batch_size, max_new_tokens or NEW_TOKENS)
+    return compute_scores(task, outputs, written, encoded.truncated)
 
 
-def compute_scores(task: Task, outputs: Sequence[Pair], truncated: int = 0) -> Scores:
-    """Metrics from (prediction, reference) pairs in the order of the split."""
+def write_examples(
+    model: nn.Module,
+    encoded: Sequence[Example],
+    task: Task,
+    processor: Processor,
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[Pair]:
+    """(text that the model writes, right texts) of each example, in eval mode; none if the metric does not read it."""
+    if METRICS[task.metric] not in task.task_kind.written:
+        return []
+    with evaluating(model):
+        texts = written_texts(task.task_kind, model, encoded, processor, batch_size, max_new_tokens)
+    return [(text, example["right_texts"]) for text, example in zip(texts, encoded, strict=True)]
+
+
+def compute_scores(task: Task, outputs: Sequence[Pair], written: Sequence[Pair] = (), truncated: int = 0) -> Scores:
+    """Metrics from (prediction, reference) pairs in the order of the split.
+
+    Args:
+        outputs: of the model's outputs.
+        written: of what the model writes, if the task's metric reads that.
+    """
     predictions, references = [p for p, _ in outputs], [r for _, r in outputs]
-    values = compute_metric(task.kind, task.metric, predictions, references, task.labels)
-    return Scores(task.metric, values, predictions, references, truncated)
+    if not written:
+        values = compute_metric(task.kind, task.metric, predictions, references, task.labels)
+        return Scores(task.metric, values, predictions, references, truncated)
+    beside = compute_metric(task.kind, default_metric(task.kind), predictions, references, task.labels)
+    predictions, references = [p for p, _ in written], [r for _, r in written]
+    value = METRICS[task.metric].function(predictions, references)
+    return Scores(task.metric, {task.metric: value, **beside}, predictions, references, truncated)

@@ -76,7 +76,9 @@ def predict(  # noqa: PLR0913 - options by keyword
     check_texts(texts, pairs, task.asked)
     seconds, limit = None if pairs is None else list(pairs), task.max_length
     run = _running(model, processor, task, batch_size)
-    question = Question(list(texts), seconds, task.columns, delta.labels, run, model, processor, max_new_tokens, limit)
+    question = Question(
+        list(texts), seconds, task.columns, delta.labels, run, model, processor, max_new_tokens, limit, batch_size
+    )
     with attached(model, delta):
         return answers_to(task.task_kind, question)
 

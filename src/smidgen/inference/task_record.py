@@ -17,17 +17,20 @@ class TaskRecord:
         kind: name of the kind of task; None if the delta was trained on none.
         columns: the task's input columns.
         max_length: of an input, in tokens; None for the kind's own.
+        max_new_tokens: of what the model writes; None if it was trained to write nothing.
     """
 
     kind: str | None
     columns: tuple[str, ...]
     max_length: int | None
+    max_new_tokens: int | None = None
 
     @classmethod
     def of(cls, info: Mapping[str, Any]) -> TaskRecord:
         """From a delta's `info`."""
         task, settings = info.get("task") or {}, info.get("settings") or {}
-        return cls(task.get("kind"), tuple(task.get("text") or ["text"]), settings.get("max_length"))
+        texts = tuple(task.get("text") or ["text"])
+        return cls(task.get("kind"), texts, settings.get("max_length"), settings.get("max_new_tokens"))
 
     @property
     def task_kind(self) -> TaskKind:

@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol, cast
 import torch
 from datasets import Dataset, Value
 from torch import Tensor, nn
-from transformers import BatchEncoding, PreTrainedModel
+from transformers import PreTrainedModel
 
 from smidgen.common.errors import DataError, nearest
 from smidgen.data.columns import Columns, check_inputs
@@ -50,7 +50,7 @@ class Question:
         columns: the task's input columns.
         names: label names in id order.
         run: columns of inputs, by any names, and perhaps "labels" -> logits of each, in float32, and its labels.
-        model, processor, max_new_tokens, max_length: for kinds that encode or generate themselves.
+        model, processor, max_new_tokens, max_length, batch_size: for kinds that encode or generate themselves.
     """
 
     inputs: Column
@@ -62,6 +62,7 @@ class Question:
     processor: Processor
     max_new_tokens: int
     max_length: int | None = None
+    batch_size: int = 64
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class TaskKind:
         processor_class: name of the class of transformers that makes its inputs.
         metrics: all that fit.
         usual: names of those that are always reported; the first decides unless another is chosen.
+        written: those of `metrics` that take what the model writes, (text, right texts), by `write`.
         labels_at: what a batch's labels belong to.
         label_dtype: of a batch's labels, one for each example; None for labels at positions.
         normal: labels are numbers with a normal distribution around the model's output, not classes.
@@ -108,6 +110,7 @@ class TaskKind:
     processor_class: ClassVar[str] = "AutoTokenizer"
     metrics: ClassVar[tuple[Metric, ...]]
     usual: ClassVar[tuple[str, ...]]
+    written: ClassVar[tuple[Metric, ...]] = ()
     labels_at: ClassVar[LabelPlace] = LabelPlace.EXAMPLE
     label_dtype: ClassVar[torch.dtype | None] = torch.long
     normal: ClassVar[bool] = False
@@ -262,6 +265,10 @@ class TaskKind:
         """A pair of `pairs` as metrics take it, for kinds that need the example beside it."""
         return pair
 
+    def write(self, model: nn.Module, batch: Batch, processor: Processor, max_new_tokens: int) -> list[str]:
+        """The text that a model writes for each example of a batch, greedily or by the beams of its own settings."""
+        raise DataError(f"a {self.name} task has its model write nothing")
+
     def aligned(self, values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Values, such as logits (B, [T,] C), and labels so that both are (B, N, ...) and position n is of label n."""
         if self.labels_at is LabelPlace.EXAMPLE:
@@ -297,12 +304,31 @@ def kind_named(name: str) -> TaskKind:
     return TaskKind.registry[name]
 
 
-def continued(question: Question, batch: BatchEncoding, **options: object) -> Tensor:
-    """Ids (1, T) that a question's model writes for one encoded text, greedily; `options` of its `generate`."""
-    inputs = {key: value for key, value in batch.to(question.model.device).items() if key != "token_type_ids"}
-    model = cast(_Generating, question.model)
+def generated(model: nn.Module, batch: Mapping[str, Tensor], max_new_tokens: int, **options: object) -> Tensor:
+    """Ids (B, T) that a model writes for encoded texts, without sampling; `options` of its `generate`."""
+    device = next(model.parameters()).device
+    inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
     with torch.inference_mode():
-        return model.generate(**inputs, **options, max_new_tokens=question.max_new_tokens, do_sample=False)
+        found = cast(_Generating, model).generate(**inputs, **options, max_new_tokens=max_new_tokens, do_sample=False)
+    return found
+
+
+def written_texts(
+    kind: TaskKind,
+    model: nn.Module,
+    encoded: Sequence[Example],
+    processor: Processor,
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[str]:
+    """What a model writes for each example, in their order; batches go by length."""
+    collate, found = kind.collator(processor, model=model), dict[int, str]()
+    order = sorted(range(len(encoded)), key=lambda i: kind.length(encoded[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = collate([encoded[i] for i in rows])
+        found.update(zip(rows, kind.write(model, batch, processor, max_new_tokens), strict=True))
+    return [found[row] for row in range(len(encoded))]
 
 
 def named_columns(question: Question) -> Cells:

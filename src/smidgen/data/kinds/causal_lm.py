@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from smidgen.data.columns import TARGETS, Columns, check_text_types, known_columns, only_column
 from smidgen.data.encoded import Encoded
-from smidgen.data.kinds.base import Answer, Collate, Outputs, Pair, Question, TaskKind, continued
+from smidgen.data.kinds.base import Answer, Collate, Outputs, Pair, Question, TaskKind, generated
 from smidgen.data.labels import IGNORED, LabelPlace
 from smidgen.data.metrics import LOSS, PERPLEXITY
 from smidgen.data.processor import Processor, tokenizer_in
@@ -102,6 +102,6 @@ def _continued(question: Question, text: str | list[Message], chat: bool) -> Ans
     turn = turn[:-1] if len(turn) > 1 and turn[-1].get("role") == "assistant" else turn
     prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) if chat else text
     batch = tokenizer(cast(str, prompt), return_tensors="pt", add_special_tokens=not chat)
-    ids = continued(question, batch, pad_token_id=tokenizer.pad_token_id)
+    ids = generated(question.model, batch, question.max_new_tokens, pad_token_id=tokenizer.pad_token_id)
     answer = tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return Answer(text if isinstance(text, str) else str(turn[-1].get("content", "")), answer)

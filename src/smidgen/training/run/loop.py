@@ -19,7 +19,7 @@ from smidgen.common.folder_lock import folder_lock_held
 from smidgen.common.memory import give_back_memory, memory_guard
 from smidgen.common.wrappers import bare
 from smidgen.data.encoded import Encoded
-from smidgen.data.kinds.base import Batch
+from smidgen.data.kinds.base import Batch, Pair
 from smidgen.delta.attaching import attach, detach
 from smidgen.delta.delta import Delta
 from smidgen.delta.saved_selection import Selection
@@ -27,7 +27,7 @@ from smidgen.efficiency.activation_checkpointing import recomputing
 from smidgen.efficiency.packing.isolation_check import check_kind
 from smidgen.efficiency.prefix_cache.within_block import frozen_within_block
 from smidgen.importance.selecting import select
-from smidgen.inference.evaluation import Scores, compute_scores
+from smidgen.inference.evaluation import Scores, compute_scores, write_examples
 from smidgen.inference.forward_pass import run_examples
 from smidgen.inference.processors import processor_of
 from smidgen.ports.attachment_record import attachment, trained_parameters
@@ -164,7 +164,7 @@ class Loop:
         given = Conditions(self.collate, fitting, self.folder.path, self.run.shared)
         made, why = shortcuts(self.model, splits, given, before, unsteered)
         self.around, self.around_held = made[0], made[-1]
-        fresh = choices(self.model, self.settings, self.rows, self.total, self.world)
+        fresh = choices(self.model, self.run, self.rows, self.total, self.world)
         fresh = replace(fresh, cache=why["cache"], rows=why["rows"], rows_at_once=size)
         self.chosen = self.folder.agreed(wanted, fresh, earlier)
         at_once = self.settings.batch_size if self.chosen.rows_at_once is None else self.chosen.rows_at_once
@@ -330,12 +330,19 @@ class Loop:
         self.callbacks.tell("validation", self.status, result)
 
     def _held_out(self) -> Scores:
-        rank, size = self.accelerator.process_index, self.settings.batch_size
+        size = self.settings.batch_size
         size = size if self.settings.max_memory is None else min(size, self.at_once)
         with memory_guard(self.settings.batch_size):
             outputs = run_examples(self.model, self.mine, self.task, self.processor, size, self.around_held)
-        numbered = gather_object([(rank + k * self.world, pair) for k, pair in enumerate(outputs)])
-        return compute_scores(self.task, [pair for _, pair in sorted(numbered, key=lambda item: item[0])])
+            new = self.chosen.max_new_tokens or 0
+            written = write_examples(self.model, self.mine, self.task, self.processor, size, new)
+        return compute_scores(self.task, self._gathered(outputs), self._gathered(written))
+
+    def _gathered(self, mine: Sequence[Pair]) -> list[Pair]:
+        """The pairs of all processes, in the order of the split."""
+        rank = self.accelerator.process_index
+        numbered = gather_object([(rank + k * self.world, pair) for k, pair in enumerate(mine)])
+        return [pair for _, pair in sorted(numbered, key=lambda item: item[0])]
 
     def _write(self) -> None:
         tensors = pack(self.model, self.best, self.optimizer, self.accelerator)
@@ -375,7 +382,7 @@ class Loop:
             self.watch.moved(self.model, self.total)
             self.watch.report(self.model, self.total)
         assign(self.model, self.best)
-        said = outcome(self.run, self.rows.max_length, self.progress, self.total, self.selection)
+        said = outcome(self.run, self.chosen, self.progress, self.total, self.selection)
         delta = replace(detach(self.model), labels=tuple(self.task.labels)).with_info(**said)
         if self.folder.path is not None and self.main:
             delta.save(self.folder.path)

@@ -83,6 +83,7 @@ class Choices:
 
     Attributes:
         max_length: tokens of an example; None where examples have none.
+        max_new_tokens: of what the model writes; None where it writes nothing.
         truncated: examples that were longer.
         steps: optimiser steps in all.
         lr: name of a parameter group -> its rate.
@@ -103,6 +104,7 @@ class Choices:
     cache: str | None = None
     rows: str | None = None
     rows_at_once: int | None = None
+    max_new_tokens: int | None = None
 
     def to_json(self) -> dict[str, object]:
         """Plain data."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 
 import torch
 from torch import nn
 
-from smidgen.data.encoded import Encoded
+from smidgen.data.encoded import Encoded, tokens_of
 from smidgen.delta.fingerprint import SHA256, XXH3, Fingerprint
 from smidgen.delta.saved_selection import Selection
 from smidgen.methods.base import renewed
@@ -15,7 +16,6 @@ from smidgen.sites.task_head import head_names
 from smidgen.steps.optimizer_groups import optimizer
 from smidgen.training.run.progress import Choices, Progress
 from smidgen.training.run.run_spec import RunSpec
-from smidgen.training.run.settings import Settings
 
 
 def asked(run: RunSpec, algorithm: str = XXH3) -> dict[str, object]:
@@ -41,8 +41,9 @@ def asked(run: RunSpec, algorithm: str = XXH3) -> dict[str, object]:
     }
 
 
-def choices(model: nn.Module, settings: Settings, rows: Encoded, steps: int, processes: int) -> Choices:
+def choices(model: nn.Module, run: RunSpec, rows: Encoded, steps: int, processes: int) -> Choices:
     """What was left open and is now decided, for a model with a recipe attached."""
+    settings = run.settings
     groups = optimizer(model, settings.lr, settings.head_lr).param_groups
     return Choices(
         max_length=rows.max_length,
@@ -53,19 +54,21 @@ def choices(model: nn.Module, settings: Settings, rows: Encoded, steps: int, pro
         processes=processes,
         threads=torch.get_num_threads(),
         torch=str(torch.__version__),
+        max_new_tokens=new_tokens(rows, settings.max_new_tokens) if run.task.task_kind.written else None,
     )
 
 
 def outcome(
-    run: RunSpec, max_length: int | None, progress: Progress, total: int, selection: Selection | None
+    run: RunSpec, chosen: Choices, progress: Progress, total: int, selection: Selection | None
 ) -> dict[str, object]:
     """What a delta records of the run that it comes from, plain data. Without a validation the last epoch counts."""
     task, start = run.task, run.start
     best = next((entry for entry in progress.history if entry.epoch == progress.best_epoch), None)
     about = {"name": task.name, "kind": task.kind, "metric": task.metric, "text": list(task.text)}
+    settings = asdict(run.settings)
     return {
         "task": about,
-        "settings": {**asdict(run.settings), "max_length": max_length},
+        "settings": {**settings, "max_length": chosen.max_length, "max_new_tokens": chosen.max_new_tokens},
         "scores": {f"validation {name}": value for name, value in best.scores.items()} if best else {},
         "best_epoch": best.epoch if best else progress.epochs,
         "best_step": best.step if best else progress.step,
@@ -73,3 +76,8 @@ def outcome(
         **({"start": start.digest} if start else {}),
         "steps": total,
     }
+
+
+def new_tokens(rows: Encoded, given: int | None) -> int:
+    """How many tokens a model may write: what is given, else those of the longest right text and a quarter more."""
+    return given or math.ceil(1.25 * max(len(tokens_of(row, "labels")) for row in rows))

@@ -18,6 +18,8 @@ BATCHING = ("shuffle", "length", PACK)
 class Settings:
     """How to train. None means: chosen automatically, recorded in run.json and reused on resuming.
 
+    `max_new_tokens` bounds what the model writes where the metric reads that (BLEU, ROUGE): by default the longest text
+    of the training split and a quarter more.
     `batching="length"` puts rows of like length into a batch, which saves padding (see `ShuffledBatches`).
     `batch_tokens` does so too, and a batch holds as many rows as fit into that many tokens, padding counted; training
     does not read `batch_size` then. `batching="pack"` puts short examples end to end into rows of `max_length` tokens
@@ -36,6 +38,7 @@ class Settings:
     head_lr: float | None = None
     batch_size: int = 32
     max_length: int | None = None
+    max_new_tokens: int | None = None
     pooling: str | None = None
     warmup: float = 0.06
     clip: float = 1.0
@@ -53,7 +56,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.max_memory is not None:
             object.__setattr__(self, "max_memory", parse_bytes(self.max_memory))
-        for name in ("epochs", "batch_size", "batch_tokens"):
+        for name in ("epochs", "batch_size", "batch_tokens", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise TrainError(f"{name}={value} must be at least 1")
@@ -96,6 +99,7 @@ class SharedOptions(TypedDict, total=False):
     head_lr: float | None
     batch_size: int
     max_length: int | None
+    max_new_tokens: int | None
     pooling: str | None
     warmup: float
     clip: float
