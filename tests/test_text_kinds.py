@@ -154,10 +154,100 @@ def test_spans_of_tokens_are_those_of_characters(answered, tmp_path):
         first, last = row["labels"]
         said = row["context"][row["spans"][first][0] : row["spans"][last][1]]
         assert said == made["answers"]["text"][0]
-    assert answered.encode(tokenizer, "train", max_length=8)[3]["labels"] == [0, 0]  # cut off
     with pytest.raises(DataError, match=r"train row 0: 'good' does not stand at 1 of its context"):
         bad = [{**row, "answers": {"text": ["good"], "answer_start": [1]}} for row in questions(20)]
         sm.Task.load(h.jsonl(tmp_path / "bad.jsonl", bad), kind="span-qa")
+
+
+def long_questions(count, start=0):
+    """The same with so much around that a row takes one to six windows of 16 tokens."""
+    rows = []
+    for i, row in enumerate(questions(count, start)):
+        before, after = (" ".join(h.WORDS[4 + (i + k) % 16] for k in range(n)) for n in (5 * (i % 4), 3 * (i % 3)))
+        context = f"{before} {row['context']} {after}".strip()
+        at = len(before) + row["answers"]["answer_start"][0] + (1 if before else 0)
+        rows.append({**row, "context": context, "answers": {**row["answers"], "answer_start": [at]}})
+    return rows
+
+
+def test_a_text_that_is_too_long_is_read_in_windows(tmp_path):
+    task, tokenizer, length = h.task(tmp_path, make=long_questions, kind="span-qa"), h.tokenizer(), 16
+    whole, cut = (task.encode(tokenizer, "train", max_length=most) for most in (64, length))
+    assert cut.truncated == 0
+    counts = []
+    for row, full in enumerate(whole):
+        parts = [example for example in cut if example["row"] == row]
+        counts.append(len(parts))
+        if len(full["input_ids"]) <= length:
+            assert parts == [full]
+            continue
+        said = full["answers"][0]
+        inside = [[i for i, s in enumerate(part["spans"]) if s is not None] for part in parts]
+        tokens = [s for s in full["spans"] if s is not None]
+        assert all(len(part["input_ids"]) <= length for part in parts)
+        seen = [[part["spans"][i] for i in places] for part, places in zip(parts, inside, strict=True)]
+        room = max(map(len, seen))
+        starts = [tokens.index(spans[0]) for spans in seen]
+        assert starts == [k * (room - room // 2) for k in range(len(parts))]  # half of each is also in the next
+        assert [tokens[s : s + len(spans)] for s, spans in zip(starts, seen, strict=True)] == seen
+        assert seen[-1][-1] == tokens[-1]
+        at = full["spans"][full["labels"][0]]
+        for part, spans in zip(parts, seen, strict=True):
+            if at in spans:
+                first, last = part["labels"]
+                assert part["context"][part["spans"][first][0] : part["spans"][last][1]] == said
+            else:
+                assert part["labels"] == [0, 0]
+        assert any(at in spans for spans in seen)
+    assert set(counts) >= {1, 2, 3}
+    with pytest.raises(DataError, match=r"max_length=7 leaves room for 1 tokens .* must be at least 8"):
+        task.encode(tokenizer, "train", max_length=7)
+
+
+def test_an_answer_that_a_window_cuts_is_none(tmp_path):
+    words = [h.WORDS[4 + k % 16] for k in range(40)]
+    context, said = " ".join(words), " ".join(words[10:14])
+    row = {"question": "the", "context": context, "answers": {"text": [said], "answer_start": [context.index(said)]}}
+    task = sm.Task.load(h.jsonl(tmp_path / "x.jsonl", [row]), kind="span-qa", validation=0)
+    found = task.encode(h.tokenizer(), "train", max_length=12)  # windows of 8 words, each from the middle of the last
+    whole = [(part["spans"][2 + 1] is not None, part["labels"]) for part in found]
+    begins = [words.index(context[part["spans"][3][0] : part["spans"][3][1]]) for part in found]
+    assert begins[:4] == [0, 4, 8, 12]
+    assert [labels for _, labels in whole][:4] == [[0, 0], [0, 0], [3 + 2, 3 + 5], [0, 0]]
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_a_rows_answer_is_that_of_its_best_window(size, tmp_path):
+    task, tokenizer = h.task(tmp_path, make=long_questions, kind="span-qa"), h.tokenizer()
+    model = still("AutoModelForQuestionAnswering")
+    shake(model.parameters(), 0.5)
+    found = sm.evaluate(model, task, tokenizer=tokenizer, split="validation", max_length=16, batch_size=size)
+    rows = task.splits["validation"]
+    assert found.references == [row["answers"]["text"] for row in rows]
+    best = [(-math.inf, "")] * len(rows)
+    for part in task.encode(tokenizer, "validation", max_length=16):
+        batch = {key: torch.tensor([part[key]]) for key in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            ends = model(**batch)
+        for i, first in enumerate(part["spans"]):
+            for k, last in enumerate(part["spans"]):
+                if first is not None and last is not None and i <= k:
+                    score = float(ends.start_logits[0, i] + ends.end_logits[0, k])
+                    best[part["row"]] = max(best[part["row"]], (score, part["context"][first[0] : last[1]]))
+    assert found.predictions == [text for _, text in best]
+
+
+def test_answers_in_long_texts_are_learned(tmp_path):
+    task, tokenizer = h.task(tmp_path, make=long_questions, kind="span-qa"), h.tokenizer()
+    model = still("AutoModelForQuestionAnswering")
+    delta = sm.fit(
+        model, "LN() + LoRA(rank=2)", task, tokenizer=tokenizer, epochs=12, max_length=16, head_lr=0.02, **OPTIONS
+    )
+    found = sm.evaluate(model, task, delta=delta, tokenizer=tokenizer)
+    rows = task.splits["test"]
+    said = sm.predict(model, rows["question"][:], pairs=rows["context"][:], delta=delta, tokenizer=tokenizer)
+    assert [each.answer for each in said] == found.predictions
+    assert found.value > 0.6
 
 
 def test_the_span_loss_is_the_formula_and_does_not_depend_on_padding(answered):

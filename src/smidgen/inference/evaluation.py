@@ -121,6 +121,7 @@ def compute_scores(task: Task, outputs: Sequence[Pair], written: Sequence[Pair] 
         outputs: of the model's outputs.
         written: of what the model writes, if the task's metric reads that.
     """
+    outputs = task.task_kind.by_row(outputs)
     predictions, references = [p for p, _ in outputs], [r for _, r in outputs]
     if not written:
         values = compute_metric(task.kind, task.metric, predictions, references, task.labels)

@@ -265,6 +265,13 @@ class TaskKind:
         """A pair of `pairs` as metrics take it, for kinds that need the example beside it."""
         return pair
 
+    def by_row(self, pairs: Sequence[Pair]) -> Sequence[Pair]:
+        """A split's pairs, one for each thing that is scored, from those of all its examples, in their order.
+
+        For kinds that make several examples of a row and score the row.
+        """
+        return pairs
+
     def write(self, model: nn.Module, batch: Batch, processor: Processor, max_new_tokens: int) -> list[str]:
         """The text that a model writes for each example of a batch, greedily or by the beams of its own settings."""
         raise DataError(f"a {self.name} task has its model write nothing")

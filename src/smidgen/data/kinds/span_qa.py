@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,10 +26,10 @@ from smidgen.data.readers import Raw, decode
 from smidgen.data.spans import EXACT_MATCH, SPAN_F1
 from smidgen.data.text.collate import Collator
 from smidgen.data.text.encoding import Part, encode_chunks, text_length
+from smidgen.data.text.windows import TENSORS, Window, windows
 
 LONGEST = 30  # tokens of an answer
 Spans = Sequence[tuple[int, int] | None]  # of each token of a text, in characters; None outside of the context
-TENSORS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class RightAnswers(TypedDict):
@@ -46,12 +47,29 @@ class SpanOutput:
     loss: Tensor | None
 
 
+@dataclass(frozen=True)
+class SpanAnswer:
+    """What a model answers from one window of a row.
+
+    Attributes:
+        row: number of the row.
+        text: the most probable span; "" if the window has nothing of the text.
+        score: sum of both ends' logits, by which the windows of a row are compared.
+    """
+
+    row: int
+    text: str
+    score: float
+
+
 class SpanQA(TaskKind):
     """A question, a text, and the part of the text that answers it, as in SQuAD: columns question, context, answers.
 
         loss = -(log p(first) + log p(last)) / 2           Devlin et al. 2018, arXiv:1810.04805, section 4.2
 
-    over all tokens that are no padding. Where the answer is cut off, both are the first token's.
+    over all tokens that are no padding. A text that is too long is read in windows that overlap, each an example; where
+    a window has not got the whole answer, both ends are the first token's. A row's answer is that of the window whose
+    sum of logits is the highest.
     """
 
     name = "span-qa"
@@ -62,6 +80,7 @@ class SpanQA(TaskKind):
     uncountable = "pairs of ends"
     unsteered = "an answer has two ends, which the model takes under names of its own"
     unpackable = "an answer is told from all tokens of its row"
+    many_per_row = True
 
     def read(self, path: Path, seed: int) -> Raw | None:
         """SQuAD's own .json: {"data": [{"paragraphs": [{"context", "qas": [{"question", "answers"}]}]}]}."""
@@ -116,31 +135,26 @@ class SpanQA(TaskKind):
     def encode(
         self, rows: Dataset, processor: Processor, text: Sequence[str], label: str | None, max_length: int | None
     ) -> Encoded:
-        """Question and text, the text cut on the right; labels are the numbers of the answer's first and last token."""
+        """Question and text, in windows of the text; labels are the numbers of the answer's first and last token."""
         tokenizer = tokenizer_in(processor, self.name)
         if not tokenizer.is_fast:
             raise DataError(
                 f"span-qa needs a fast tokenizer, which knows places; {type(tokenizer).__name__} is not one"
             )
-        length = text_length(tokenizer, max_length)
+        length, numbers = text_length(tokenizer, max_length), itertools.count()
 
         def encode(cells: Cells) -> Part:
             questions, contexts = cells[text[0]], cells[text[1]]
-            long = sum(len(i) > length for i in tokenizer(questions, contexts, verbose=False)["input_ids"])
-            found = tokenizer(
-                questions, contexts, truncation="only_second", max_length=length, return_offsets_mapping=True
-            )
-            examples = []
-            for i, context in enumerate(contexts):
-                inside = [number == 1 for number in found.sequence_ids(i)]
-                spans = [pair if own else None for pair, own in zip(found["offset_mapping"][i], inside, strict=True)]
-                example = {key: found[key][i] for key in TENSORS if key in found}
-                example |= {"context": context, "spans": spans}
-                if label is not None:
-                    answers = cells[label][i]
-                    example |= {"labels": _ends(answers, spans), "answers": answers["text"]}
-                examples.append(example)
-            return examples, long, 0
+            examples = list[Example]()
+            for i, parts in enumerate(windows(tokenizer, questions, contexts, length)):
+                row = {"context": contexts[i], "row": next(numbers)}
+                for part in parts:
+                    example = {**part.inputs, **row, "spans": part.spans}
+                    if label is not None:
+                        answers = cells[label][i]
+                        example |= {"labels": _ends(answers, part), "answers": answers["text"]}
+                    examples.append(example)
+            return examples, 0, 0
 
         return encode_chunks(rows, length, encode)
 
@@ -173,8 +187,14 @@ class SpanQA(TaskKind):
         return [(row, None) for row in outputs.logits.cpu().numpy()]
 
     def told(self, pair: Pair, example: Mapping[str, object]) -> Pair:
-        """The answer's text, and the right ones."""
+        """The window's `SpanAnswer`, and the right answers."""
         return _said(cast(NDArray[np.float32], pair[0]), example), example.get("answers")
+
+    def by_row(self, pairs: Sequence[Pair]) -> Sequence[Pair]:
+        """The text of each row's best window, and the right answers."""
+        said = _best(cast(Sequence[SpanAnswer], [found for found, _ in pairs]))
+        right = {cast(SpanAnswer, found).row: answers for found, answers in pairs}
+        return [(each.text, right[row]) for row, each in said.items()]
 
     def answers(self, question: Question) -> list[Answer]:
         """The part of each second text that answers the first."""
@@ -182,30 +202,39 @@ class SpanQA(TaskKind):
         rows = Dataset.from_dict(columns)
         encoded = self.encode(rows, question.processor, tuple(columns), None, question.max_length)
         logits = [row.cpu().numpy() for row, _ in question.run(columns)]
-        said = [_said(row, example) for row, example in zip(logits, encoded, strict=True)]
-        return [Answer(str(asked), answer) for asked, answer in zip(question.inputs, said, strict=True)]
+        said = _best([_said(row, example) for row, example in zip(logits, encoded, strict=True)])
+        return [Answer(str(asked), said[row].text) for row, asked in enumerate(question.inputs)]
 
 
-def _ends(answers: RightAnswers, spans: Spans) -> list[int]:
+def _best(answers: Sequence[SpanAnswer]) -> dict[int, SpanAnswer]:
+    """Row -> its answer with the highest score, in the order of the rows; of equal ones the first."""
+    found = dict[int, SpanAnswer]()
+    for answer in answers:
+        if answer.row not in found or answer.score > found[answer.row].score:
+            found[answer.row] = answer
+    return {row: found[row] for row in sorted(found)}
+
+
+def _ends(answers: RightAnswers, window: Window) -> list[int]:
     """Numbers of the first and the last token of the first answer; 0 and 0 if it is cut off, or there is none."""
     if not answers["text"]:
         return [0, 0]
-    begin = answers["answer_start"][0]
+    spans, begin = window.spans, answers["answer_start"][0]
     end = begin + len(answers["text"][0])
     covered = [i for i, span in enumerate(spans) if span is not None and span[0] < end and span[1] > begin]
-    if not covered or (spans[covered[-1]] or (0, 0))[1] < end:
+    if not covered or begin < window.begin or (spans[covered[-1]] or (0, 0))[1] < end:
         return [0, 0]
     return [covered[0], covered[-1]]
 
 
-def _said(logits: NDArray[np.float32], example: Mapping[str, object]) -> str:
-    """The text between the most probable pair of ends within the context, at most 30 tokens long."""
-    spans = cast(Spans, example["spans"])
+def _said(logits: NDArray[np.float32], example: Mapping[str, object]) -> SpanAnswer:
+    """The text between the most probable pair of ends within the window, at most 30 tokens long. logits: (2, T)."""
+    spans, row = cast(Spans, example["spans"]), cast(int, example["row"])
     context, places = str(example["context"]), [i for i, span in enumerate(spans) if span is not None]
     inside = [span for span in spans if span is not None]
     if not inside:
-        return ""
+        return SpanAnswer(row, "", -np.inf)
     scores = logits[0][places][:, None] + logits[1][places][None]  # first, last
     allowed = np.triu(np.ones_like(scores)) - np.triu(np.ones_like(scores), LONGEST)
-    first, last = np.unravel_index(np.where(allowed > 0, scores, -np.inf).argmax(), scores.shape)
-    return context[inside[int(first)][0] : inside[int(last)][1]]
+    first, last = map(int, np.unravel_index(np.where(allowed > 0, scores, -np.inf).argmax(), scores.shape))
+    return SpanAnswer(row, context[inside[first][0] : inside[last][1]], float(scores[first, last]))
