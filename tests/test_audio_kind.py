@@ -185,6 +185,15 @@ def test_select_search_and_plan(task, name):
     assert found.trials[0].error is None
 
 
+def test_batches_of_sounds_fit_into_a_limit_of_memory(folder, task, tmp_path):
+    model, extractor = media.wav2vec2()
+    longest = max(task.encode(extractor, "train").lengths)
+    limit = sm.plan(model, "LN()", batch_size=2, length=longest).costs["peak_bytes"]
+    assert limit < sm.plan(model, "LN()", batch_size=4, length=longest).costs["peak_bytes"]
+    sm.fit(model, "LN()", task, out=tmp_path, **options(extractor, epochs=1, max_memory=limit))
+    assert json.loads((tmp_path / "run.json").read_text())["chosen"]["rows_at_once"] == 2
+
+
 def test_the_commands(folder, tmp_path, capsys):
     model, extractor = media.ast()
     model.save_pretrained(tmp_path / "ast")

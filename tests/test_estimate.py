@@ -235,6 +235,60 @@ def test_the_work_on_experts_that_are_trained_is_counted():
     assert costs["training_flops_per_token"] > 2.7 * costs["forward_flops_per_token"]
 
 
+def wav2vec2(**more):
+    torch.manual_seed(0)
+    config = T.Wav2Vec2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, conv_dim=(8, 8),
+        conv_kernel=(10, 3), conv_stride=(5, 2), num_feat_extract_layers=2, num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2, classifier_proj_size=8, num_labels=3, **more,
+    )  # fmt: skip
+    return T.Wav2Vec2ForSequenceClassification(config).eval()
+
+
+def bart(drop):
+    torch.manual_seed(0)
+    config = T.BartConfig(
+        vocab_size=len(h.WORDS), d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=40,
+        encoder_layerdrop=drop, decoder_layerdrop=drop,
+    )  # fmt: skip
+    return T.BartModel(config).eval()
+
+
+@pytest.mark.parametrize("recipe", ["LN()", "LoRA(rank=2)", "Full()"])
+def test_a_layer_that_is_left_out_at_random_is_counted_as_computed(recipe):
+    """LayerDrop (Fan et al. 2019): the most that a step takes."""
+    all_of_them, most = (sm.plan(wav2vec2(layerdrop=p), recipe, batch_size=2, length=800).costs for p in (0.0, 0.5))
+    assert "unknown" not in most, most
+    assert most == all_of_them
+    barts = [sm.plan(bart(p), recipe, batch_size=2, length=8).costs for p in (0.0, 0.5)]
+    peaks = [costs.pop("peak_bytes") for costs in barts]
+    assert barts[0] == barts[1]
+    assert abs(peaks[0] - peaks[1]) <= 16  # the draws themselves
+
+
+@pytest.mark.parametrize("samples", [800, 1600])
+def test_a_sound_is_counted_at_its_length(samples):
+    model = wav2vec2(layerdrop=0.0, apply_spec_augment=False, attn_implementation="eager")
+    costs = sm.plan(model, "LN()", batch_size=2, length=samples).costs
+    assert (costs["batch_size"], costs["samples"]) == (2, samples)
+    sm.attach(model, "LN()")
+    model.train()
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(input_values=torch.zeros(2, samples)).logits.float().sum()
+    loss.backward()
+    assert costs["activation_bytes"] == sum(storage.nbytes() for storage in kept.values())
+
+
 class Reads(nn.Module):
     """Its work depends on what it reads."""
 

@@ -101,7 +101,7 @@ def plan_command(
     wanted = sm.parse(recipe)
     task = None if data is None else open_task(data, text, label, kind)
     network, _ = sm.load(model, task=task, dtype=dtype.value)
-    result = sm.plan(network, wanted, pooling=pooling, batch_size=batch_size, length=max_length or 128)
+    result = sm.plan(network, wanted, pooling=pooling, batch_size=batch_size, length=max_length)
     results.show(result.to_json(), plans.plan_view(result, every), as_json)
 
 

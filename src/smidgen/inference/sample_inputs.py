@@ -39,12 +39,15 @@ def fitting_inputs(model: nn.Module, given: Mapping[str, Tensor] | None = None) 
     )
 
 
-def input_candidates(model: nn.Module, rows: int = ROWS, length: int = LENGTH) -> Iterator[Inputs]:
+def input_candidates(
+    model: nn.Module, rows: int = ROWS, length: int = LENGTH, samples: int = SAMPLES
+) -> Iterator[Inputs]:
     """Inputs to try, likely ones first: text, then with a decoder's; images or sound, alone and beside text.
 
     Args:
-        rows, length: of token ids, (rows, length) each; images and sound have the size that the model's configuration
-            names, or a usual one.
+        rows, length: of token ids, (rows, length) each.
+        samples: of a sound (rows, samples), a second if the model takes none so short; its features, and images, have
+            the size that the model's configuration names, or a usual one.
     """
     config = getattr(model, "config", None)
     names = list(inspect.signature(model.forward).parameters)
@@ -56,7 +59,7 @@ def input_candidates(model: nn.Module, rows: int = ROWS, length: int = LENGTH) -
     texts = [text, *([text | decoder] if decoder else [])] if text else []
     yield from texts
     beside = [{}, *([decoder] if decoder else []), *texts]
-    for thing in (*_images(config, names, rows), *_sounds(config, names, rows)):
+    for thing in (*_images(config, names, rows), *_sounds(config, names, rows, samples)):
         yield from (thing | each for each in beside)
 
 
@@ -107,11 +110,11 @@ def _sides(size: dict[str, int] | Sequence[int] | int) -> tuple[int, int]:
     return (int(size[-2]), int(size[-1])) if isinstance(size, Sequence) else (int(size), int(size))
 
 
-def _sounds(config: PretrainedConfig, names: list[str], rows: int) -> Iterator[Inputs]:
+def _sounds(config: PretrainedConfig, names: list[str], rows: int, samples: int) -> Iterator[Inputs]:
     settings = ("num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim")
     bins = look(config, *settings, default=80)
     if "input_values" in names:
-        yield {"input_values": _noise(rows, SAMPLES)}
+        yield from ({"input_values": _noise(rows, count)} for count in dict.fromkeys((samples, SAMPLES)))
         yield {"input_values": _noise(rows, look(config, "max_length", default=FRAMES), bins)}
     if "input_features" in names:
         yield {"input_features": _noise(rows, bins, 2 * look(config, "max_source_positions", default=FRAMES // 2))}

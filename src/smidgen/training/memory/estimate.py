@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from smidgen.common.module_modes import copied
 from smidgen.common.wrappers import bare
 from smidgen.efficiency.activation_checkpointing import recomputed, recomputing
-from smidgen.inference.sample_inputs import Inputs, input_candidates
+from smidgen.inference.sample_inputs import SAMPLES, Inputs, input_candidates
 from smidgen.planning.frozen_modules import frozen_prefix
 from smidgen.planning.plans import Plan
 from smidgen.planning.prompt_positions import prompt_length
@@ -31,8 +31,10 @@ from smidgen.sites.site import InputSite
 from smidgen.steps.gradient_checks import snapshot
 from smidgen.steps.optimizer_groups import optimizer
 from smidgen.training.memory.grouped_products import OPERATOR, Grouped, flops
+from smidgen.training.memory.layer_drop import EveryLayer
 from smidgen.training.memory.live_tensors import Live
 
+TOKENS = 128
 Shape = Sequence[int]
 Costs = dict[str, int | str]
 
@@ -43,7 +45,7 @@ def plan(
     *,
     pooling: str | None = None,
     batch_size: int = 32,
-    length: int = 128,
+    length: int | None = None,
     recompute: bool = False,
 ) -> Plan:
     """What a recipe would do to a model: sites, shapes, counts, file size, lowest edit, memory and FLOPs.
@@ -56,7 +58,8 @@ def plan(
     Not in it: what an allocator holds beyond the tensors, and what a kernel takes for itself.
 
     Args:
-        batch_size, length: shape of the batch that the estimate is for; a length above what the model takes is cut.
+        batch_size, length: shape of the batch that the estimate is for: tokens (by default 128), or samples of a sound
+            (16,000). A length above what the model takes is cut.
         recompute: with the activations of blocks computed again in the backward pass, see `recomputing`.
 
     Raises:
@@ -70,17 +73,18 @@ def plan(
     return replace(resolved, costs=_tried(model, resolved, batch_size, length, recompute))
 
 
-def _tried(model: nn.Module, resolved: Plan, batch_size: int, length: int, recompute: bool) -> Costs:
+def _tried(model: nn.Module, resolved: Plan, batch_size: int, given: int | None, recompute: bool) -> Costs:
     """The costs with the first inputs that the model takes, or why there are none with any."""
     config = getattr(model, "config", None)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
+    length, samples = (TOKENS, SAMPLES) if given is None else (given, given)
     prompt = sum(
         prompt_length(entry.method, entry.site) for entry in resolved.entries if isinstance(entry.site, InputSite)
     )
     if longest and longest > 0:  # XLNet has -1, for no limit
         length = min(length, longest - prompt)
     main, why = getattr(model, "main_input_name", "input_ids"), ""
-    for candidate in input_candidates(model, batch_size, length):
+    for candidate in input_candidates(model, batch_size, length, samples):
         inputs = {name: value for name, value in candidate.items() if name != "attention_mask"}  # nothing is padded
         try:
             with _quiet_torch():
@@ -107,7 +111,7 @@ def _quiet_torch() -> Iterator[None]:
 def _costs(model: nn.Module, resolved: Plan, inputs: Inputs, recompute: bool) -> Costs:
     """Bytes and FLOPs of one training step, counted on tensors without content."""
     ghost, mode = _ghost(model)
-    with mode, Grouped(), Live() as live:
+    with mode, EveryLayer(), Grouped(), Live() as live:
         live.add(*ghost.parameters(), *ghost.buffers())
         place(ghost, resolved)
         ghost.train()
@@ -119,11 +123,11 @@ def _costs(model: nn.Module, resolved: Plan, inputs: Inputs, recompute: bool) ->
             peak = _peak(ghost, own, live)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     shape = next(iter(inputs.values())).shape
-    words = "input_ids" in inputs
+    words, sound = "input_ids" in inputs, len(shape) == 2
     unit, units = ("token", shape[:2].numel()) if words else ("example", shape[0])
     return {
         "batch_size": shape[0],
-        **({"length": shape[1]} if words else {}),
+        **({"length": shape[1]} if words else {"samples": shape[1]} if sound else {}),
         "weights_bytes": weights,
         "training_state_bytes": 16 * (resolved.trained + resolved.head_values),  # master, gradient, two moments
         "activation_bytes": saved,
@@ -141,7 +145,13 @@ def _ghost(model: nn.Module) -> tuple[nn.Module, FakeTensorMode]:
         for tensor in (*model.parameters(), *model.buffers()):
             fake = torch.empty(tensor.shape, dtype=tensor.dtype)
             memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
-    return copied(model, memo), mode
+    ghost = copied(model, memo)
+    config = getattr(ghost, "config", None)
+    if config is not None and getattr(
+        config, "apply_spec_augment", False
+    ):  # which places it masks is a matter of chance, that of values
+        config.apply_spec_augment = False
+    return ghost, mode
 
 
 def _count(model: nn.Module, inputs: Inputs) -> tuple[int, int, int]:
