@@ -8,10 +8,10 @@ import transformers as T
 
 import smidgen as sm
 from smidgen.common.errors import AttachError, PlanError, RecipeError
-from smidgen.delta.untying import UntiedWarning
 from smidgen.planning.resolution import resolve
 from smidgen.planning.selection.units import _number
 from smidgen.ports.attachment_record import trained_parameters
+from smidgen.ports.in_place.untying import UntiedWarning
 from smidgen.sites.attention_modules import no_interface
 from smidgen.sites.discovery import find_sites
 from smidgen.sites.fused_rows import Rows

@@ -101,15 +101,8 @@ def test_no_public_name_is_defined_twice():
     assert not {name: found for name, found in homes.items() if len(found) > 1}
 
 
-# What still touches a module from outside of the two packages; nothing may join it.
-TOUCHES = {
-    "delta/untying.py",
-    "importance/gradient_recorder.py",
-    "sites/module_probe.py",
-    "sites/new_tensors.py",
-    "training/hf_trainer.py",
-    "training/run/model_guard.py",
-}
+# Runs a class's forward on an empty object that it makes for the purpose; it touches no module of a model.
+TOUCHES = {"sites/module_probe.py"}
 
 
 def test_hooks_and_shadows_live_in_ports_and_efficiency():

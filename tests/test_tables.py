@@ -7,10 +7,10 @@ import transformers as T
 import smidgen as sm
 from smidgen.common.errors import DeltaError, PlanError
 from smidgen.delta.hf_peft.conversion import to_peft
-from smidgen.delta.untying import UntiedWarning
 from smidgen.importance.fisher_information import attached_fisher
 from smidgen.planning.resolution import resolve
 from smidgen.ports.attachment_record import trained_parameters
+from smidgen.ports.in_place.untying import UntiedWarning
 from smidgen.testing.cases import shake
 from tests import helpers as h
 from tests.test_fisher import whole

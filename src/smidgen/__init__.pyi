@@ -16,7 +16,6 @@ from .delta import Deltas as Deltas
 from .delta import RoundingWarning as RoundingWarning
 from .delta import Selection as Selection
 from .delta import Sum as Sum
-from .delta import UntiedWarning as UntiedWarning
 from .delta import attach as attach
 from .delta import attached as attached
 from .delta import attached_rows as attached_rows
@@ -59,6 +58,7 @@ from .planning import Select as Select
 from .planning import SelectionWarning as SelectionWarning
 from .planning import combine as combine
 from .ports import Port as Port
+from .ports import UntiedWarning as UntiedWarning
 from .ports import register_port as register_port
 from .ports import rows_from as rows_from
 from .recipe import Recipe as Recipe

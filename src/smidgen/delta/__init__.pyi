@@ -13,4 +13,3 @@ from .merging import merge as merge
 from .mixing import attached_rows as attached_rows
 from .saved_selection import Selection as Selection
 from .switcher import Deltas as Deltas
-from .untying import UntiedWarning as UntiedWarning

@@ -15,9 +15,9 @@ from smidgen.common.wrappers import bare, check_model
 from smidgen.delta.arithmetic.sums import Sum
 from smidgen.delta.attaching import attach, remove
 from smidgen.delta.delta import Delta
-from smidgen.delta.untying import untie
 from smidgen.ports.attachment_record import Attachment, attachment
 from smidgen.ports.builtin_ports import port_of
+from smidgen.ports.in_place.untying import untie
 from smidgen.sites.new_tensors import keep_note
 
 

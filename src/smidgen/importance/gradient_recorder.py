@@ -21,6 +21,7 @@ from smidgen.importance.per_example_rules import Call, Tensors, embedding, gener
 from smidgen.importance.targets import Target
 from smidgen.ports.edit import Edit
 from smidgen.ports.module_edits import ModuleEdit
+from smidgen.ports.observers import restore_methods, stand_in, watch_calls
 
 Before = Callable[[Tensor], Tensor]
 Base = Mapping[str, Tensor] | None  # the base's tensors, where an edit reads them
@@ -53,19 +54,16 @@ class Recorder:
         for module in self.targets:
             if isinstance(module, ModuleEdit):
                 self._wrap(module)
-            elif not isinstance(
-                module, Edit
-            ):  # first of all hooks: what edits and casts make of the output is behind it
-                hook = module.register_forward_hook(self._record, prepend=True, with_kwargs=True)
-                self._handles.append(hook)
+            elif not isinstance(module, Edit):
+                self._handles += watch_calls(module, after=self._record, first=True)
         return self
 
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
         for module in self.targets:
-            for name in ("before", "after") if isinstance(module, ModuleEdit) else ():
-                module.__dict__.pop(name, None)
+            if isinstance(module, ModuleEdit):
+                restore_methods(module, "before", "after")
         self._handles.clear()
 
     @contextmanager
@@ -118,12 +116,12 @@ class Recorder:
         return self._watch(output, targets, Call(module, function, (args[0].detach(),)))
 
     def _wrap(self, edit: ModuleEdit) -> None:
-        """Shadow an edit's two functions, as far as its method defines them, in the instance's own `__dict__`."""
+        """Stand in for an edit's two functions, as far as its method defines them."""
         (target,) = self.targets[edit]
         if edit.input is not None:
-            edit.__dict__["before"] = partial(self._before, edit, target, edit.before)
+            stand_in(edit, "before", partial(self._before, edit, target, edit.before))
         if edit.output is not None or edit.reads_base:
-            edit.__dict__["after"] = partial(self._after, edit, target, edit.after)
+            stand_in(edit, "after", partial(self._after, edit, target, edit.after))
 
     def _before(self, edit: ModuleEdit, target: Target, plain: Before, x: Tensor) -> Tensor:
         output = plain(x)

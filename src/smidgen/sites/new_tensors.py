@@ -42,12 +42,12 @@ def keep_note(model: nn.Module, twin: nn.Module) -> nn.Module:
 
 def new_names(model: nn.Module) -> tuple[str, ...] | None:
     """Names of the parameters that no checkpoint held, in the model's order; None if none was read at all."""
-    record: Any = model.__dict__.get("_smidgen")
+    record: Any = vars(model).get("_smidgen")
     if record is not None:  # masters bear no marks
         found: tuple[str, ...] | None = record.new
         return found
     parameters = dict(model.named_parameters())
-    noted = {path: set(m.__dict__["_smidgen_new"]) for path, m in model.named_modules() if "_smidgen_new" in vars(m)}
+    noted = {path: set(vars(m)["_smidgen_new"]) for path, m in model.named_modules() if "_smidgen_new" in vars(m)}
     if not noted and not any(getattr(p, MARK, False) for p in parameters.values()):
         return None
     unread = {name for name, p in parameters.items() if not getattr(p, MARK, False)} - _made_up(model, parameters)

@@ -21,6 +21,7 @@ from smidgen.common.hook_types import Args, Kwargs
 from smidgen.common.wrappers import bare
 from smidgen.delta.delta import Delta
 from smidgen.ports.attachment_record import attachment, trained_parameters
+from smidgen.ports.observers import stand_in, watch_calls
 from smidgen.ports.placement import refuse_save
 from smidgen.steps.gradient_checks import FEW, MANY, Watch, check_depends, check_finite, reached_in_eval
 from smidgen.steps.growth import after_step
@@ -61,10 +62,9 @@ class TrainerCallback(Base):
                 "or add smidgen.penalty(model) in compute_loss and say TrainerCallback(penalised=True)"
             )
         self.watch, self.first = Watch(model), state.global_step
-        kept = model.register_forward_pre_hook(self._keep, with_kwargs=True)
-        self.hooks = (kept, model.register_forward_hook(_depends))
+        self.hooks = tuple(watch_calls(model, before=self._keep, after=_depends))
         attachment(model).handles.extend(self.hooks)  # go with what is attached, should no step follow
-        model.__dict__["save_pretrained"] = functools.partial(save_trained, model)
+        stand_in(model, "save_pretrained", functools.partial(save_trained, model))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -106,10 +106,10 @@ class TrainerCallback(Base):
         model = bare(kwargs["model"])
         if self.watch:
             self.watch.report(model, state.global_step - self.first)
-        model.__dict__["save_pretrained"] = functools.partial(refuse_save, model)
+        stand_in(model, "save_pretrained", functools.partial(refuse_save, model))
 
 
-def _depends(model: nn.Module, args: Args, output: object) -> None:
+def _depends(model: nn.Module, args: Args, kwargs: Kwargs, output: object) -> None:
     """Forward hook, until the first step."""
     if model.training and torch.is_grad_enabled():
         check_depends(model, output)

@@ -26,7 +26,7 @@ from smidgen.data.readers import Raw, decode
 from smidgen.data.spans import EXACT_MATCH, SPAN_F1
 from smidgen.data.text.collate import Collator
 from smidgen.data.text.encoding import Part, encode_chunks, text_length
-from smidgen.data.text.windows import TENSORS, Window, windows
+from smidgen.data.text.windows import TENSORS, Window, windows_of
 
 LONGEST = 30  # tokens of an answer
 Spans = Sequence[tuple[int, int] | None]  # of each token of a text, in characters; None outside of the context
@@ -146,7 +146,7 @@ class SpanQA(TaskKind):
         def encode(cells: Cells) -> Part:
             questions, contexts = cells[text[0]], cells[text[1]]
             examples = list[Example]()
-            for i, parts in enumerate(windows(tokenizer, questions, contexts, length)):
+            for i, parts in enumerate(windows_of(tokenizer, questions, contexts, length)):
                 row = {"context": contexts[i], "row": next(numbers)}
                 for part in parts:
                     example = {**part.inputs, **row, "spans": part.spans}

@@ -29,7 +29,7 @@ class Window:
     begin: int
 
 
-def windows(
+def windows_of(
     tokenizer: PreTrainedTokenizerBase, firsts: Sequence[str], seconds: Sequence[str], length: int
 ) -> list[list[Window]]:
     """The windows of each pair, in order: one where both texts fit into `length` tokens.

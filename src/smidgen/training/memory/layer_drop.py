@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class EveryLayer(TorchFunctionMode):
+class EveryLayer(TorchDispatchMode):
     """Draws of one number, `torch.rand([])`, by which models in training skip a layer, are 1: none is skipped.
 
     A tensor without content could not tell, and the step could not be counted.
     """
 
-    def __torch_function__(
+    def __torch_dispatch__(
         self,
         func: Callable[..., object],
         types: Sequence[type],
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        """Called by torch for each of its functions."""
-        if func is torch.rand and len(args) == 1 and isinstance(args[0], Sequence) and not args[0]:
+        """Run an operator, or draw what computes the layer."""
+        if func is torch.ops.aten.rand.default and not args[0]:  # its size: of no dimension
             return torch.tensor(1.0)
         return func(*args, **(kwargs or {}))

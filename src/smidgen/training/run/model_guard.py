@@ -10,6 +10,9 @@ from torch import nn
 from smidgen.common.module_modes import modes_kept
 from smidgen.delta.attaching import remove
 from smidgen.ports.attachment_record import is_attached, refuse_attached
+from smidgen.ports.observers import restore_methods, stand_in
+
+LEFT = {"_is_accelerate_prepared", "_original_forward", "forward"}  # what Accelerate leaves behind
 
 
 @contextmanager
@@ -20,7 +23,7 @@ def borrowed(model: nn.Module) -> Iterator[None]:
         AttachError: something is attached already, which stays.
     """
     refuse_attached(model)
-    own = dict(model.__dict__)
+    own = dict(vars(model))
     try:
         with modes_kept(model):
             yield
@@ -28,6 +31,6 @@ def borrowed(model: nn.Module) -> Iterator[None]:
         if is_attached(model):
             remove(model)
         model.zero_grad(set_to_none=True)
-        for name in ("_is_accelerate_prepared", "_original_forward", "forward"):  # Accelerate leaves them behind
-            model.__dict__.pop(name, None)
-            model.__dict__.update({name: own[name]} if name in own else {})
+        restore_methods(model, *LEFT)
+        for name in LEFT & own.keys():
+            stand_in(model, name, own[name])
