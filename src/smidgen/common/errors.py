@@ -42,6 +42,10 @@ class TrainError(SmidgenError):
     """Training that went wrong, or that would have been without effect."""
 
 
+class StudyError(SmidgenError):
+    """A study that cannot be made: a grid, an arm, a results folder."""
+
+
 class DivergedError(TrainError):
     """The loss is not finite any more."""
 

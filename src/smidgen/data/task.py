@@ -22,7 +22,8 @@ from smidgen.data.labels import Labels, is_unlabelled
 from smidgen.data.processor import Processor
 from smidgen.data.readers import SPLITS, Raw, quiet, read_splits
 from smidgen.data.scoring import check_metric, default_metric
-from smidgen.data.splits import first, hold_out, share_of
+from smidgen.data.splits import first, share_of
+from smidgen.data.validation_cut import cut_validation
 
 Limit = Mapping[str, int] | int | None
 
@@ -192,7 +193,7 @@ def _rows(
         else:
             splits[split] = _prepared(rows, split, columns, labels)
     if "train" in splits and "validation" not in splits and validation:
-        splits = _with_validation(splits, columns, validation, seed)
+        splits = cut_validation(splits, columns, validation, seed)
     for split, most in _limits(limit, splits).items():
         splits[split] = splits[split].select(first(len(splits[split]), most, seed))
     return _task(columns, labels.names, splits, notes)
@@ -207,16 +208,6 @@ def _prepared(rows: Dataset, split: str, columns: Columns, labels: Labels) -> Da
     ids = kind.label_ids(rows, split, columns, labels)
     with quiet():
         return kept.add_column(columns.label, ids, feature=kind.label_feature())
-
-
-def _with_validation(
-    splits: Mapping[str, Dataset], columns: Columns, validation: float, seed: int
-) -> dict[str, Dataset]:
-    train, kind = splits["train"], kind_named(columns.kind)
-    strata = train[columns.label][:] if kind.stratified and columns.label else None
-    kept, held = hold_out(kind.keys(train, columns), strata, validation, seed)
-    cutting = {"train": train.select(kept), "validation": train.select(held)}
-    return {name: {**splits, **cutting}[name] for name in SPLITS if name in splits or name in cutting}
 
 
 def _limits(limit: Limit, splits: Mapping[str, Dataset]) -> dict[str, int]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Unpack
 
 from accelerate import PartialState
@@ -19,11 +17,10 @@ from smidgen.common.folder_lock import folder_lock_held
 from smidgen.common.wrappers import bare, check_model
 from smidgen.data.processor import Processor, given_processor
 from smidgen.data.task import Task
-from smidgen.methods.base import Method
 from smidgen.planning.resolution import resolve
 from smidgen.recipe.recipe import Recipe, Term, as_recipe
 from smidgen.steps.objectives import Objective, TaskLoss
-from smidgen.steps.optimizer_groups import HEAD_LR
+from smidgen.studies.rates import SPAN, rates_around
 from smidgen.studies.runners.local import Work
 from smidgen.studies.runners.local import trials as run_trials
 from smidgen.studies.search_folder import FILE, Ledger
@@ -32,8 +29,6 @@ from smidgen.training.run.run_folder import hashed_by
 from smidgen.training.run.run_record import asked
 from smidgen.training.run.run_spec import RunSpec
 from smidgen.training.run.settings import Settings, SharedOptions
-
-SPAN = 10.0  # the default rates reach from a tenth of a recipe's own to ten times it
 
 
 class SearchWarning(UserWarning):
@@ -107,7 +102,7 @@ class Trials:
         rate = "lr" if resolve(model, recipe).entries else "head_lr"
         if rate in given and given[rate] is not None:
             raise TrainError(f"{recipe} trains the head alone, so lr= names the head's rates; leave out {rate}=")
-        rates, seeds = _rates(recipe, rate, tried[2]) if tried[0] is None else tried[0], tried[1]
+        rates, seeds = rates_around(recipe, rate, tried[2]) if tried[0] is None else tried[0], tried[1]
         for name, values in (("lr", rates), ("seeds", seeds)):
             if not values or len(set(values)) < len(values):
                 raise TrainError(f"{name}={list(values)} must name at least one value, and none of them twice")
@@ -140,16 +135,6 @@ class Trials:
         value = last.value(self.task.metric)
         came = last.error or f"{self.task.metric} {value:.4f} at epoch {last.best_epoch}"
         return f"{self.rate} {last.lr:g}, seed {last.seed}: {came} ({len(trials)} of {len(self.settings)})"
-
-
-def _rates(recipe: Recipe, rate: str, count: int) -> list[float]:
-    """`count` rates, three digits each, log-spaced around the geometric mean of the methods' own."""
-    if count < 1:
-        raise TrainError(f"trials={count} must be at least 1")
-    own = [HEAD_LR] if rate == "head_lr" else [method.lr for method in recipe if isinstance(method, Method)]
-    centre = fmean(map(math.log10, own))
-    places = [2 * i / (count - 1) - 1 for i in range(count)] if count > 1 else [0.0]
-    return [float(f"{10 ** (centre + place * math.log10(SPAN)):.3g}") for place in places]
 
 
 def _warned(found: Search) -> Search:

@@ -23,7 +23,9 @@ class Trial:
         scores: for each epoch, metric name -> number on the validation split.
         best_epoch: counted from 1; None if the trial diverged.
         seconds: that it took, since it was last started.
-        error: the line that says where the loss was not finite any more; None for a trial that came to its end.
+        error: the line that says where the loss was not finite any more, or why it failed otherwise; None for a trial
+            that came to its end.
+        failed: it failed otherwise than by a loss that is not finite.
     """
 
     lr: float
@@ -32,6 +34,7 @@ class Trial:
     best_epoch: int | None
     seconds: float
     error: str | None = None
+    failed: bool = False
 
     def value(self, metric: str) -> float | None:
         """The metric at the best epoch; None if the trial diverged."""

@@ -1,0 +1,1 @@
+"""Fair comparisons: a study, its runs in a folder, and what they say."""

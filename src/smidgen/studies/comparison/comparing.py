@@ -1,0 +1,66 @@
+"""compare: make a study's runs, as far as they are not there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from smidgen.common.errors import StudyError
+from smidgen.common.folder_lock import folder_lock_held
+from smidgen.data.resplitting import with_test
+from smidgen.studies.comparison.arm_runs import run_cell
+from smidgen.studies.comparison.cell import Cell
+from smidgen.studies.comparison.run_store import Result, RunStore
+from smidgen.studies.comparison.study import Study
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A study and its results, in the order of its grid."""
+
+    study: Study
+    results: tuple[Result, ...]
+    store: RunStore
+
+    @property
+    def failed(self) -> list[Result]:
+        """Runs that came to no delta."""
+        return [result for result in self.results if result.error is not None]
+
+
+def compare(
+    study: Study,
+    out: str | os.PathLike[str],
+    *,
+    jobs: int = 1,
+    told: Callable[[Result], None] | None = None,
+) -> Outcome:
+    """Make the runs of a study in a folder. Killed at any point, the same call goes on; done runs are not repeated.
+
+    Args:
+        jobs: so many runs at once, in processes that share the base's pages and torch's threads.
+        told: is given every result, also those that were there.
+
+    Raises:
+        StudyError: `out` holds something else, or another call works in it.
+        DataError: a task cannot be read, or has nothing to validate on; before anything is trained.
+    """
+    if jobs < 1:
+        raise StudyError(f"jobs={jobs} must be at least 1")
+    store = RunStore(out)
+    tasks = [with_test(data.load(), validation=study.validation) for data in study.tasks]
+    names = [task.name for task in tasks]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise StudyError(f"two tasks are named {twice!r}; give them a name= each")
+    results: list[Result] = []
+    with folder_lock_held(out):
+        store.begin(study.model_dump(mode="json"))
+        for model in study.models:
+            for task in tasks:
+                for examples in study.examples:
+                    count = None if examples == "all" else int(examples)
+                    cell = Cell(study, store, model, task, count, jobs, told or (lambda result: None))
+                    results += run_cell(cell)
+    return Outcome(study, tuple(results), store)

@@ -1,0 +1,143 @@
+"""A study's folder: a run under the hash of all that determines it, each written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Self
+
+from smidgen.common.atomic_files import read_json, write_files
+from smidgen.common.errors import StudyError
+from smidgen.common.json_numbers import plain
+
+FORMAT = 1
+STUDY, RUNS, RESULT, TEST, FIT = "study.json", "runs", "result.json", "test.json", "fit"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run: where it stands in the grid, and what came of it.
+
+    Attributes:
+        examples: it learned from; None for all.
+        lr: its rate; `rate` is the setting's name, "lr" or "head_lr".
+        validation: the task's metric at the best epoch; None if the run failed.
+        scores: of each epoch, metric -> number on the validation split.
+        costs: name -> number, what the run took; None where it was not measured.
+        test: metric -> number on the test split; None if its arm's rate is another.
+        error: why it failed, in one line.
+        diverged: it failed because the loss was not finite any more, so that another try would fail too.
+    """
+
+    key: str
+    model: str
+    task: str
+    metric: str
+    examples: int | None
+    arm: str
+    recipe: str
+    seed: int
+    rate: str
+    lr: float
+    validation: float | None = None
+    scores: tuple[Mapping[str, float], ...] = ()
+    best_epoch: int | None = None
+    costs: Mapping[str, float | None] = field(default_factory=dict)
+    test: Mapping[str, float] | None = None
+    error: str | None = None
+    diverged: bool = False
+
+    @property
+    def cell(self) -> tuple[str, str, int | None]:
+        """Where arms are compared: model, task, number of examples."""
+        return self.model, self.task, self.examples
+
+    @property
+    def over(self) -> bool:
+        """Whether another try would give nothing else."""
+        return self.error is None or self.diverged
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, object]) -> Self:
+        """The inverse of `dataclasses.asdict`, also after JSON."""
+        known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+        return cls(**{**known, "scores": tuple(known.get("scores", ()))})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a run said of each example of the test split, and what is right there."""
+
+    predictions: Sequence[object]
+    references: Sequence[object]
+
+
+class RunStore:
+    """Runs of a study in a folder."""
+
+    def __init__(self, out: str | os.PathLike[str]) -> None:
+        """Open or begin. Raises StudyError if the folder holds something else, or a study of another format."""
+        self.path = Path(out)
+        if self.path.exists() and not self.path.is_dir():
+            raise StudyError(f"{self.path} is a file, not a folder")
+        record = self.path / STUDY
+        if record.is_file():
+            found = read_json(record).get("format")
+            if found != FORMAT:
+                raise StudyError(f"{record} is of format {found}, this version writes {FORMAT}; choose another --out")
+        elif self.path.is_dir() and any(not p.name.startswith(".") for p in self.path.iterdir()):
+            raise StudyError(f"{self.path} is not empty and holds no study of smidgen; choose another --out")
+
+    def begin(self, study: Mapping[str, object]) -> None:
+        """Write down what the study is."""
+        self._write(self.path, {STUDY: {"format": FORMAT, "study": dict(study)}})
+
+    def study(self) -> dict[str, object]:
+        """What the study is. Raises StudyError if the folder holds none."""
+        if not (self.path / STUDY).is_file():
+            raise StudyError(f"{self.path} holds no study; smidgen compare makes one")
+        found: dict[str, object] = read_json(self.path / STUDY)["study"]
+        return found
+
+    def folder(self, key: str) -> Path:
+        """A run's folder."""
+        return self.path / RUNS / key
+
+    def result(self, key: str) -> Result | None:
+        """What came of a run; None if it has not come to an end."""
+        path = self.folder(key) / RESULT
+        return Result.from_json(read_json(path)) if path.is_file() else None
+
+    def keep(self, result: Result, said: Examples | None = None) -> None:
+        """Write down what came of a run, and what it said of the test split."""
+        folder = self.folder(result.key)
+        if said is not None:
+            self._write(folder, {TEST: asdict(said)})
+        self._write(folder, {RESULT: asdict(result)})
+
+    def examples(self, key: str) -> Examples | None:
+        """What a run said of each example of the test split."""
+        path = self.folder(key) / TEST
+        if not path.is_file():
+            return None
+        found = read_json(path)
+        return Examples(found["predictions"], found["references"])
+
+    def results(self) -> list[Result]:
+        """All runs that came to an end, also such as an earlier form of the study asked for."""
+        found = (self.result(path.name) for path in sorted((self.path / RUNS).glob("*")))
+        return [result for result in found if result is not None]
+
+    @staticmethod
+    def _write(folder: Path, files: Mapping[str, Mapping[str, object]]) -> None:
+        write_files(folder, {name: json.dumps(plain(value), indent=1).encode() for name, value in files.items()})
+
+
+def key_of(**determines: object) -> str:
+    """Sixteen hexadecimal digits of all that determines a run, plain data."""
+    text = json.dumps({"format": FORMAT, **determines}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
