@@ -1,0 +1,1 @@
+"""Statistics of comparisons: summaries, paired differences, equivalence, what a study could have seen."""

@@ -1,0 +1,174 @@
+"""Statistics of comparisons, against plain loops, textbook values and simulation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from smidgen.studies.statistics.equivalence import equivalence
+from smidgen.studies.statistics.holm import holm
+from smidgen.studies.statistics.paired_differences import paired_difference, t_p, wilcoxon_p
+from smidgen.studies.statistics.per_example import mcnemar_p, paired_bootstrap
+from smidgen.studies.statistics.smallest_difference import pairs_needed, power, smallest_difference
+from smidgen.studies.statistics.summary import summary
+
+NAN = math.nan
+
+
+def test_a_summary_knows_which_way_is_worse():
+    found = summary([3.0, 1.0, 2.0])
+    assert (found.mean, found.sd, found.worst, found.count) == (2.0, 1.0, 1.0, 3)
+    assert summary([3.0, 1.0], higher_is_better=False).worst == 3.0
+    assert summary([5.0]).sd is None
+    assert summary([]) is None
+
+
+def test_a_difference_is_the_mean_over_tasks_of_means_over_seeds():
+    a, b = [[0.9, 0.8, NAN], [0.5, 0.5, 0.5]], [[0.7, 0.7, 0.1], [0.6, 0.4, 0.5]]
+    found = paired_difference(a, b)
+    assert found.mean == pytest.approx(((0.2 + 0.1) / 2 + (-0.1 + 0.1 + 0.0) / 3) / 2)
+    assert (found.pairs, found.missing) == (5, 1)
+    low, high = found.interval
+    assert low < found.mean < high
+    back = paired_difference(b, a)
+    assert back.mean == pytest.approx(-found.mean)
+    assert (back.t_p, back.wilcoxon_p) == (found.t_p, found.wilcoxon_p)
+    assert back.interval == pytest.approx((-high, -low), abs=0.01)
+    shifted = paired_difference(np.add(a, 7.0).tolist(), np.add(b, 7.0).tolist())
+    assert shifted.interval == pytest.approx(found.interval)
+
+
+def test_the_interval_is_that_of_all_resamples_of_seeds():
+    d = [[0.1, 0.3, 0.8], [-0.2, 0.0, 0.3]]
+    each = [[np.mean(rows) for rows in itertools.product(row, repeat=3)] for row in d]
+    means = [(x + y) / 2 for x in each[0] for y in each[1]]
+    found = paired_difference(d, np.zeros((2, 3)).tolist())
+    assert found.interval == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.02)
+
+
+def test_what_gives_no_interval_says_why():
+    found = paired_difference([[0.9], [0.8]], [[0.7], [0.7]])
+    assert found.interval is None
+    assert found.why == "one seed for each task: chance cannot be told from difference"
+    assert found.t_p is not None
+    assert paired_difference([[NAN]], [[1.0]]) is None
+    equal = paired_difference([[1.0, 2.0]], [[0.5, 1.5]])
+    assert (equal.t_p, equal.wilcoxon_p, equal.interval) == (None, None, (0.5, 0.5))
+    with pytest.raises(ValueError, match=r"\(1, 2\) and \(1, 1\)"):
+        paired_difference([[1.0, 2.0]], [[1.0]])
+
+
+def test_wilcoxon_needs_six_pairs():
+    d = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert wilcoxon_p(d) is None
+    six = np.append(d, 0.6)
+    assert wilcoxon_p(six) == pytest.approx(2 / 2**6)  # all signs alike
+    assert wilcoxon_p(six) == pytest.approx(stats.wilcoxon(six).pvalue)
+
+
+def test_under_no_difference_one_in_twenty_is_an_alarm():
+    rng = np.random.default_rng(0)
+    draws = rng.normal(size=(2000, 12))
+    for test in (t_p, wilcoxon_p):
+        assert np.mean([test(row) < 0.05 for row in draws]) == pytest.approx(0.05, abs=0.015)
+    assert np.mean([t_p(row + 1.0) < 0.05 for row in draws[:200]]) > 0.8  # and a real one is seen
+    family = np.array([[t_p(row) for row in group] for group in draws.reshape(500, 4, 12)])
+    alone = np.mean((family < 0.05).any(1))
+    together = np.mean([min(holm(dict(zip("abcd", row, strict=True))).values()) < 0.05 for row in family])
+    assert alone > 0.13
+    assert together == pytest.approx(0.05, abs=0.025)
+
+
+def test_the_bootstrap_interval_covers_the_truth_nearly_as_often_as_it_says():
+    """Five seeds: percentile intervals are too narrow, by a known amount; with thirty they are right."""
+    rng, covered = np.random.default_rng(1), {5: [], 30: []}
+    for seeds in covered:
+        for _ in range(150):
+            d = rng.normal(0.3, 1.0, size=(3, seeds))
+            low, high = paired_difference(d.tolist(), np.zeros_like(d).tolist()).interval
+            covered[seeds].append(low <= 0.3 <= high)
+    assert 0.80 <= np.mean(covered[5]) <= 0.96
+    assert np.mean(covered[30]) == pytest.approx(0.95, abs=0.045)
+
+
+def test_mcnemar_by_hand():
+    a = [True] * 8 + [False] * 2 + [True] * 5
+    b = [False] * 8 + [True] * 2 + [True] * 5
+    tail = sum(math.comb(10, k) for k in range(3)) / 2**10
+    assert mcnemar_p(a, b) == mcnemar_p(b, a) == pytest.approx(2 * tail)
+    assert mcnemar_p(a, a) is None
+    with pytest.raises(ValueError, match="15 and 1 examples"):
+        mcnemar_p(a, [True])
+
+
+def test_a_metric_that_is_no_mean_is_compared_on_the_same_examples():
+    def spread(said, right):
+        return float(np.std(np.subtract(said, right)))
+
+    rng = np.random.default_rng(2)
+    right = rng.normal(size=60).tolist()
+    a, b = (np.add(right, rng.normal(size=60) * s).tolist() for s in (2.0, 1.0))
+    low, high = paired_bootstrap(spread, a, b, right)
+    assert 0 < low < spread(a, right) - spread(b, right) < high
+    assert paired_bootstrap(spread, a, a, right) == (0.0, 0.0)
+    with pytest.raises(ValueError, match="2 and 1 answers to 2 examples"):
+        paired_bootstrap(spread, [1, 2], [1], [1, 2])
+
+
+def test_holm_by_hand():
+    found = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005, "e": None})
+    assert found == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02, "e": None})
+    assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+    assert holm({}) == {}
+
+
+def test_two_one_sided_tests():
+    d = [0.01, -0.01, 0.005, 0.0, -0.004, 0.002]
+    found = equivalence(d, 0.02)
+    by_scipy = max(
+        stats.ttest_1samp(d, -0.02, alternative="greater").pvalue, stats.ttest_1samp(d, 0.02, alternative="less").pvalue
+    )
+    assert found.p == pytest.approx(by_scipy)
+    assert (found.equivalent, found.different, found.verdict) == (True, False, "equivalent")
+    low, high = found.interval
+    assert -0.02 < low < high < 0.02
+    edge = max(abs(low), abs(high))
+    assert equivalence(d, edge * 1.001).equivalent
+    assert not equivalence(d, edge * 0.999).equivalent
+    assert equivalence(d, 0.001).verdict == "cannot tell"
+    shifted = [x + 0.1 for x in d]
+    assert equivalence(shifted, 0.02).verdict == "better"
+    assert equivalence(shifted, 0.02, higher_is_better=False).verdict == "worse"
+    small = [x / 100 + 0.01 for x in d]
+    assert (equivalence(small, 0.02).equivalent, equivalence(small, 0.02).different) == (True, True)
+    assert equivalence([0.1], 0.02) is None
+    assert equivalence([0.0, 0.0], 0.02).verdict == "equivalent"
+    assert equivalence([0.5, 0.5], 0.02).verdict == "better"
+    with pytest.raises(ValueError, match="above 0, found 0"):
+        equivalence(d, 0)
+
+
+def test_at_the_margin_one_in_twenty_is_called_equivalent():
+    draws = np.random.default_rng(3).normal(1.0, 1.0, size=(2000, 20))
+    called = np.mean([equivalence(row, 1.0).equivalent for row in draws])
+    assert called == pytest.approx(0.05, abs=0.015)
+
+
+def test_power_is_that_of_simulated_studies():
+    rng = np.random.default_rng(4)
+    smallest = smallest_difference(1.0, 12)
+    seen = np.mean(stats.ttest_1samp(rng.normal(smallest, 1.0, size=(4000, 12)), 0.0, axis=1).pvalue < 0.05)
+    assert seen == pytest.approx(0.8, abs=0.025)
+    assert smallest_difference(3.0, 12) == pytest.approx(3 * smallest)
+    assert pairs_needed(1.0, 1.0001 * smallest) == 12
+    assert pairs_needed(1.0, 0.9999 * smallest) == 13
+    assert pairs_needed(1.0, 0.5) == 34  # the textbook's
+    assert power(0.0, 10) == pytest.approx(0.05)
+    assert (smallest_difference(1.0, 1), smallest_difference(0.0, 5)) == (None, 0.0)
+    assert pairs_needed(1.0, 1e-4) is None
+    with pytest.raises(ValueError, match="difference of 0"):
+        pairs_needed(1.0, 0.0)
