@@ -168,6 +168,12 @@ def test_power_is_that_of_simulated_studies():
     assert pairs_needed(1.0, 0.9999 * smallest) == 13
     assert pairs_needed(1.0, 0.5) == 34  # the textbook's
     assert power(0.0, 10) == pytest.approx(0.05)
+    for effect, pairs in ((0.5, 3), (0.3, 50), (2.0, 4)):
+        edge, shift = stats.t.ppf(0.975, pairs - 1), effect * math.sqrt(pairs)
+        told = stats.nct.sf(edge, pairs - 1, shift) + stats.nct.cdf(-edge, pairs - 1, shift)
+        assert power(effect, pairs) == pytest.approx(told, abs=1e-6)
+    assert power(8.0, 2) > 0.5  # where scipy's gives nan
+    assert smallest_difference(1.0, 2) > smallest_difference(1.0, 3) > smallest
     assert (smallest_difference(1.0, 1), smallest_difference(0.0, 5)) == (None, 0.0)
     assert pairs_needed(1.0, 1e-4) is None
     with pytest.raises(ValueError, match="difference of 0"):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 import smidgen as sm
-from smidgen.cli import analyze_commands, search_command, serve_command
+from smidgen.cli import analyze_commands, compare_command, search_command, serve_command
 from smidgen.cli.options import (  # fmt: skip
     AnyData,
     AnyRecipe,
@@ -163,6 +163,8 @@ def tune(
 
 app.command("search")(search_command.run_search)
 app.command("serve")(serve_command.run_serve)
+app.command("compare")(compare_command.run_compare)
+app.command("report")(compare_command.run_report)
 
 
 @app.command("evaluate")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from smidgen.common.errors import StudyError
@@ -27,6 +27,33 @@ class Outcome:
     def failed(self) -> list[Result]:
         """Runs that came to no delta."""
         return [result for result in self.results if result.error is not None]
+
+
+def reopened(out: str | os.PathLike[str]) -> Outcome:
+    """What is there of a study, without any run. Raises StudyError if the folder holds none."""
+    store = RunStore(out)
+    study = Study.of(store.study())
+    return Outcome(study, tuple(in_order(study, store.results())), store)
+
+
+def in_order(study: Study, results: Iterable[Result]) -> list[Result]:
+    """The results that a study's grid asks for, in its order."""
+    sizes = [None if size == "all" else size for size in study.examples]
+    arms = {name: str(arm.parsed) for name, arm in study.arms.items()}
+
+    def place(result: Result) -> tuple[int, ...]:
+        order = (study.models.index(result.model), sizes.index(result.examples), list(arms).index(result.arm))
+        return (*order, study.seeds.index(result.seed))
+
+    kept = [
+        result
+        for result in results
+        if result.model in study.models
+        and result.examples in sizes
+        and arms.get(result.arm) == result.recipe
+        and result.seed in study.seeds
+    ]
+    return sorted(kept, key=lambda result: (place(result)[:1], result.task, place(result)[1:], result.lr))
 
 
 def compare(

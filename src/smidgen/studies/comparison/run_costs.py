@@ -22,7 +22,7 @@ def run_costs(cell: Cell, arm: Arm, key: str, trial: Trial, delta: Delta) -> dic
     """
     folder = cell.store.folder(key)
     measured = read_json(folder / METER) if (folder / METER).is_file() else {"seconds": trial.seconds}
-    seen = len(cell.tasks[trial.seed].split("train")) * cell.settings.epochs
+    learned = len(cell.tasks[trial.seed].split("train"))
     head = sum(delta.tensors[name].numel() for name in delta.head)
     return {
         **measured,
@@ -30,7 +30,8 @@ def run_costs(cell: Cell, arm: Arm, key: str, trial: Trial, delta: Delta) -> dic
         "head_values": float(head),
         "file_bytes": float(sum((folder / FIT / name).stat().st_size for name in FILES)),
         "steps": float(str(delta.info["steps"])),
-        "examples_per_second": seen / measured["seconds"],
+        "train_examples": float(learned),
+        "examples_per_second": learned * cell.settings.epochs / measured["seconds"],
         **_estimates(cell, arm),
     }
 

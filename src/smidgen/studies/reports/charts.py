@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from smidgen.studies.reports.errors import ReportError
 from smidgen.studies.reports.number_format import power, times
-from smidgen.studies.reports.sections import Bars, HeatMap, Lines, Number, Section
+from smidgen.studies.reports.sections import Bars, HeatMap, Lines, Number, Points, Section
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,7 +100,7 @@ def _styled(paint: Paint) -> Iterator[None]:
 
 
 def _figure(section: Section, paint: Paint) -> Figure:
-    drawers: dict[type[Section], Callable[..., Figure]] = {Bars: _bars, Lines: _lines, HeatMap: _heat}
+    drawers: dict[type[Section], Callable[..., Figure]] = {Bars: _bars, Lines: _lines, HeatMap: _heat, Points: _points}
     return drawers[type(section)](section, paint)
 
 
@@ -153,13 +153,40 @@ def _lines(section: Lines, paint: Paint) -> Figure:
             axes.fill_between(section.x, low, high, color=shade, alpha=0.15, linewidth=0)
     if section.log:
         axes.set_yscale("log")
-    if all(float(x).is_integer() for x in section.x) and len(section.x) <= 32:
+    if section.log_x:
+        axes.set_xscale("log")
+    elif all(float(x).is_integer() for x in section.x) and len(section.x) <= 32:
         axes.set_xticks(list(section.x))
     axes.set_xlabel(section.across)
     axes.set_ylabel(f"{section.unit} {times(scale)}".strip())
     axes.tick_params(length=0, axis="both", labelcolor=paint[MUTED])
     axes.grid()
     figure.legend(loc="outside right upper")
+    return figure
+
+
+def _points(section: Points, paint: Paint) -> Figure:
+    """Points with their names and spreads, and the front as a line of steps."""
+    figure, axes = _new(3.8)
+    costs = [x for x, _, _ in section.points.values() if x > 0]
+    least = min(costs, default=1.0) / 3
+
+    def place(x: float) -> float:
+        return max(x, least) if section.log_x else x
+
+    front = [section.points[name] for name in section.front]
+    axes.step([place(x) for x, _, _ in front], [y for _, y, _ in front], where="post", color=paint[MUTED], linewidth=1)
+    for i, (name, (x, y, spread)) in enumerate(section.points.items()):
+        shade = paint[SERIES[i % 6]]
+        axes.errorbar(place(x), y, yerr=spread, fmt="o", color=shade, markersize=5, elinewidth=1, capsize=2.5)
+        axes.annotate(name, (place(x), y), (6, 4), textcoords="offset points", fontsize=8, color=paint[INK])
+    if section.log_x:
+        axes.set_xscale("log")
+    axes.margins(x=0.12, y=0.15)
+    axes.set_xlabel(section.across)
+    axes.set_ylabel(section.unit)
+    axes.tick_params(length=0, axis="both", labelcolor=paint[MUTED])
+    axes.grid()
     return figure
 
 

@@ -134,6 +134,7 @@ class Lines(Section):
 
     Attributes:
         series: name -> (values, spreads); spreads may be empty.
+        log, log_x: the values, and the axis, by powers of ten.
     """
 
     kind: ClassVar[str] = "lines"
@@ -142,9 +143,39 @@ class Lines(Section):
     across: str = ""
     unit: str = ""
     log: bool = False
+    log_x: bool = False
     note: str = ""
 
     def __post_init__(self) -> None:
         for name, (values, spreads) in self.series.items():
             fits = len(values) == len(self.x) and len(spreads) in (0, len(self.x))
             self.check(fits, f"{name!r} has {len(values)} values and {len(spreads)} spreads for {len(self.x)} places")
+
+
+@dataclass(frozen=True)
+class Points(Section):
+    """A named point for each (cost, value), and the front of those that none beats in both: less cost, more value.
+
+    Attributes:
+        points: name -> (cost, value, spread of the value or None).
+        log_x: cost by powers of ten; those not above 0 stand at the left edge.
+        more_is_better: of the value.
+    """
+
+    kind: ClassVar[str] = "points"
+    points: Mapping[str, tuple[float, float, Number]] = field(default_factory=dict)
+    across: str = ""
+    unit: str = ""
+    log_x: bool = False
+    more_is_better: bool = True
+    note: str = ""
+
+    @property
+    def front(self) -> list[str]:
+        """Names of the points on the front, by cost."""
+        sign, found, best = (1 if self.more_is_better else -1), list[str](), float("-inf")
+        for name, (_, value, _) in sorted(self.points.items(), key=lambda entry: (entry[1][0], -sign * entry[1][1])):
+            if sign * value > best:
+                found.append(name)
+                best = sign * value
+        return found

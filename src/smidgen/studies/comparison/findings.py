@@ -1,0 +1,223 @@
+"""Findings: what a study's runs say, arm by arm, and arm against arm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from smidgen.common.json_numbers import plain
+from smidgen.data.metrics import METRICS
+from smidgen.studies.comparison.run_store import Result, RunStore
+from smidgen.studies.comparison.study import Study
+from smidgen.studies.statistics.equivalence import Equivalence, equivalence
+from smidgen.studies.statistics.holm import holm
+from smidgen.studies.statistics.paired_differences import Difference, differences, paired_difference
+from smidgen.studies.statistics.per_example import mcnemar_p
+from smidgen.studies.statistics.smallest_difference import pairs_needed, smallest_difference
+from smidgen.studies.statistics.summary import Summary, summary
+
+Size = int | None  # training examples; None for all
+
+
+@dataclass(frozen=True)
+class ArmFound:
+    """One arm on one model, task and number of examples.
+
+    Attributes:
+        lr: the rate that was chosen on validation; None if every rate failed.
+        edge: "lowest" or "highest" of those that were tried, where a better one may lie beyond.
+        test: over seeds, at that rate; None if no run came to an end.
+        costs: name -> mean over its runs at that rate; None where not measured.
+        failed: errors of its runs.
+    """
+
+    arm: str
+    model: str
+    task: str
+    size: Size
+    metric: str
+    lr: float | None
+    edge: str | None
+    test: Summary | None
+    costs: Mapping[str, float | None]
+    failed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Against:
+    """One arm against the reference, on one model and number of examples: paired over tasks and seeds.
+
+    Attributes:
+        task: of this task alone; None for all tasks together.
+        difference: arm minus reference, on the test split.
+        holm_p: the t-test's p, corrected for the number of arms.
+        equivalence: with the study's margin.
+        smallest: the true difference that a study of this size sees with 80 % probability.
+        pairs_for_margin: how many pairs would see a difference as large as the margin.
+        same_examples: seed -> McNemar's p over the test examples, where answers are right or wrong.
+    """
+
+    arm: str
+    model: str
+    size: Size
+    task: str | None
+    difference: Difference
+    holm_p: float | None
+    equivalence: Equivalence | None
+    smallest: float | None
+    pairs_for_margin: int | None
+    same_examples: Mapping[int, float | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """What is told of a study, from its results alone."""
+
+    study: Study
+    results: Sequence[Result]
+    store: RunStore
+
+    @property
+    def models(self) -> list[str]:
+        """In the study's order."""
+        return list(dict.fromkeys(result.model for result in self.results))
+
+    @property
+    def tasks(self) -> list[str]:
+        """In the study's order."""
+        return list(dict.fromkeys(result.task for result in self.results))
+
+    @property
+    def sizes(self) -> list[Size]:
+        """Numbers of examples, in the study's order."""
+        return list(dict.fromkeys(result.examples for result in self.results))
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Task -> its metric."""
+        return {result.task: result.metric for result in self.results}
+
+    @cached_property
+    def arms(self) -> list[ArmFound]:
+        """Every arm in every cell."""
+        cells = dict.fromkeys(result.cell for result in self.results)
+        return [self._arm(name, *cell) for cell in cells for name in self.study.arms]
+
+    @cached_property
+    def against(self) -> list[Against]:
+        """Every arm but the reference, over all tasks that can be averaged, and on each of several."""
+        found: list[Against] = []
+        for model in self.models:
+            for size in self.sizes:
+                groups: list[tuple[str | None, list[str]]] = [(task, [task]) for task in self.tasks]
+                if len(groups) == 1:
+                    groups = [(None, self.tasks)]
+                elif self.comparable:
+                    groups = [(None, self.tasks), *groups]
+                for task, tasks in groups:
+                    found += self._against(model, size, task, tasks)
+        return found
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the tasks' metrics are on one scale: none of them a loss, a perplexity or an error."""
+        return all(METRICS[metric].higher_is_better for metric in self.metrics.values())
+
+    def to_json(self) -> dict[str, object]:
+        """Plain data: arms and differences."""
+        return plain({"arms": [asdict(arm) for arm in self.arms], "against": [asdict(each) for each in self.against]})
+
+    def chosen(self, arm: str, model: str, task: str, size: Size) -> list[Result]:
+        """The runs of an arm that were tested, by seed."""
+        found = [r for r in self.results if (r.arm, *r.cell) == (arm, model, task, size) and r.test is not None]
+        return sorted(found, key=lambda result: self.study.seeds.index(result.seed))
+
+    def _arm(self, name: str, model: str, task: str, size: Size) -> ArmFound:
+        runs = [r for r in self.results if (r.arm, *r.cell) == (name, model, task, size)]
+        tested, metric = self.chosen(name, model, task, size), self.metrics[task]
+        rates = sorted({run.lr for run in runs})
+        lr = tested[0].lr if tested else None
+        edge = None if lr is None or len(rates) < 2 else {rates[0]: "lowest", rates[-1]: "highest"}.get(lr)
+        values = [run.test[metric] for run in tested if run.test is not None]
+        higher = METRICS[metric].higher_is_better
+        costs = _means([run.costs for run in tested])
+        failed = tuple(f"lr {run.lr:g}, seed {run.seed}: {run.error}" for run in runs if run.error is not None)
+        return ArmFound(
+            name, model, task, size, metric, lr, edge, summary(values, higher_is_better=higher), costs, failed
+        )
+
+    def _against(self, model: str, size: Size, task: str | None, tasks: list[str]) -> Iterator[Against]:
+        reference, higher = self.study.against, METRICS[self.metrics[tasks[0]]].higher_is_better
+        base, found = self._values(reference, model, tasks, size), []
+        for arm in self.study.arms:
+            if arm == reference:
+                continue
+            values = self._values(arm, model, tasks, size)
+            difference = paired_difference(values, base)
+            if difference is None:
+                continue
+            d = differences(values, base)
+            flat = d[~np.isnan(d)]
+            sd = float(flat.std(ddof=1)) if len(flat) > 1 else math.nan
+            known = not math.isnan(sd)
+            found.append(
+                Against(
+                    arm,
+                    model,
+                    size,
+                    task,
+                    difference,
+                    None,
+                    equivalence(flat.tolist(), self.study.margin, higher_is_better=higher),
+                    smallest_difference(sd, len(flat)) if known else None,
+                    pairs_needed(sd, self.study.margin) if known else None,
+                    self._same_examples(arm, model, tasks[0], size) if len(tasks) == 1 else {},
+                )
+            )
+        corrected = holm({each.arm: each.difference.t_p for each in found})
+        yield from (replace(each, holm_p=corrected[each.arm]) for each in found)
+
+    def _values(self, arm: str, model: str, tasks: Sequence[str], size: Size) -> list[list[float]]:
+        """(tasks, seeds); nan where a run is missing."""
+        found = []
+        for task in tasks:
+            by_seed = {r.seed: r.test[r.metric] for r in self.chosen(arm, model, task, size) if r.test is not None}
+            found.append([by_seed.get(seed, math.nan) for seed in self.study.seeds])
+        return found
+
+    def _same_examples(self, arm: str, model: str, task: str, size: Size) -> dict[int, float | None]:
+        """McNemar's p by seed, where the metric counts right answers."""
+        if self.metrics[task] != "accuracy":
+            return {}
+        right = [self._right(name, model, task, size) for name in (arm, self.study.against)]
+        return {seed: mcnemar_p(right[0][seed], right[1][seed]) for seed in right[0] if seed in right[1]}
+
+    def _right(self, arm: str, model: str, task: str, size: Size) -> dict[int, list[bool]]:
+        found = {}
+        for run in self.chosen(arm, model, task, size):
+            said = self.store.examples(run.key)
+            if said is not None:
+                found[run.seed] = [p == r for p, r in zip(said.predictions, said.references, strict=True)]
+        return found
+
+
+def _means(costs: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Mean of each cost over runs; None where one was not measured."""
+    found: dict[str, float | None] = {}
+    for name in dict.fromkeys(key for each in costs for key in each):
+        values = [each.get(name) for each in costs]
+        known = [value for value in values if value is not None]
+        found[name] = float(np.mean(known)) if known and len(known) == len(values) else None
+    return found
+
+
+def ahead(one: Result, other: Result) -> bool:
+    """Whether a run is better than another of its cell on validation."""
+    if one.validation is None or other.validation is None:
+        return other.validation is None
+    higher = METRICS[one.metric].higher_is_better
+    return one.validation > other.validation if higher else one.validation < other.validation
