@@ -37,9 +37,9 @@ def world(tmp_path_factory):
 
 
 @contextmanager
-def serving(world, *more):
+def serving(world, *more, model=None):
     """A running server: process, address, lines of its log so far."""
-    command = [sys.executable, "-m", "smidgen.cli", "serve", "--model", str(world / "base"), "--port", "0"]
+    command = [sys.executable, "-m", "smidgen.cli", "serve", "--model", model or str(world / "base"), "--port", "0"]
     process = subprocess.Popen(
         [*command, "--deltas", str(world / "deltas"), *more], stderr=subprocess.PIPE, text=True, env={**os.environ}
     )
