@@ -63,7 +63,7 @@ def input_candidates(
         yield from (thing | each for each in beside)
 
 
-def look(config: PretrainedConfig, *names: str, default: Any = None) -> Any:
+def look(config: PretrainedConfig, *names: str, default: object = None) -> Any:
     """The first of several settings that a configuration, or one inside it, has."""
     inner = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
     for name in names:

@@ -17,7 +17,7 @@ def named(site: Site, target: Sequence[str]) -> bool:
     return any(f".{site.path}".endswith("." + name) for name in target)
 
 
-def one_of(method: str, field: str, value: Any, allowed: Sequence[str]) -> None:
+def one_of(method: str, field: str, value: object, allowed: Sequence[str]) -> None:
     """Raise RecipeError, naming the nearest, unless `value` is among `allowed`."""
     if value not in allowed:
         hint = nearest(str(value), allowed)
@@ -51,7 +51,7 @@ def flag(method: str, field: str, value: Any) -> None:
         raise RecipeError(f"{method}: {field}={value!r} must be True or False")
 
 
-def names_field(method: str, field: str, value: Any, least: int = 1) -> None:
+def names_field(method: str, field: str, value: object, least: int = 1) -> None:
     """Raise RecipeError unless `value` is a name or a tuple of at least `least` names."""
     names = as_names(value) if isinstance(value, str | tuple) else (None,)
     if len(names) < least or not all(isinstance(name, str) for name in names):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -332,7 +331,7 @@ def _norms(method: Method, model: nn.Module, sites: Sequence[Site]) -> Iterator[
 
 def _as_norms(model: nn.Module, site: Site) -> tuple[str, list[Site]]:
     """What keeps a norm from being known as one, or as one of its sublayer, and the sites that it would be."""
-    module: Any = model.get_submodule(site.path)
+    module: nn.Module = model.get_submodule(site.path)
     roles = site.roles | {"norm"}
     if isinstance(site, OtherSite | UncalledSite) and "norm" in type(module).__name__.lower():
         gain = next((term for term, _ in site.terms if term != site.bias), None)

@@ -109,7 +109,7 @@ class Plan:
             lowest[stack] = min(layer, lowest.get(stack, layer))
         return ", ".join(f"{stack}.{layer}" for stack, layer in lowest.items())
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The plan as plain data."""
         return {
             "recipe": str(self.recipe),

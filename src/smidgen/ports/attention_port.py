@@ -33,7 +33,7 @@ NAME = "smidgen"
 CAUSAL = {"sdpa": True, "eager": False}  # whether no mask may mean a causal one
 
 
-Function = Callable[..., Any]
+Function = Callable[..., object]
 
 
 class KeyValueEdit(Edit):
@@ -160,7 +160,7 @@ def _in_front(mask: Tensor, count: int) -> Tensor:
 
 
 def _widened(
-    module: Any, query: Tensor, key: Tensor, mask: Tensor | None, count: int, is_causal: bool | None
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, count: int, is_causal: bool | None
 ) -> Tensor | None:
     """The mask with the new places let through; one that was implied is written out."""
     if mask is None:

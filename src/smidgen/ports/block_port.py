@@ -70,7 +70,7 @@ class BlockPort(BlockRules, Port):
         """Take all edits off the stack's blocks."""
         assert isinstance(site, BlockSite)
         for path in site.blocks:
-            module: Any = model.get_submodule(path)
+            module: nn.Module = model.get_submodule(path)
             if edits_at(module, BlockEdits):
                 for handle in module.__dict__.pop("_edit_handles"):
                     handle.remove()
@@ -111,7 +111,7 @@ def enter_block(module: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] 
     return (), {states: given[states], **shorter}
 
 
-def shortened(name: str, value: Any, tokens: TokenMap, block: str) -> Any:
+def shortened(name: str, value: object, tokens: TokenMap, block: str) -> object:
     """An argument of a block for the tokens that are left.
 
     Raises:

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from smidgen.common.hook_types import Args
 
-Put = Callable[[Any, Args], None]
+Put = Callable[[object, Args], None]
 Take = Callable[[Any, Args, object], None]
 Forward = Callable[..., object]
 
@@ -51,7 +51,7 @@ def wrap(module: Any, args: Args) -> None:
         module._gradient_checkpointing_func = partial(_checkpoint, module, module._unwrapped)
 
 
-def unwrap(module: Any, args: Args, output: object) -> None:
+def unwrap(module: nn.Module, args: Args, output: object) -> None:
     """Forward hook of a block (always called)."""
     if "_unwrapped" in module.__dict__:
         module._gradient_checkpointing_func = module.__dict__.pop("_unwrapped")

@@ -103,12 +103,12 @@ class Edits(nn.ModuleDict):
     """All edits at one module, left to right."""
 
 
-def edits_at(module: Any, cls: type[Edits] = Edits) -> bool:
+def edits_at(module: nn.Module, cls: type[Edits] = Edits) -> bool:
     """Whether a module holds edits of this class."""
     return isinstance(getattr(module, "edits", None), cls)
 
 
-def drop_edits(module: Any) -> None:
+def drop_edits(module: nn.Module) -> None:
     """Take all edits and their hooks off a module, if it has any."""
     for handle in module.__dict__.pop("_edit_handles", ()):
         handle.remove()

@@ -159,7 +159,7 @@ def fold(edit: Edit, weight: Tensor, bias: Tensor | None) -> Pair:
     return put_back(site, (weight, bias), part)
 
 
-def check_editable(module: Any, site: Site) -> None:
+def check_editable(module: nn.Module, site: Site) -> None:
     """Raises AttachError, before anything is touched, if a module cannot carry edits."""
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         raise AttachError(f"{site.name} belongs to nn.MultiheadAttention, which never calls it: hooks cannot reach it")

@@ -90,7 +90,7 @@ def drop_guard(owner: nn.Module) -> None:
     owner.__dict__.pop("_guarded", None)
 
 
-def note_call(module: Any, args: Args, output: object) -> None:
+def note_call(module: nn.Module, args: Args, output: object) -> None:
     """Forward hook of a guarded child."""
     state().called[module] = True
 

@@ -168,12 +168,12 @@ def keep_buffers(model: nn.Module, args: Args, output: object) -> None:
         attachment(model).held.end()
 
 
-def refuse_save(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+def refuse_save(model: nn.Module, *args: Any, **kwargs: object) -> None:
     """Stands in for save_pretrained on an attached model."""
     raise AttachError(SAVE_ERROR)
 
 
-def refuse_resize(model: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+def refuse_resize(model: Any, new_num_tokens: int | None = None, *args: object, **kwargs: object) -> object:
     """Stands in for resize_token_embeddings on an attached model; the size that there is may be asked for."""
     found = model.get_input_embeddings()
     if new_num_tokens in (None, found.weight.shape[0]) and not args and not kwargs.get("pad_to_multiple_of"):

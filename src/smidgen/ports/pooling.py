@@ -18,7 +18,7 @@ def place_pooling(model: nn.Module, pooling: str) -> RemovableHandle:
     return base.register_forward_hook(partial(pool_output, pooling), with_kwargs=True)
 
 
-def pool_output(pooling: str, base: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
+def pool_output(pooling: str, base: Any, args: Args, kwargs: Kwargs, output: Any) -> object:
     """Forward hook: last_hidden_state (B, T, d) -> its pooled vector (B, d), repeated over T."""
     hidden = output[0]
     pooled = pool(hidden, kwargs.get("attention_mask"), pooling)
@@ -31,7 +31,7 @@ def own_pooled(output: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) and found.ndim == 2 else None
 
 
-def with_pooled(output: Any, states: Tensor, pooled: Tensor | None) -> Any:
+def with_pooled(output: Any, states: Tensor, pooled: Tensor | None) -> object:
     """A base model's output with other states (B, T, d), and with another vector (B, d) where it had one."""
     had = own_pooled(output) is not None
     if isinstance(output, tuple):

@@ -43,7 +43,7 @@ def entered(module: Any, output: Tensor) -> Tensor:
     return found
 
 
-def add_tap(entry: Any, module: Any) -> RemovableHandle | None:
+def add_tap(entry: nn.Module, module: nn.Module) -> RemovableHandle | None:
     """Let a sublayer's input reach the edits at its end; None if it does already."""
     if "tap" in module._modules:
         return None
@@ -52,6 +52,6 @@ def add_tap(entry: Any, module: Any) -> RemovableHandle | None:
     return handle
 
 
-def drop_tap(module: Any) -> None:
+def drop_tap(module: nn.Module) -> None:
     """Take a tap away from one of its two modules."""
     module._modules.pop("tap", None)

@@ -93,7 +93,7 @@ class WeightPort(WeightRules, Port):
         if not edits_at(module, WeightEdits):
             module.add_module("edits", WeightEdits())
             for path in reading_modules(model, site.path):
-                reader: Any = model.get_submodule(path)
+                reader: nn.Module = model.get_submodule(path)
                 if "_composes" not in reader.__dict__:
                     handles += stand(reader, compose_weights, drop_composed)
                 reader.__dict__["_composes"] = (*reader.__dict__.get("_composes", ()), module)
@@ -138,7 +138,7 @@ def compose_weights(reader: Any, args: Args) -> None:
             module.edits.readers += 1
 
 
-def drop_composed(reader: Any, args: Args, output: object) -> None:
+def drop_composed(reader: nn.Module, args: Args, output: object) -> None:
     """Forward hook of it (always called): the last to leave takes them away."""
     with nullcontext() if torch.compiler.is_compiling() else _LOCK:
         for module in reader.__dict__.get("_composes", ()):

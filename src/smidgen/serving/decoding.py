@@ -200,7 +200,7 @@ class Decoding:
         """Logits (B, V) behind some more tokens (B, n), whose keys and values join the cache."""
         model = self.model
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        given: dict[str, Any] = {"input_ids": ids, "attention_mask": self.mask, "past_key_values": self.cache}
+        given: dict[str, object] = {"input_ids": ids, "attention_mask": self.mask, "past_key_values": self.cache}
         if model.takes_positions:
             given["position_ids"] = positions
         with model.lock, torch.inference_mode(), mixed(model.mix([text.tenant for text in self.texts])):
@@ -260,7 +260,7 @@ def check_writing(model: ServedModel) -> None:
     text.future.result()
 
 
-def layers_of(cache: Any) -> list[Any]:
+def layers_of(cache: object) -> list[Any]:
     """Layers of a cache, with keys and values each.
 
     Raises:
@@ -278,7 +278,7 @@ def layers_of(cache: Any) -> list[Any]:
 def end_tokens(model: ServedModel) -> frozenset[int]:
     """Ids at which a text ends."""
     tokenizer: Any = model.processor
-    config: Any = getattr(model.plain, "generation_config", None)
+    config: object = getattr(model.plain, "generation_config", None)
     found = getattr(config, "eos_token_id", None)
     ids = found if isinstance(found, list) else [found]
     return frozenset(i for i in (*ids, getattr(tokenizer, "eos_token_id", None)) if i is not None)
@@ -286,7 +286,7 @@ def end_tokens(model: ServedModel) -> frozenset[int]:
 
 def position_room(model: ServedModel) -> int:
     """How many tokens a text may have, read and written."""
-    config: Any = model.plain.config.get_text_config()
+    config: object = model.plain.config.get_text_config()
     found = getattr(config, "max_position_embeddings", None)
     return int(found) if found else 2**31
 

@@ -76,7 +76,7 @@ class DeltaStore:
         """Whether a delta of this name is there."""
         return bool(NAME.fullmatch(name)) and bool(self.fs.exists(f"{self.root}/{name}/{META}"))
 
-    def record(self, name: str) -> dict[str, Any]:
+    def record(self, name: str) -> dict[str, object]:
         """A delta's JSON, without its values. Raises DeltaError if it is damaged or was taken away."""
         if self.local:
             return read_json(Path(self.root, name, META))

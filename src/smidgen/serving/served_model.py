@@ -37,7 +37,7 @@ from smidgen.sites.task_head import takes_positions
 
 # of a row in a mixed batch against its delta alone, relative to the largest output; low precision rounds on other ways
 TOLERANCE, LOW_TOLERANCE = 1e-4, 5e-2
-Signature = tuple[Any, ...]
+Signature = tuple[object, ...]
 
 
 class ServedModel:

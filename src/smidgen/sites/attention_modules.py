@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from inspect import unwrap
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,7 +25,7 @@ def find_heads(model: nn.Module, sites: Iterable[Site]) -> list[KeyValueSite]:
         path = interface_path(model, site.entry)
         if path is None:
             continue
-        module: Any = model.get_submodule(path)
+        module: nn.Module = model.get_submodule(path)
         width = next((s.width_out for s in _owners(sites) if "value" in s.roles and within(s.path, path)), 0)
         size, value = head_dim(module), head_dim(module, VALUE_DIMS)
         heads = width // value if width and value else getattr(module.config, "num_attention_heads", 0)

@@ -211,7 +211,7 @@ def _bodies(statement: ast.If | ast.With | ast.Try) -> Iterator[list[ast.stmt]]:
 def _ordered(flow: _Flow) -> dict[str, frozenset[str]] | None:
     """The fields in the order of the class of outputs."""
     forward: Any = inspect.unwrap(getattr(flow.cls, "forward"))  # noqa: B009
-    made: Any = forward.__globals__.get(flow.made)
+    made: object = forward.__globals__.get(flow.made)
     if not (isinstance(made, type) and is_dataclass(made)):
         return None
     return {f.name: frozenset(flow.given[f.name]) for f in fields(made) if f.name in flow.given}

@@ -34,7 +34,7 @@ def read_at(model: nn.Module) -> set[str]:
 
 def without_gradient(root: nn.Module) -> list[str]:
     """Paths of the modules whose forward is decorated with torch.no_grad (the indexers of sparse attention)."""
-    classes: dict[str, Any] = {path: type(module) for path, module in root.named_modules()}
+    classes: dict[str, object] = {path: type(module) for path, module in root.named_modules()}
     return [path for path, cls in classes.items() if _no_grad(cls)]
 
 

@@ -36,8 +36,8 @@ class Affine:
     normalises: bool
 
 
-_affine: dict[Any, Affine | None] = {}
-_plain: dict[Any, bool] = {}
+_affine: dict[object, Affine | None] = {}
+_plain: dict[object, bool] = {}
 
 
 def is_plain_map(module: nn.Module) -> bool:
@@ -64,7 +64,7 @@ def acts_as_bias(term: str) -> bool:
     return term in ("bias", "beta")
 
 
-def _key(module: nn.Module) -> Any:
+def _key(module: nn.Module) -> object:
     """What the result of a module's forward can depend on, its tensors' values apart."""
     simple = (int, float, bool, str, torch.Size, tuple, type(None))
     settings = tuple((k, v) for k, v in sorted(vars(module).items()) if isinstance(v, simple) and k[0] != "_")
@@ -129,7 +129,7 @@ def _form(module: nn.Module, shape: tuple[int, ...], axis: int) -> Affine | None
     return Affine(axis, offset, _close(found, double)) if right and not _close(unit, 0 * unit) else None
 
 
-def _bias_of(terms: Mapping[str, Any]) -> str:
+def _bias_of(terms: Mapping[str, object]) -> str:
     return next((name for name in terms if acts_as_bias(name)), "")
 
 
@@ -159,7 +159,7 @@ def _run(
     module: nn.Module, values: Mapping[str, Tensor], x: Tensor, settings: Mapping[str, int] | None = None
 ) -> Tensor | None:
     """What the class's forward gives with other tensors in a clone; None if it gives no tensor or cannot be run."""
-    clone: Any = type(module).__new__(type(module))
+    clone: object = type(module).__new__(type(module))
     clone.__dict__.update(vars(module))
     clone.__dict__.update({k: v for k, v in (settings or {}).items() if k in vars(module)})
     clone.__dict__["_parameters"] = {**dict.fromkeys(module._parameters), **values}

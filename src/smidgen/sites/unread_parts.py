@@ -67,7 +67,7 @@ def read_sites(model: nn.Module, sites: list[AnySite]) -> list[AnySite]:
     return [replace(site, depth=depths[site.stack]) if site.depth else site for site in kept]
 
 
-def _class(module: nn.Module) -> Any:
+def _class(module: nn.Module) -> object:
     return type(module)
 
 
@@ -78,7 +78,7 @@ def _parents(model: nn.Module) -> dict[int, int]:
         for child in owner.children():
             count[id(child)] = count.get(id(child), 0) + 1
         for chain in _chains(_class(owner)):
-            module: Any = owner._modules.get(chain[0])
+            module: object = owner._modules.get(chain[0])
             for name in chain[1:]:
                 module = getattr(module, "_modules", {}).get(name)
                 if module is not None:
@@ -105,9 +105,9 @@ def _chains(cls: type) -> tuple[tuple[str, ...], ...]:
 
 
 @cache
-def _reads(cls: type) -> dict[str, frozenset[Any]]:
+def _reads(cls: type) -> dict[str, frozenset[object]]:
     """Child that a class calls -> what it reads of the output: fields, (place, count), (CHOSEN, field of config)."""
-    found: dict[str, set[Any]] = {}
+    found: dict[str, set[object]] = {}
     try:
         check_plain(cls)
         for tree in reachable(cls):
@@ -118,7 +118,7 @@ def _reads(cls: type) -> dict[str, frozenset[Any]]:
     return {name: frozenset(reads) for name, reads in found.items()}
 
 
-def _read_in(tree: ast.AST) -> Iterator[tuple[str, Any]]:
+def _read_in(tree: ast.AST) -> Iterator[tuple[str, object]]:
     """Child, what is read of it, in a function."""
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(tree):
@@ -152,7 +152,7 @@ def _assigned(parent: ast.AST | None, call: ast.AST) -> str:
     return targets[0].id if alone and isinstance(targets[0], ast.Name) else ""
 
 
-def _use(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> Any:
+def _use(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> object:
     """What is read of an output; "" for nothing that counts."""
     parent = parents.get(node)
     if isinstance(parent, ast.Attribute):
@@ -170,7 +170,7 @@ def _is_count(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, int) and node.value >= 0
 
 
-def _field(node: ast.Attribute, parents: dict[ast.AST, ast.AST]) -> Any:
+def _field(node: ast.Attribute, parents: dict[ast.AST, ast.AST]) -> object:
     parent = parents.get(node)
     if _stores(node):
         return ""
@@ -192,7 +192,7 @@ def _source(name: str, node: ast.AST, parents: dict[ast.AST, ast.AST]) -> str:
     return name
 
 
-def _idle(owner: Any, child: nn.Module, reads: Collection[Any]) -> Iterator[str]:
+def _idle(owner: nn.Module, child: nn.Module, reads: Collection[Any]) -> Iterator[str]:
     """Paths in a child of what none of the reads depends on."""
     reads = {read for read in reads if read[0] != ATTRIBUTE or _is_part(child, read[1])}
     layers = [read[1] for read in reads if read[0] == CHOSEN]
@@ -233,7 +233,7 @@ def _used(known: dict[str, frozenset[str]], reads: Collection[Any]) -> set[str] 
     return used
 
 
-def _above(tower: nn.Module, chosen: Any, last: bool) -> Iterator[str]:
+def _above(tower: nn.Module, chosen: object, last: bool) -> Iterator[str]:
     """Paths in a tower of what lies above the states that a configuration chooses, 0 those that enter the first block.
 
     `last`: whether the class reads the tower's last output where the last state is chosen.
@@ -287,7 +287,7 @@ def _lines(cls: type) -> dict[str, list[int]]:
 
 def _ties(module: nn.Module) -> bool | None:
     """Whether a module that records states puts its last output in place of the last; None if it records none."""
-    forward: Any = type(module).forward
+    forward: object = type(module).forward
     while forward is not None:
         names, cells = getattr(forward, "__code__", None), getattr(forward, "__closure__", None) or ()
         held = dict(zip(getattr(names, "co_freevars", ()), cells, strict=False))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from smidgen.methods.base import Method
 from smidgen.methods.field_checks import flag, layers_field
@@ -38,7 +38,7 @@ class BitFit(Method):
     beside: bool = True
 
     lr: ClassVar[float] = 3e-3
-    later: ClassVar[Mapping[str, Any]] = {"beside": False}
+    later: ClassVar[Mapping[str, object]] = {"beside": False}
 
     def __post_init__(self) -> None:
         flag("BitFit", "norms", self.norms)

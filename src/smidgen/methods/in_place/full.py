@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from smidgen.common.errors import PlanError, nearest
 from smidgen.methods.base import Method
@@ -37,7 +37,7 @@ class Full(Method):
     target: str | tuple[str, ...] | None = None
 
     lr: ClassVar[float] = 5e-5
-    later: ClassVar[Mapping[str, Any]] = {"target": None}
+    later: ClassVar[Mapping[str, object]] = {"target": None}
 
     def __post_init__(self) -> None:
         layers_field("Full", self.layers)

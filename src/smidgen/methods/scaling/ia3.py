@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class IA3(Method[LinearSite]):
 
     lr: ClassVar[float] = 3e-2
     linear: ClassVar[bool] = True
-    later: ClassVar[dict[str, Any]] = {"target": TARGET, "inputs": INPUTS}
+    later: ClassVar[dict[str, object]] = {"target": TARGET, "inputs": INPUTS}
 
     def __post_init__(self) -> None:
         layers_field("IA3", self.layers)

@@ -40,7 +40,7 @@ def head_by_row(path: str, module: nn.Linear, args: Args, output: Tensor) -> Ten
     return y + bias.to(x.dtype).view(len(bias), *[1] * (y.ndim - 2), -1)
 
 
-def pool_by_row(base: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
+def pool_by_row(base: object, args: Args, kwargs: Kwargs, output: Any) -> object:
     """Forward hook of the base model: last_hidden_state (B, T, d) of rows with a pooling is the pooled vector (B, d),
     repeated over T."""
     poolings: Mapping[str, Tensor] = state().mixed().poolings

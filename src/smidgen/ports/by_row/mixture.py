@@ -82,7 +82,7 @@ class Mixture:
             self.model.register_forward_pre_hook(open_pass, prepend=True),
             self.model.register_forward_hook(close_pass, always_call=True),
         ]
-        self._base: Any = getattr(self.model, "base_model", None)
+        self._base: object = getattr(self.model, "base_model", None)
         if self._base is not None:
             self._handles.append(self._base.register_forward_hook(pool_by_row, with_kwargs=True))
         self.model.__dict__[MIXTURE] = self

@@ -9,7 +9,7 @@ from smidgen.ports.in_place.sparse_values import current
 from smidgen.sites.weight_view import Pair
 
 
-def stored(module: Any) -> Pair:
+def stored(module: object) -> Pair:
     """A module's weight and bias in master precision, chosen values put in, without gradient."""
     weight, bias = live(module)
     return weight.detach(), None if bias is None else bias.detach()

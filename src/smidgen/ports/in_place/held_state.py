@@ -94,7 +94,7 @@ class Held:
                 self.in_eval_mode.append(module)
                 self.handles += stand(module, to_eval, to_train)
 
-    def check_parts(self, recipe: Any, expected: dict[str, nn.Parameter]) -> None:
+    def check_parts(self, recipe: object, expected: dict[str, nn.Parameter]) -> None:
         """Raises AttachError if a module or parameter of the base is not the one that it was.
 
         expected: name -> what stands in place of the base's own.
@@ -106,7 +106,7 @@ class Held:
             if owner._parameters.get(term) is not expected.get(name, own):
                 raise AttachError(f"the parameter {name} was replaced {CHANGED.format(recipe=recipe)}")
 
-    def check_buffers(self, recipe: Any) -> None:
+    def check_buffers(self, recipe: object) -> None:
         """Raises AttachError if a buffer was written from outside of a forward pass."""
         for buffer in self.buffers:
             if buffer.moved():
@@ -150,7 +150,7 @@ def to_eval(module: Any, args: Args) -> None:
     module._mode, module.training = module.training, False
 
 
-def to_train(module: Any, args: Args, output: object) -> None:
+def to_train(module: nn.Module, args: Args, output: object) -> None:
     """Forward hook (always called): back to the mode of before."""
     module.training = module.__dict__.pop("_mode", module.training)
 

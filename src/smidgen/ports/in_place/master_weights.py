@@ -69,7 +69,7 @@ def lower_norm(module: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
     return tuple(map(_to, output, dtypes)) if several else _to(output, *dtypes)
 
 
-def _to(value: Any, dtype: torch.dtype | None) -> Any:
+def _to(value: Any, dtype: torch.dtype | None) -> object:
     return value if dtype is None else value.to(dtype)
 
 
@@ -89,7 +89,7 @@ def _given(module: Any, args: Args, kwargs: Kwargs, entered: torch.dtype) -> tup
             module.__dict__.pop(term, None)
 
 
-def show_again(module: Any, args: Args, output: object) -> None:
+def show_again(module: nn.Module, args: Args, output: object) -> None:
     """Forward hook of a norm (always called): others read what they read before its call."""
     module.__dict__.update(module.__dict__.pop("_read_by_others", {}))
 
@@ -97,7 +97,7 @@ def show_again(module: Any, args: Args, output: object) -> None:
 def show_rounded(reader: Any, args: Args) -> None:
     """Pre-hook of a module that reads masters, its own or those of others: it sees them in the stored dtype."""
     reads: Reads = reader._reads
-    shown: list[tuple[nn.Module, str, Any]] = []
+    shown: list[tuple[nn.Module, str, object]] = []
     for module, term in reads.near:
         before = module.__dict__.get(term)
         if module._casting and (before is None or isinstance(before, StoredView)):

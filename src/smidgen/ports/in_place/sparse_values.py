@@ -78,7 +78,7 @@ def current(module: Any, term: str) -> Tensor:
     return part.whole(tensor.to(part.values.dtype))
 
 
-def check_free(module: Any, path: str) -> None:
+def check_free(module: nn.Module, path: str) -> None:
     """Raises AttachError, before anything is touched, if a module cannot carry parts."""
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         raise AttachError(f"{path} belongs to nn.MultiheadAttention, which never calls it: no part can be trained")
@@ -94,7 +94,7 @@ def add_part(module: Any, term: str, part: SparseValues) -> None:
     module.subsets[term] = part
 
 
-def drop_parts(module: Any) -> None:
+def drop_parts(module: nn.Module) -> None:
     """Take all parts and their hooks off a module."""
     for handle in module.__dict__.pop("_subset_handles", ()):
         handle.remove()

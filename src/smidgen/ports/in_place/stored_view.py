@@ -38,7 +38,7 @@ def rounded(module: Any, term: str) -> Tensor:
 class StoredView(Tensor):
     """Shape, device and stored dtype of a master; any operation sees it rounded, with gradient."""
 
-    module: Any
+    module: nn.Module
     term: str
 
     @staticmethod
@@ -60,7 +60,7 @@ class StoredView(Tensor):
         return found
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> object:
         """Answer what is asked about the tensor, and round for the rest; `.data` is the master's, to be written to."""
         if func in ASKED:
             with torch._C.DisableTorchFunctionSubclass():
@@ -71,7 +71,7 @@ class StoredView(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> object:  # type: ignore[override]
         """What comes here passed by `__torch_function__`, and would see no values."""
         raise TypeError(HIDDEN.format(what=func))
 

@@ -48,7 +48,7 @@ def prepare_inputs(model: Any, embedding: str, input_ids: Tensor, **kwargs: Any)
     inserted = TokenInsertion.of(mask, n, at, mask.device)
     if seen:
         kwargs["attention_mask"] = inserted.insert(mask, mask.new_ones(()))
-    inputs: dict[str, Any] = own(input_ids, **kwargs)
+    inputs: dict[str, object] = own(input_ids, **kwargs)
     made = inputs["attention_mask"]
     if isinstance(made, Tensor) and made.ndim == 2:  # BLOOM's, as wide as the cache: there is room in the model's hook
         inputs["attention_mask"] = inserted.remove(made) if seen else made[:, :-n]

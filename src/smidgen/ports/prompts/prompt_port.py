@@ -163,7 +163,7 @@ class PromptPort(InputRules, Port):
         """At the embedding; hooks of the model around it make room and take the prompt out again."""
         assert isinstance(site, InputSite)
         module: Any = model.get_submodule(site.path)
-        entry: Any = model.get_submodule(site.entry)
+        entry: nn.Module = model.get_submodule(site.entry)
         handles = [] if edits_at(module, InputEdits) else _take_over(model, entry, module, InputEdits)
         module.edits[key] = edit.train(module.training)
         place_generation(model, site.path)
@@ -182,7 +182,7 @@ class PromptPort(InputRules, Port):
         """At the embedding. All rows of a batch have as many vectors."""
         assert isinstance(site, InputSite)
         module: Any = model.get_submodule(site.path)
-        entry: Any = model.get_submodule(site.entry)
+        entry: nn.Module = model.get_submodule(site.entry)
         handles = [] if edits_at(module, InputLayouts) else _take_over(model, entry, module, InputLayouts)
         module._edit_handles += handles
         module.edits.add(layout, key, edit)
@@ -197,7 +197,7 @@ class PromptPort(InputRules, Port):
                 drop_edits(module)
 
 
-def _take_over(model: nn.Module, entry: Any, module: Any, cls: type[InputEdits]) -> list[RemovableHandle]:
+def _take_over(model: nn.Module, entry: nn.Module, module: Any, cls: type[InputEdits]) -> list[RemovableHandle]:
     """Give an embedding an empty place for edits; gives the hooks of the models around it."""
     decoder, names = _decoder(model, entry), tuple(signature(entry.forward).parameters)
     place, blank, limit = _place(model, entry), _blank(module, model), _limit(entry, module)
@@ -210,7 +210,7 @@ def _take_over(model: nn.Module, entry: Any, module: Any, cls: type[InputEdits])
     return [*handles, entry.register_forward_hook(remove_prompt, with_kwargs=True, prepend=cls is not InputEdits)]
 
 
-def _place(model: nn.Module, entry: Any) -> int:
+def _place(model: nn.Module, entry: nn.Module) -> int:
     """Number of the text's tokens before the prompt."""
     pools = own_pooling(model) == "first" or getattr(entry, "pooler", None) is not None
     return 1 if pools and not model.config.is_encoder_decoder else 0  # type: ignore[union-attr]
@@ -330,9 +330,9 @@ def check_positions_left(limit: int | None, n: int, tokens: int) -> None:
 
 def check_tokens(model: nn.Module, site: InputSite, method: Method) -> None:
     """Raises AttachError, before anything is touched, if an embedding cannot take a method's vectors."""
-    module: Any = model.get_submodule(site.path)
+    module: nn.Module = model.get_submodule(site.path)
     check_positions_left(position_limit(model, site), prompt_length(method, site), 1)
-    config: Any = getattr(model, "config", None)
+    config: object = getattr(model, "config", None)
     if getattr(config, "audio_length_per_tok", None):
         raise AttachError(
             f"each token of {type(model).__name__} has its own piece of sound, and a prompt has none; Prefix(), LN() "
@@ -361,7 +361,7 @@ def fill_prompts(module: Any, args: Args, output: Tensor) -> Tensor | None:
     return filled
 
 
-def remove_prompt(entry: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
+def remove_prompt(entry: Any, args: Args, kwargs: Kwargs, output: Any) -> object:
     """Forward hook of the model that takes token ids: of its hidden states (B, n + T, d), those of the text."""
     known = state().prompts.pop(entry.get_input_embeddings().edits, None)
     if known is None:
@@ -382,7 +382,7 @@ def remove_prompt(entry: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
     return output
 
 
-def _text_of(entry: Any, inserted: TokenInsertion, states: Tensor, tokens: int, last: int | Tensor) -> Tensor:
+def _text_of(entry: nn.Module, inserted: TokenInsertion, states: Tensor, tokens: int, last: int | Tensor) -> Tensor:
     """States or logits of the text alone: of all its tokens, or of so many at the end, where no prompt stands.
 
     Raises:
@@ -398,7 +398,7 @@ def _text_of(entry: Any, inserted: TokenInsertion, states: Tensor, tokens: int, 
     return inserted.remove(states)
 
 
-def widen_cross(decoder: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+def widen_cross(decoder: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
     """Forward pre-hook of a decoder: it sees the prompt among the encoder's states, whose mask is the text's."""
     states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
     if states is None or mask is None or states.shape[1] == mask.shape[1]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -50,7 +49,7 @@ MEANINGS = {
     500: "a fault of the server", 503: "the server is stopping", 504: "it took too long",
     507: "the delta cannot be saved",
 }  # fmt: skip
-RESPONSES: dict[int | str, dict[str, Any]] = {
+RESPONSES: dict[int | str, dict[str, object]] = {
     status: {"model": ErrorResponse, "description": what} for status, what in MEANINGS.items()
 }
 

@@ -8,7 +8,6 @@ import re
 import time
 import uuid
 from collections.abc import MutableMapping
-from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -37,7 +36,7 @@ class RequestLog:
         given = Headers(scope=scope).get("x-request-id", "")
         number = given if GOOD_ID.fullmatch(given) else uuid.uuid4().hex
         begin, status = time.perf_counter(), 499  # of a client that has gone
-        state: MutableMapping[str, Any] = scope.setdefault("state", {})
+        state: MutableMapping[str, object] = scope.setdefault("state", {})
 
         async def sending(message: Message) -> None:
             nonlocal status

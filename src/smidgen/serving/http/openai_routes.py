@@ -7,7 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
@@ -90,7 +90,7 @@ class ChatRequest(WritingRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1, le=32768)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=32768)] | None = None
-    tools: Annotated[list[dict[str, Any]], Field(max_length=0)] | None = None
+    tools: Annotated[list[dict[str, object]], Field(max_length=0)] | None = None
     parallel_tool_calls: bool | None = None
     response_format: TextFormat | None = None
     service_tier: Literal["auto", "default"] | None = None
@@ -105,21 +105,21 @@ class Form:
         self.chat, start = chat, "chatcmpl" if chat else "cmpl"
         self.head = {"id": f"{start}-{uuid.uuid4().hex[:24]}", "created": int(time.time()), "model": model}
 
-    def whole(self, done: Completion) -> dict[str, Any]:
+    def whole(self, done: Completion) -> dict[str, object]:
         """A text at once."""
         said = {"message": {"role": "assistant", "content": done.text}} if self.chat else {"text": done.text}
         choice = {"index": 0, "finish_reason": done.reason, "logprobs": None, **said}
         name = "chat.completion" if self.chat else "text_completion"
         return {**self.head, "object": name, "choices": [choice], "usage": usage(done)}
 
-    def piece(self, text: str | None, reason: str | None = None, first: bool = False) -> dict[str, Any]:
+    def piece(self, text: str | None, reason: str | None = None, first: bool = False) -> dict[str, object]:
         """A part of a stream."""
         delta = ({"role": "assistant"} if first else {}) | ({} if text is None else {"content": text})
-        said: dict[str, Any] = {"delta": delta} if self.chat else {"text": text or ""}
+        said: dict[str, object] = {"delta": delta} if self.chat else {"text": text or ""}
         choice = {"index": 0, "finish_reason": reason, "logprobs": None, **said}
         return {**self.head, "object": self.streamed, "choices": [choice]}
 
-    def counted(self, done: Completion) -> dict[str, Any]:
+    def counted(self, done: Completion) -> dict[str, object]:
         """The last part, of counts alone."""
         return {**self.head, "object": self.streamed, "choices": [], "usage": usage(done)}
 
@@ -136,14 +136,14 @@ def usage(done: Completion) -> dict[str, int]:
 
 
 @router.post("/v1/completions", response_model=None)
-async def complete(body: CompletionRequest, asked: Asking) -> dict[str, Any] | StreamingResponse:
+async def complete(body: CompletionRequest, asked: Asking) -> dict[str, object] | StreamingResponse:
     """Go on with a prompt."""
     check_size(asked, [body.prompt])
     return await _written(asked, body, body.prompt, body.sampling(body.max_tokens), Form(body.model, chat=False))
 
 
 @router.post("/v1/chat/completions", response_model=None)
-async def chat(body: ChatRequest, asked: Asking) -> dict[str, Any] | StreamingResponse:
+async def chat(body: ChatRequest, asked: Asking) -> dict[str, object] | StreamingResponse:
     """Go on with a conversation, written by the model's own template."""
     messages = [message.model_dump(exclude_none=True) for message in body.messages]
     check_size(asked, [messages])
@@ -153,7 +153,7 @@ async def chat(body: ChatRequest, asked: Asking) -> dict[str, Any] | StreamingRe
 
 async def _written(
     asked: Asked, body: WritingRequest, prompt: str | list[dict[str, str]], sampling: Sampling, form: Form
-) -> dict[str, Any] | StreamingResponse:
+) -> dict[str, object] | StreamingResponse:
     """A text, or the stream of it."""
     asked.about(body.model, 1)
     pieces = LoopQueue(asyncio.get_running_loop())
@@ -190,7 +190,7 @@ async def _events(text: Generation, pieces: LoopQueue, form: Form, counted: bool
         text.abandoned = True
 
 
-def _event(content: dict[str, Any]) -> str:
+def _event(content: dict[str, object]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 

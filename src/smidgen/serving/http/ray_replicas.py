@@ -53,7 +53,7 @@ class ReplicaOptions:
         return create_app(Server(model, bank, processor=processor, limits=self.limits), self.http)
 
 
-def application(options: ReplicaOptions, replicas: int) -> Any:
+def application(options: ReplicaOptions, replicas: int) -> object:
     """What `ray.serve.run` takes.
 
     Raises:
