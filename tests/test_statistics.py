@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from smidgen.studies.statistics.equivalence import equivalence
-from smidgen.studies.statistics.holm import holm
+from smidgen.studies.statistics.equivalence_tests import equivalence
+from smidgen.studies.statistics.holm_correction import holm
 from smidgen.studies.statistics.paired_differences import paired_difference, t_p, wilcoxon_p
 from smidgen.studies.statistics.per_example import mcnemar_p, paired_bootstrap
-from smidgen.studies.statistics.smallest_difference import pairs_needed, power, smallest_difference
-from smidgen.studies.statistics.summary import summary
+from smidgen.studies.statistics.study_power import detection_power, pairs_needed, smallest_difference
+from smidgen.studies.statistics.summaries import summary
 
 NAN = math.nan
 
@@ -167,12 +167,12 @@ def test_power_is_that_of_simulated_studies():
     assert pairs_needed(1.0, 1.0001 * smallest) == 12
     assert pairs_needed(1.0, 0.9999 * smallest) == 13
     assert pairs_needed(1.0, 0.5) == 34  # the textbook's
-    assert power(0.0, 10) == pytest.approx(0.05)
+    assert detection_power(0.0, 10) == pytest.approx(0.05)
     for effect, pairs in ((0.5, 3), (0.3, 50), (2.0, 4)):
         edge, shift = stats.t.ppf(0.975, pairs - 1), effect * math.sqrt(pairs)
         told = stats.nct.sf(edge, pairs - 1, shift) + stats.nct.cdf(-edge, pairs - 1, shift)
-        assert power(effect, pairs) == pytest.approx(told, abs=1e-6)
-    assert power(8.0, 2) > 0.5  # where scipy's gives nan
+        assert detection_power(effect, pairs) == pytest.approx(told, abs=1e-6)
+    assert detection_power(8.0, 2) > 0.5  # where scipy's gives nan
     assert smallest_difference(1.0, 2) > smallest_difference(1.0, 3) > smallest
     assert (smallest_difference(1.0, 1), smallest_difference(0.0, 5)) == (None, 0.0)
     assert pairs_needed(1.0, 1e-4) is None

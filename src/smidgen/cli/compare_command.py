@@ -14,7 +14,7 @@ from smidgen.cli.options import Json, Option, Out
 from smidgen.cli.views import comparisons, results
 
 if TYPE_CHECKING:
-    from smidgen.studies.comparison.comparing import Outcome
+    from smidgen.studies.comparison.comparing import StudyRuns
     from smidgen.studies.comparison.run_store import Result
     from smidgen.studies.comparison.study import Study
 
@@ -74,7 +74,7 @@ def run_report(
     _show(reopened(folder), folder, as_json)
 
 
-def _show(found: Outcome, out: Path, as_json: bool) -> None:
+def _show(found: StudyRuns, out: Path, as_json: bool) -> None:
     from smidgen.studies.reports.comparison import write_report
 
     findings = write_report(found, out, f"smidgen compare --out {out}")
@@ -100,9 +100,9 @@ def _progress(study: Study) -> Iterator[comparisons.Told]:
         def line(result: Result) -> None:
             nonlocal done
             done += 1
-            results.note(f"{done} of {study.runs}: {comparisons.told(result)}")
+            results.note(f"{done} of {study.runs}: {comparisons.run_line(result)}")
 
         yield line
         return
-    with comparisons.Bar(study) as bar:
+    with comparisons.RunsBar(study) as bar:
         yield bar.told

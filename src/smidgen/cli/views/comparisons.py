@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Told = Callable[["Result"], None]
 
 
-def told(result: Result) -> str:
+def run_line(result: Result) -> str:
     """A run in a line."""
     size = "" if result.examples is None else f", {result.examples} examples"
     value = "–" if result.validation is None else f"{result.validation:.4f}"
@@ -28,7 +28,7 @@ def told(result: Result) -> str:
     return f"{result.arm} on {result.task}{size}, {result.rate} {result.lr:g}, seed {result.seed}: {came}"
 
 
-class Bar:
+class RunsBar:
     """Runs done, the best of the present task, and the time that is left."""
 
     def __init__(self, study: Study) -> None:

@@ -15,12 +15,12 @@ from smidgen.delta.delta import Delta
 from smidgen.inference.evaluation import evaluate
 from smidgen.planning.resolution import resolve
 from smidgen.steps.objectives import TaskLoss
-from smidgen.studies.comparison.cell import Cell
-from smidgen.studies.comparison.feature_drift import feature_drift
-from smidgen.studies.comparison.run_costs import run_costs
+from smidgen.studies.comparison.cell import StudyCell
+from smidgen.studies.comparison.costs import run_costs
+from smidgen.studies.comparison.forgetting import feature_drift
 from smidgen.studies.comparison.run_store import FIT, Examples, Result, key_of
 from smidgen.studies.comparison.scratch_models import from_scratch
-from smidgen.studies.comparison.study import Arm
+from smidgen.studies.comparison.study import StudyArm
 from smidgen.studies.comparison.study_work import StudyWork
 from smidgen.studies.rates import rates_around
 from smidgen.studies.runners.local import trials
@@ -28,12 +28,13 @@ from smidgen.studies.trial import Trial
 from smidgen.training.run.settings import Settings
 
 
-def run_cell(cell: Cell) -> list[Result]:
+def run_cell(cell: StudyCell) -> list[Result]:
     """All runs; those that are there are not repeated. Rates are chosen on validation, then the test split is read."""
     return [result for name in cell.study.arms for result in _run_arm(cell, name)]
 
 
-def _run_arm(cell: Cell, name: str) -> list[Result]:
+def _run_arm(cell: StudyCell, name: str) -> list[Result]:
+    """The runs of one arm; those at the chosen rate with their metrics on the test split."""
     study, arm, failure = cell.study, cell.study.arms[name], None
     model, _ = cell.loaded
     rate = "lr"
@@ -48,16 +49,19 @@ def _run_arm(cell: Cell, name: str) -> list[Result]:
     best = chosen_rate(found)
     if best is not None:
         found += each.run([(best, seed) for seed in rest])
-    return [each.tested(result) if result.lr == best else result for result in found]
+    done = [each.tested(result) if result.lr == best else result for result in found]
+    for result in done:
+        cell.store.drop_large(result.key)
+    return done
 
 
 @dataclass(frozen=True, eq=False)
 class ArmRuns:
     """The runs of one arm in a cell. `failure`: why none of them can be made."""
 
-    cell: Cell
+    cell: StudyCell
     name: str
-    arm: Arm
+    arm: StudyArm
     rate: str
     failure: str | None
 
@@ -81,6 +85,8 @@ class ArmRuns:
         cell = self.cell
         if result.error is not None or result.test is not None:
             return result
+        if not (cell.store.folder(result.key) / FIT).is_dir():  # dropped, when another rate was the best
+            (result,) = self._made([self._place(result.lr, result.seed)])
         delta = Delta.load(cell.store.folder(result.key) / FIT)
         model, processor = self._based(result.seed), cell.loaded[1]
         scores = evaluate(model, cell.source, delta=delta, split="test", processor=processor)
@@ -103,10 +109,13 @@ class ArmRuns:
             data=cell.tasks[seed].fingerprint,
             settings=asdict(self._settings(lr, seed)),
         )
-        about = (key, cell.model, cell.source.name, cell.source.metric, cell.examples, self.name, str(recipe))
-        return Result(*about, seed, self.rate, lr)
+        task = cell.source
+        return Result(
+            key, cell.model, task.name, task.metric, cell.examples, self.name, str(recipe), seed, self.rate, lr
+        )
 
     def _made(self, missing: Sequence[Result]) -> Iterator[Result]:
+        """Make runs, group by group, and keep what comes of each."""
         if self.failure is not None:
             for place in missing:
                 yield self._kept(replace(place, error=self.failure))

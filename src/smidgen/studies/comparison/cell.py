@@ -1,4 +1,4 @@
-"""Cell: where the arms of a study are compared: one model, one task, one number of examples."""
+"""StudyCell: where the arms of a study are compared: one model, one task, one number of examples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Told = Callable[[Result], None]
 
 
 @dataclass(frozen=True, eq=False)
-class Cell:
+class StudyCell:
     """Where arms are compared with each other.
 
     Attributes:

@@ -10,13 +10,13 @@ from smidgen.common.errors import StudyError
 from smidgen.common.folder_lock import folder_lock_held
 from smidgen.data.resplitting import with_test
 from smidgen.studies.comparison.arm_runs import run_cell
-from smidgen.studies.comparison.cell import Cell
+from smidgen.studies.comparison.cell import StudyCell
 from smidgen.studies.comparison.run_store import Result, RunStore
 from smidgen.studies.comparison.study import Study
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StudyRuns:
     """A study and its results, in the order of its grid."""
 
     study: Study
@@ -29,11 +29,11 @@ class Outcome:
         return [result for result in self.results if result.error is not None]
 
 
-def reopened(out: str | os.PathLike[str]) -> Outcome:
+def reopened(out: str | os.PathLike[str]) -> StudyRuns:
     """What is there of a study, without any run. Raises StudyError if the folder holds none."""
     store = RunStore(out)
     study = Study.of(store.study())
-    return Outcome(study, tuple(in_order(study, store.results())), store)
+    return StudyRuns(study, tuple(in_order(study, store.results())), store)
 
 
 def in_order(study: Study, results: Iterable[Result]) -> list[Result]:
@@ -62,7 +62,7 @@ def compare(
     *,
     jobs: int = 1,
     told: Callable[[Result], None] | None = None,
-) -> Outcome:
+) -> StudyRuns:
     """Make the runs of a study in a folder. Killed at any point, the same call goes on; done runs are not repeated.
 
     Args:
@@ -88,6 +88,6 @@ def compare(
             for task in tasks:
                 for examples in study.examples:
                     count = None if examples == "all" else int(examples)
-                    cell = Cell(study, store, model, task, count, jobs, told or (lambda result: None))
+                    cell = StudyCell(study, store, model, task, count, jobs, told or (lambda result: None))
                     results += run_cell(cell)
-    return Outcome(study, tuple(results), store)
+    return StudyRuns(study, tuple(results), store)

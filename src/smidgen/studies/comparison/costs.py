@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from smidgen.common.atomic_files import read_json
 from smidgen.delta.delta import Delta
-from smidgen.studies.comparison.cell import Cell
+from smidgen.studies.comparison.cell import StudyCell
 from smidgen.studies.comparison.run_store import FIT
-from smidgen.studies.comparison.study import Arm
+from smidgen.studies.comparison.study import StudyArm
 from smidgen.studies.comparison.study_work import METER
 from smidgen.studies.trial import Trial
 from smidgen.training.memory.estimate import plan
@@ -14,7 +14,7 @@ from smidgen.training.memory.estimate import plan
 FILES = ("delta.safetensors", "delta.json")
 
 
-def run_costs(cell: Cell, arm: Arm, key: str, trial: Trial, delta: Delta) -> dict[str, float | None]:
+def run_costs(cell: StudyCell, arm: StudyArm, key: str, trial: Trial, delta: Delta) -> dict[str, float | None]:
     """Name -> number, of a run that came to its end; None where it is not measured.
 
     trained_values, head_values, file_bytes, steps, examples_per_second; what `EfficiencyMeter` measures; and what
@@ -36,7 +36,7 @@ def run_costs(cell: Cell, arm: Arm, key: str, trial: Trial, delta: Delta) -> dic
     }
 
 
-def _estimates(cell: Cell, arm: Arm) -> dict[str, float | None]:
+def _estimates(cell: StudyCell, arm: StudyArm) -> dict[str, float | None]:
     """Counted by `plan` for a batch of the study's size: exact, and the same on every machine."""
     size, length = cell.settings.batch_size, cell.settings.max_length
     found = plan(cell.loaded[0], arm.parsed, pooling=arm.pooling, batch_size=size, length=length).costs or {}

@@ -13,12 +13,12 @@ from smidgen.common.json_numbers import plain
 from smidgen.data.metrics import METRICS
 from smidgen.studies.comparison.run_store import Result, RunStore
 from smidgen.studies.comparison.study import Study
-from smidgen.studies.statistics.equivalence import Equivalence, equivalence
-from smidgen.studies.statistics.holm import holm
+from smidgen.studies.statistics.equivalence_tests import Equivalence, equivalence
+from smidgen.studies.statistics.holm_correction import holm
 from smidgen.studies.statistics.paired_differences import Difference, differences, paired_difference
 from smidgen.studies.statistics.per_example import mcnemar_p
-from smidgen.studies.statistics.smallest_difference import pairs_needed, smallest_difference
-from smidgen.studies.statistics.summary import Summary, summary
+from smidgen.studies.statistics.study_power import pairs_needed, smallest_difference
+from smidgen.studies.statistics.summaries import Summary, summary
 
 Size = int | None  # training examples; None for all
 
@@ -105,7 +105,7 @@ class Findings:
     def arms(self) -> list[ArmFound]:
         """Every arm in every cell."""
         cells = dict.fromkeys(result.cell for result in self.results)
-        return [self._arm(name, *cell) for cell in cells for name in self.study.arms]
+        return [self._arm(name, model, task, size) for model, task, size in cells for name in self.study.arms]
 
     @cached_property
     def against(self) -> list[Against]:
@@ -137,6 +137,7 @@ class Findings:
         return sorted(found, key=lambda result: self.study.seeds.index(result.seed))
 
     def _arm(self, name: str, model: str, task: str, size: Size) -> ArmFound:
+        """One arm in one cell."""
         runs = [r for r in self.results if (r.arm, *r.cell) == (name, model, task, size)]
         tested, metric = self.chosen(name, model, task, size), self.metrics[task]
         rates = sorted({run.lr for run in runs})
@@ -151,6 +152,7 @@ class Findings:
         )
 
     def _against(self, model: str, size: Size, task: str | None, tasks: list[str]) -> Iterator[Against]:
+        """Each arm but the reference, on some tasks together; p-values are corrected for the number of these arms."""
         reference, higher = self.study.against, METRICS[self.metrics[tasks[0]]].higher_is_better
         base, found = self._values(reference, model, tasks, size), []
         for arm in self.study.arms:

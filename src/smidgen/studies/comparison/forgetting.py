@@ -11,6 +11,8 @@ from smidgen.data.processor import Processor
 from smidgen.data.task import Task
 from smidgen.delta.attaching import attached
 from smidgen.delta.delta import Delta
+from smidgen.inference.task_record import TaskRecord
+from smidgen.training.run.prompt_budget import longest
 
 TEXTS, LENGTH = 32, 64  # neutral texts, tokens of each
 
@@ -18,13 +20,16 @@ TEXTS, LENGTH = 32, 64  # neutral texts, tokens of each
 def feature_drift(model: nn.Module, delta: Delta, processor: Processor) -> float | None:
     """Mean over tokens of |h' - h| / |h|, the last hidden states with and without a delta; 0 where nothing moved.
 
-    The texts are the first 32 of the built-in "bbc-news"' test split, 64 tokens of each. None for models that do not
+    The texts are the first 32 of the built-in "bbc-news"' test split, 64 tokens of each, or as many as
+    the delta was trained with. None for models that do not
     read such texts with hidden states to tell.
     """
     if not isinstance(processor, PreTrainedTokenizerBase):
         return None
+    known = (TaskRecord.of(delta.info).max_length, longest(model, delta.recipe, processor), LENGTH)
+    length = min(most for most in known if most is not None)
     texts = Task.load("bbc-news").split("test")["text"][:TEXTS]
-    batch = processor(texts, truncation=True, max_length=LENGTH, padding=True, return_tensors="pt")
+    batch = processor(texts, truncation=True, max_length=length, padding=True, return_tensors="pt")
     inputs = {key: batch[key].to(next(model.parameters()).device) for key in ("input_ids", "attention_mask")}
     with evaluating(model), torch.inference_mode():
         before = _hidden(model, inputs)

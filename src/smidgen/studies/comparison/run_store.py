@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,6 +16,7 @@ from smidgen.common.errors import StudyError
 from smidgen.common.json_numbers import plain
 
 FORMAT = 1
+LARGE = 2**24  # bytes of a delta
 STUDY, RUNS, RESULT, TEST, FIT = "study.json", "runs", "result.json", "test.json", "fit"
 
 
@@ -126,6 +128,12 @@ class RunStore:
             return None
         found = read_json(path)
         return Examples(found["predictions"], found["references"])
+
+    def drop_large(self, key: str) -> None:
+        """Remove the delta of a run that is over if it is large (full fine-tuning); its results stay."""
+        file = self.folder(key) / FIT / "delta.safetensors"
+        if file.is_file() and file.stat().st_size > LARGE:
+            shutil.rmtree(self.folder(key) / FIT)
 
     def results(self) -> list[Result]:
         """All runs that came to an end, also such as an earlier form of the study asked for."""

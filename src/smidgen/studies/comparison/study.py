@@ -31,7 +31,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Arm(_Part):
+class StudyArm(_Part):
     """What is trained.
 
     Attributes:
@@ -90,7 +90,7 @@ class Study(_Part):
 
     name: str = "study"
     models: tuple[str, ...] = ("minilm",)
-    arms: dict[str, Annotated[Arm, BeforeValidator(_recipe_alone)]]
+    arms: dict[str, Annotated[StudyArm, BeforeValidator(_recipe_alone)]]
     tasks: tuple[Annotated[Data, BeforeValidator(_data_alone)], ...]
     reference: str | None = None
     margin: Annotated[float, Field(gt=0)] = 0.02
@@ -141,6 +141,7 @@ class Study(_Part):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        """What the parts say of each other: nothing twice, equal trials, a reference that is there, sound settings."""
         for name in ("models", "arms", "tasks", "seeds", "examples"):
             values = getattr(self, name)
             if not values:
@@ -191,7 +192,7 @@ def _first(error: ValidationError, cls: type[BaseModel]) -> str:
     found = error.errors()[0]
     place = ".".join(str(part) for part in found["loc"] if not str(part).startswith("function-"))
     if found["type"] == "extra_forbidden":
-        parts: dict[str, type[BaseModel]] = {"arms": Arm, "tasks": Data}
+        parts: dict[str, type[BaseModel]] = {"arms": StudyArm, "tasks": Data}
         fields = parts.get(place.partition(".")[0] if "." in place else "", cls).model_fields
         last = place.rpartition(".")[2]
         return f"unknown field {place}; there are {', '.join(fields)}{nearest(last, fields)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -44,10 +44,13 @@ class StudyWork(Work):
         with torch.no_grad():
             for name, value in self.heads[settings.seed].items():
                 self.model.get_parameter(name).copy_(value)
-        own = {f.name: getattr(self, f.name) for f in fields(Work)} | {"task": self.tasks[settings.seed]}
+        own = Work(
+            self.model, self.recipe, self.tasks[settings.seed], self.objective, self.processor, self.rate, self.epochs,
+            self.folder,
+        )  # fmt: skip
         try:
             with EfficiencyMeter() as meter:
-                trial, delta = Work(**own).run(settings, out, progress, kept)
+                trial, delta = own.run(settings, out, progress, kept)
         except (SmidgenError, RuntimeError, MemoryError, NotImplementedError) as error:
             said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             seconds = time.perf_counter() - begun

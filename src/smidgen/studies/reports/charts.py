@@ -146,7 +146,9 @@ def _lines(section: Lines, paint: Paint) -> Figure:
     for i, (name, (given, spreads)) in enumerate(section.series.items()):
         shade, dashes = paint[SERIES[i % 6]], ("-", "--", ":")[i // 6 % 3]
         values, around = _drawable(given, scale), _drawable(spreads, scale, missing=0.0)
-        axes.plot(section.x, values, dashes, color=shade, marker="o", markersize=3.5, linewidth=1.6, label=name)
+        places = [(x, v) for x, v in zip(section.x, values, strict=True) if not (section.log_x and math.isnan(v))]
+        x, y = [x for x, _ in places], [v for _, v in places]
+        axes.plot(x, y, dashes, color=shade, marker="o", markersize=3.5, linewidth=1.6, label=name)
         if any(around):
             low = [v - s for v, s in zip(values, around, strict=True)]
             high = [v + s for v, s in zip(values, around, strict=True)]

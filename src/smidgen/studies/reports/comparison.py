@@ -10,7 +10,7 @@ from pathlib import Path
 
 from smidgen.common.atomic_files import write_files
 from smidgen.data.metrics import METRICS
-from smidgen.studies.comparison.comparing import Outcome
+from smidgen.studies.comparison.comparing import StudyRuns
 from smidgen.studies.comparison.findings import Against, ArmFound, Findings, Size
 from smidgen.studies.reports.comparison_charts import cost_fronts, rate_curves, size_curves, size_name, where_name
 from smidgen.studies.reports.markdown_report import markdown
@@ -52,7 +52,7 @@ def comparison_report(found: Findings, command: str = "") -> Report:
     )
 
 
-def write_report(found: Outcome, out: Path, command: str = "") -> Findings:
+def write_report(found: StudyRuns, out: Path, command: str = "") -> Findings:
     """Write report.html, report.json, report.md, results.csv and the charts into the study's folder.
 
     Raises:
@@ -210,6 +210,7 @@ def _score(arm: ArmFound) -> Cell:
 
 
 def _differences(found: Findings, model: str, size: Size, where: str) -> Iterator[Section]:
+    """Every arm against the reference: over all tasks, and task by task."""
     rows: list[list[Cell]] = []
     for each in found.against:
         if (each.model, each.size) != (model, size):

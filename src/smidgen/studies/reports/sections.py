@@ -134,7 +134,7 @@ class Lines(Section):
 
     Attributes:
         series: name -> (values, spreads); spreads may be empty.
-        log, log_x: the values, and the axis, by powers of ten.
+        log, log_x: the values, and the axis, by powers of ten. With `log_x` a line goes on over what is missing.
     """
 
     kind: ClassVar[str] = "lines"

@@ -9,7 +9,7 @@ from scipy import integrate, optimize, stats
 MOST = 100_000  # pairs
 
 
-def power(effect: float, pairs: int, level: float = 0.05) -> float:
+def detection_power(effect: float, pairs: int, level: float = 0.05) -> float:
     """Chance that a two-sided paired t-test sees a true difference of `effect` standard deviations of differences.
 
         1 - integral over s of [Phi(c s - delta) - Phi(-c s - delta)] f(s)
@@ -39,9 +39,9 @@ def smallest_difference(sd: float, pairs: int, *, wanted: float = 0.8, level: fl
     if sd == 0:
         return 0.0
     high = 1.0
-    while power(high, pairs, level) < wanted:
+    while detection_power(high, pairs, level) < wanted:
         high *= 2
-    found = optimize.brentq(lambda effect: power(effect, pairs, level) - wanted, 0.0, high)
+    found = optimize.brentq(lambda effect: detection_power(effect, pairs, level) - wanted, 0.0, high)
     return float(found) * sd
 
 
@@ -56,11 +56,13 @@ def pairs_needed(sd: float, difference: float, *, wanted: float = 0.8, level: fl
     if sd == 0:
         return 2
     low, high = 2, 2
-    while power(abs(difference) / sd, high, level) < wanted:
+    while detection_power(abs(difference) / sd, high, level) < wanted:
         low, high = high, 2 * high
         if high > MOST:
             return None
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if power(abs(difference) / sd, middle, level) >= wanted else (middle + 1, high)
+        low, high = (
+            (low, middle) if detection_power(abs(difference) / sd, middle, level) >= wanted else (middle + 1, high)
+        )
     return high
