@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import nn
 
 from smidgen.common.dtypes import master_dtype
-from smidgen.ports.in_place.sparse_values import current
+from smidgen.ports.in_place.sparse_values import current, own_tensor
 from smidgen.sites.weight_view import Pair
 
 
-def stored(module: object) -> Pair:
+def stored(module: nn.Module) -> Pair:
     """A module's weight and bias in master precision, chosen values put in, without gradient."""
     weight, bias = live(module)
     return weight.detach(), None if bias is None else bias.detach()
 
 
-def live(module: Any) -> Pair:
+def live(module: nn.Module) -> Pair:
     """The same, with gradient to what of them is trained."""
-    dtype = master_dtype(module._parameters["weight"].dtype)
+    dtype = master_dtype(own_tensor(module, "weight").dtype)
     bias = module._parameters.get("bias")
     return current(module, "weight").to(dtype), None if bias is None else current(module, "bias").to(dtype)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,12 +144,18 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, _, _, buffer in _persistent(model)}
 
 
-def to_eval(module: Any, args: Args) -> None:
+class InEvalMode(nn.Module):
+    """A module with running statistics during its call, and the mode it was in before."""
+
+    _mode: bool
+
+
+def to_eval(module: InEvalMode, args: Args) -> None:
     """Pre-hook of a module with running statistics: it uses them, and does not move them."""
     module._mode, module.training = module.training, False
 
 
-def to_train(module: nn.Module, args: Args, output: object) -> None:
+def to_train(module: InEvalMode, args: Args, output: object) -> None:
     """Forward hook (always called): back to the mode of before."""
     module.training = module.__dict__.pop("_mode", module.training)
 

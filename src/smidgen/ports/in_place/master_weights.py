@@ -13,17 +13,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from smidgen.common.hook_types import Args, Kwargs
 from smidgen.ports.during_call import stand, stand_down
-from smidgen.ports.in_place.stored_view import StoredView, as_stored, rounded
+from smidgen.ports.in_place.stored_view import MasterModule, StoredView, as_stored, casts, rounded
 from smidgen.sites.site import module_at
 
 NATIVE = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -45,7 +44,22 @@ class Reads:
     models: list[nn.Module] = field(default_factory=list)  # that may be asked for the dtype of their parameters
 
 
-def lift_norm(module: Any, args: Args) -> Args | None:
+class CastNorm(MasterModule):
+    """A norm in which masters stand, as its hooks see it."""
+
+    _given_dtypes: Mapping[torch.dtype, tuple[torch.dtype | None, ...]]  # dtype of the input -> of all that it gives
+    _input_dtype: torch.dtype
+    _read_by_others: Mapping[str, object]  # what stood in its `__dict__` before its call
+
+
+class MasterReader(nn.Module):
+    """A module that reads masters, as its hooks see it: what it reads, and what each call under way put there."""
+
+    _reads: Reads
+    _shown: tuple[tuple[tuple[nn.Module, str, object], ...], ...]  # module, name, what was there
+
+
+def lift_norm(module: CastNorm, args: Args) -> Args | None:
     """Pre-hook of a norm: it sees its masters, whatever others read; torch's own, whose kernels want input and terms
     in one dtype, get their input in float32 too."""
     if not module._casting:
@@ -55,28 +69,29 @@ def lift_norm(module: Any, args: Args) -> Args | None:
     return (args[0].float(), *args[1:]) if isinstance(module, NATIVE) else None
 
 
-def lower_norm(module: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
+def lower_norm(module: CastNorm, args: Args, kwargs: Kwargs, output: object) -> object:
     """Forward hook of a norm with float32 terms in a low-precision base: back to the dtypes that the base's gives."""
     if not module._casting:
         return None
-    entered: torch.dtype = module._input_dtype
-    several = isinstance(output, tuple)  # I-BERT's gives the scale of its quantised output, Zaya's queries and keys
-    if not several and entered in module._stored_dtypes.values():
+    entered = module._input_dtype
+    if isinstance(output, Tensor) and entered in module._stored_dtypes.values():
         return output.to(entered)
     if entered not in module._given_dtypes:
         module._given_dtypes = {**module._given_dtypes, entered: _given(module, args, kwargs, entered)}
     dtypes = module._given_dtypes[entered]
-    return tuple(map(_to, output, dtypes)) if several else _to(output, *dtypes)
+    if isinstance(output, tuple):  # I-BERT's gives the scale of its quantised output, Zaya's queries and keys
+        return tuple(map(_to, output, dtypes))
+    return _to(output, *dtypes)
 
 
-def _to(value: Any, dtype: torch.dtype | None) -> object:
-    return value if dtype is None else value.to(dtype)
+def _to(value: object, dtype: torch.dtype | None) -> object:
+    return value.to(dtype) if isinstance(value, Tensor) and dtype is not None else value
 
 
-def _given(module: Any, args: Args, kwargs: Kwargs, entered: torch.dtype) -> tuple[torch.dtype | None, ...]:
+def _given(module: CastNorm, args: Args, kwargs: Kwargs, entered: torch.dtype) -> tuple[torch.dtype | None, ...]:
     """dtype of all that a norm with the base's own terms gives for an input of this one, which may be another than
     theirs: T5's gives theirs, Llama's the wider one. Asked of the norm itself."""
-    stored: torch.dtype = next(iter(module._stored_dtypes.values()))
+    stored = next(iter(module._stored_dtypes.values()))
     if isinstance(module, NATIVE):
         return (stored,)
     module.__dict__.update({term: rounded(module, term) for term in module._stored_dtypes})
@@ -89,22 +104,22 @@ def _given(module: Any, args: Args, kwargs: Kwargs, entered: torch.dtype) -> tup
             module.__dict__.pop(term, None)
 
 
-def show_again(module: nn.Module, args: Args, output: object) -> None:
+def show_again(module: CastNorm, args: Args, output: object) -> None:
     """Forward hook of a norm (always called): others read what they read before its call."""
     module.__dict__.update(module.__dict__.pop("_read_by_others", {}))
 
 
-def show_rounded(reader: Any, args: Args) -> None:
+def show_rounded(reader: MasterReader, args: Args) -> None:
     """Pre-hook of a module that reads masters, its own or those of others: it sees them in the stored dtype."""
-    reads: Reads = reader._reads
+    reads = reader._reads
     shown: list[tuple[nn.Module, str, object]] = []
     for module, term in reads.near:
         before = module.__dict__.get(term)
-        if module._casting and (before is None or isinstance(before, StoredView)):
+        if casts(module) and (before is None or isinstance(before, StoredView)):
             shown.append((module, term, before))
             module.__dict__[term] = rounded(module, term)
     for module, term in reads.far:
-        if module._casting and term not in module.__dict__:
+        if casts(module) and term not in module.__dict__:
             shown.append((module, term, None))
             # a compiled graph drops what it does not use
             module.__dict__[term] = (rounded if torch.compiler.is_compiling() else StoredView.of)(module, term)
@@ -115,7 +130,7 @@ def show_rounded(reader: Any, args: Args) -> None:
     reader._shown = (*reader.__dict__.get("_shown", ()), tuple(shown))
 
 
-def hide(reader: Any, args: Args, output: object) -> None:
+def hide(reader: MasterReader, args: Args, output: object) -> None:
     """Forward hook of it (always called): take away what its own call put there, and not what a caller did."""
     *outer, shown = reader.__dict__.get("_shown") or ((),)
     reader._shown = tuple(outer)
@@ -128,15 +143,15 @@ def place_casts(model: nn.Module, low: Sequence[Low]) -> list[RemovableHandle]:
     """Hooks that let float32 masters stand in modules of a low-precision base; `drop_casts` takes the rest away."""
     handles: list[RemovableHandle] = []
     for path, stored, norm in low:
-        module: Any = module_at(model, path)
-        module._stored_dtypes, module._given_dtypes, module._casting = dict(stored), {}, True
+        module = module_at(model, path)
+        module.__dict__.update(_stored_dtypes=dict(stored), _given_dtypes={}, _casting=True)
         if norm:  # before the subset port puts chosen values in, and after it took them away
             handles.append(module.register_forward_pre_hook(lift_norm, prepend=True))
             handles.append(module.register_forward_hook(lower_norm, with_kwargs=True))
             handles.append(module.register_forward_hook(show_again, always_call=True))
     for path, reads in _readers(model, low).items():
-        reader: Any = module_at(model, path)
-        reader._reads = reads
+        reader = module_at(model, path)
+        reader.__dict__["_reads"] = reads
         handles += stand(reader, show_rounded, hide, prepend=True)
     return handles
 
@@ -160,7 +175,7 @@ def _readers(model: nn.Module, low: Sequence[Low]) -> dict[str, Reads]:
     without it: blocks that are computed again in the backward pass, encoders by `generate`.
     """
     found: dict[str, Reads] = {}
-    modules: dict[str, Any] = dict(model.named_modules())
+    modules = dict(model.named_modules())
     for path, stored, norm in low:
         near = [*([] if norm else [path]), *_caller(model, path)]
         above = [path, *_above(path)]

@@ -7,14 +7,14 @@ model's call would hold a second copy of the base; a view costs nothing until it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from smidgen.ports.in_place.sparse_values import composed
+from smidgen.ports.in_place.sparse_values import composed, own_tensor
 
 # what is asked of a tensor without its values
 ASKED = {
@@ -30,7 +30,19 @@ HIDDEN = (
 )
 
 
-def rounded(module: Any, term: str) -> Tensor:
+class MasterModule(nn.Module):
+    """A module of a low-precision base in which masters stand, and how the base stores each of them."""
+
+    _stored_dtypes: Mapping[str, torch.dtype]
+    _casting: bool
+
+
+def casts(module: nn.Module) -> TypeGuard[MasterModule]:
+    """Whether masters stand in a module now."""
+    return bool(getattr(module, "_casting", False))
+
+
+def rounded(module: MasterModule, term: str) -> Tensor:
     """A module's tensor as its base stores it: chosen values put in, in the stored dtype."""
     return composed(module, term).to(module._stored_dtypes[term])
 
@@ -38,13 +50,13 @@ def rounded(module: Any, term: str) -> Tensor:
 class StoredView(Tensor):
     """Shape, device and stored dtype of a master; any operation sees it rounded, with gradient."""
 
-    module: nn.Module
+    module: MasterModule
     term: str
 
     @staticmethod
-    def of(module: Any, term: str) -> StoredView:
+    def of(module: MasterModule, term: str) -> StoredView:
         """The view of a module's master."""
-        master, dtype = module._parameters[term], module._stored_dtypes[term]
+        master, dtype = own_tensor(module, term), module._stored_dtypes[term]
         found: StoredView = Tensor._make_wrapper_subclass(
             StoredView,
             master.shape,
@@ -60,18 +72,28 @@ class StoredView(Tensor):
         return found
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> object:
+    def __torch_function__(
+        cls,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         """Answer what is asked about the tensor, and round for the rest; `.data` is the master's, to be written to."""
         if func in ASKED:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         if func == DATA:
-            return args[0].module._parameters[args[0].term].data
+            view = args[0]
+            assert isinstance(view, StoredView)
+            return own_tensor(view.module, view.term).data
         args, kwargs = tree_map_only(StoredView, lambda view: rounded(view.module, view.term), (args, kwargs or {}))
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> object:  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: object, types: object, args: object = (), kwargs: object = None
+    ) -> None:
         """What comes here passed by `__torch_function__`, and would see no values."""
         raise TypeError(HIDDEN.format(what=func))
 
@@ -81,11 +103,10 @@ def _refuse(gradient: Tensor) -> None:
     raise TypeError(HIDDEN.format(what="a function with a backward of its own"))
 
 
-def as_stored(module: Any, recurse: bool = True) -> Iterator[Tensor]:
+def as_stored(module: nn.Module, recurse: bool = True) -> Iterator[Tensor]:
     """Stands in for `parameters` of a model during its call: masters as their base stores them."""
     parameters: Callable[..., Iterator[tuple[str, nn.Parameter]]] = type(module).named_parameters
     for name, parameter in parameters(module, recurse=recurse):
         path, _, term = name.rpartition(".")
         owner = module.get_submodule(path)
-        stored = owner._stored_dtypes if getattr(owner, "_casting", False) else {}
-        yield StoredView.of(owner, term) if term in stored else parameter
+        yield StoredView.of(owner, term) if casts(owner) and term in owner._stored_dtypes else parameter
