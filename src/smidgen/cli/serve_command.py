@@ -20,6 +20,9 @@ def run_serve(
     api_key_file: Annotated[Path | None, Option(help="file of keys, one a line; each lets in")] = None,
     max_memory: Annotated[str | None, Option(help="of deltas in memory, such as 2GiB; others wait on the disk")] = None,
     max_queue: Annotated[int, Option(min=1, help="most requests at a time; others get 429")] = 1024,
+    client_timeout: Annotated[
+        float, Option(min=0.1, help="seconds a client may take to send a request, or keep an answer waiting")
+    ] = 60.0,
     batch: Annotated[int, Option(min=1, help="most rows of a pass")] = 32,
     wait: Annotated[float, Option(min=0, help="milliseconds that a request waits for others to share its pass")] = 4.0,
     dtype: Annotated[Dtype, Option("--dtype", help="of the base")] = Dtype.float32,
@@ -37,7 +40,7 @@ def run_serve(
     keys = read_keys(api_key_file) if api_key_file else frozenset[str]()
     check_host(host, keys)
     limits = sm.Limits(batch=batch, wait=wait / 1e3, queue=max(4096, 4 * max_queue))
-    options = HttpOptions(keys=keys, requests=max_queue)
+    options = HttpOptions(keys=keys, requests=max_queue, client_timeout=client_timeout)
     bank = sm.Bank(deltas, max_memory=max_memory)
     if on is not None:
         if on != "ray" and on != "auto" and not on.startswith("ray://"):

@@ -9,7 +9,9 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 from fastapi import Depends, Request
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 
+from smidgen.serving.http.errors import GONE
 from smidgen.serving.http.options import HttpOptions
 from smidgen.serving.server import Server
 
@@ -34,8 +36,28 @@ class Asked:
         return await asyncio.wait_for(run_in_threadpool(function, *args, **kwargs), self.options.timeout)
 
     async def result(self, future: Future[Any]) -> Any:
-        """What a future will hold. Raises TimeoutError if it takes too long."""
-        return await asyncio.wait_for(asyncio.wrap_future(future), self.options.timeout)
+        """What a future will hold.
+
+        Raises:
+            TimeoutError: it takes too long.
+            HTTPException: whoever asked has gone.
+        """
+        done, gone = asyncio.wrap_future(future), asyncio.ensure_future(self._gone())
+        try:
+            await asyncio.wait((done, gone), timeout=self.options.timeout, return_when=asyncio.FIRST_COMPLETED)
+            if done.done():
+                return done.result()
+            if gone.done():
+                raise HTTPException(GONE, "whoever asked has gone")
+            raise TimeoutError
+        finally:
+            done.cancel()
+            gone.cancel()
+
+    async def _gone(self) -> None:
+        """Waits until the client goes; its request is whole by now."""
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
 
 
 Asking = Annotated[Asked, Depends(Asked)]

@@ -25,7 +25,8 @@ STATUS: Mapping[type[Exception], tuple[int, str]] = {
     SmidgenError: (422, "invalid_request"),
     TimeoutError: (504, "timeout"),
 }
-CODES = {400: "bad_request", 401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed",
+GONE = 499  # in the log: the client has gone
+CODES = {400: "bad_request", 401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 408: "too_slow",
          413: "body_too_large", 422: "invalid_request", 429: "too_many_requests", 503: "stopping"}  # fmt: skip
 
 
@@ -45,6 +46,7 @@ class ErrorResponse(BaseModel):
 
 MEANINGS = {
     400: "an option that is not supported, or no JSON", 401: "no key, or a wrong one", 404: "no such delta",
+    408: "the request did not come in time",
     413: "the body is too large", 422: "it does not fit", 429: "too many requests; come again",
     500: "a fault of the server", 503: "the server is stopping", 504: "it took too long",
     507: "the delta cannot be saved",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -24,6 +24,7 @@ class Measures:
         self.seconds = Histogram(
             "smidgen_request_seconds", "Seconds of a request", ["route"], registry=self.registry, buckets=BUCKETS
         )
+        self.open = Gauge("smidgen_requests_open", "Requests that are here and not answered", registry=self.registry)
         self.registry.register(_OfServer(server))
 
 
@@ -43,6 +44,7 @@ class _OfServer(Collector):
             ("deltas_bytes", "Bytes of their values", bank.nbytes),
             ("deltas_dropped", "Deltas let go of for others since the start", bank.dropped),
             ("waiting", "Rows and texts that wait", engine.waiting),
+            ("writing", "Texts that are being written", engine.writing),
             ("passes", "Passes of the model since the start", counts.passes),
             ("rows", "Rows computed since the start", counts.rows),
             ("tokens", "Tokens written since the start", counts.tokens),

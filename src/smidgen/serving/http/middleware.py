@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from smidgen.serving.http.errors import error_response
+from smidgen.serving.http.errors import GONE, error_response
 from smidgen.serving.http.measures import Measures
 from smidgen.serving.http.options import HttpOptions
 
@@ -35,7 +35,7 @@ class RequestLog:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         number = given if GOOD_ID.fullmatch(given) else uuid.uuid4().hex
-        begin, status = time.perf_counter(), 499  # of a client that has gone
+        begin, status = time.perf_counter(), GONE
         state: MutableMapping[str, object] = scope.setdefault("state", {})
 
         async def sending(message: Message) -> None:
@@ -45,9 +45,11 @@ class RequestLog:
                 MutableHeaders(scope=message)["X-Request-ID"] = number
             await send(message)
 
+        self.measures.open.inc()
         try:
             await self.app(scope, receive, sending)
         finally:
+            self.measures.open.dec()
             seconds = time.perf_counter() - begin
             route = getattr(scope.get("route"), "path", "other")
             self.measures.requests.labels(route, str(status)).inc()
@@ -85,7 +87,7 @@ class Gate:
             return
         self.inside += 1
         try:
-            await self.app(scope, self._limited(receive), send)
+            await self.app(scope, self._limited(scope, receive), send)
         finally:
             self.inside -= 1
 
@@ -93,14 +95,17 @@ class Gate:
     def _too_large(self) -> str:
         return f"the body is larger than {self.options.body} bytes"
 
-    def _limited(self, receive: Receive) -> Receive:
-        """The body, piece by piece, up to the limit: a length may be missing, or a lie."""
-        seen = 0
+    def _limited(self, scope: Scope, receive: Receive) -> Receive:
+        """The body, piece by piece, up to the limit: a length may be missing, or a lie. It may also never end."""
+        seen, ended = 0, False
 
         async def receiving() -> Message:
-            nonlocal seen
+            nonlocal seen, ended
             message = await receive()
-            seen += len(message.get("body", b""))
+            if message["type"] == "http.disconnect" and not ended:
+                late = scope["state"].get("late", False)
+                raise HTTPException(408 if late else GONE, "the body is not whole")  # for the log: nobody hears it
+            seen, ended = seen + len(message.get("body", b"")), not message.get("more_body", False)
             if seen > self.options.body:
                 raise HTTPException(413, self._too_large)
             return message

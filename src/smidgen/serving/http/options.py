@@ -22,6 +22,7 @@ class HttpOptions:
         characters: most characters of one text.
         requests: most requests at a time; others are told to come again.
         timeout: seconds after which a request is given up.
+        client_timeout: seconds that a client may take to send a request, and may keep an answer waiting.
     """
 
     keys: frozenset[str] = frozenset()
@@ -30,6 +31,7 @@ class HttpOptions:
     characters: int = 100_000
     requests: int = 1024
     timeout: float = 120.0
+    client_timeout: float = 60.0
 
     def lets_in(self, key: str) -> bool:
         """Whether a key is one of them, in time that does not tell how much of it is right."""

@@ -13,6 +13,7 @@ import uvicorn
 from smidgen.serving.errors import ServingError
 from smidgen.serving.http.app import create_app
 from smidgen.serving.http.options import HttpOptions, check_host
+from smidgen.serving.http.timed_protocol import protocol_within
 from smidgen.serving.server import Server
 
 
@@ -37,11 +38,16 @@ def serve_http(server: Server, host: str, port: int, options: HttpOptions, say: 
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)
-    config = uvicorn.Config(
-        create_app(server, options), log_level="warning", access_log=False, timeout_graceful_shutdown=30,
-        server_header=False, timeout_keep_alive=75,  # longer than clients keep a connection that they do not use
+    _Process(uvicorn_config(server, options)).run(sockets=[listening])
+
+
+def uvicorn_config(server: Server, options: HttpOptions) -> uvicorn.Config:
+    """How uvicorn serves."""
+    return uvicorn.Config(
+        create_app(server, options), http=protocol_within(options.client_timeout), log_level="warning",
+        access_log=False, timeout_graceful_shutdown=30, server_header=False,
+        timeout_keep_alive=75,  # longer than clients keep a connection that they do not use
     )  # fmt: skip
-    _Process(config).run(sockets=[listening])
 
 
 class _Process(uvicorn.Server):
