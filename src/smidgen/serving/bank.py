@@ -165,7 +165,7 @@ class Bank:
         with self._lock:
             entry = self._entries.get(name)
             fresh = entry is not None and (not entry.stored or time.monotonic() - entry.seen < self.recheck)
-            if fresh or (entry is not None and name not in self._tenants):
+            if fresh or (entry is not None and (name not in self._tenants or entry.loading.locked())):
                 return
         version = self.store.version(name) if NAME.fullmatch(name) else ()
         with self._lock:
@@ -189,13 +189,22 @@ class Bank:
         check_name(name)
         tenant = make(name, delta)
         with self._writing:
-            if self.store is not None:
-                self.store.save(name, delta)
-            version = () if self.store is None else self.store.version(name)
+            version = () if self.store is None else self._saved(self.store, name, delta)
             with self._lock:
                 self._entries[name] = _Entry(stored=self.store is not None, version=version)
                 self._keep(name, tenant)
         return tenant
+
+    def _saved(self, store: DeltaStore, name: str, delta: Delta) -> tuple[object, ...]:
+        """Store a delta; meanwhile nobody looks at what is stored under its name. Its version."""
+        entry = self._entries.get(name, _Entry())
+        with entry.loading:
+            try:
+                store.save(name, delta)
+            except BaseException:
+                entry.version = store.version(name)  # what was there is put back, and may be a file of another time
+                raise
+            return store.version(name)
 
     def remove(self, name: str) -> None:
         """Take a delta away, with its file. Raises UnknownDeltaError if there is none."""

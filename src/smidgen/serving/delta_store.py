@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from fsspec.implementations.local import LocalFileSystem
 
 from smidgen.common.atomic_files import read_json
 from smidgen.common.errors import DeltaError, WriteError
-from smidgen.delta.delta import META, TENSORS, Delta
+from smidgen.delta.delta import CARD, META, TENSORS, Delta
 from smidgen.serving.errors import ServingError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 BASE = "base"
+FILES = (TENSORS, CARD, META)  # the last one makes them a delta
 
 
 def check_name(name: object) -> str:
@@ -126,29 +127,51 @@ class DeltaStore:
         """Write a delta, whole or not at all, in the place of one of the same name.
 
         Raises:
-                WriteError: the disk is full, or the folder cannot be written; what was there stays.
+            WriteError: the disk is full, or the folder cannot be written; what was there stays.
         """
         try:
-            self._save(name, delta)
-        except OSError as error:
-            raise WriteError(f"cannot write to {self.place}: {error.strerror or error}") from None
-
-    def _save(self, name: str, delta: Delta) -> None:
-        with self._beside(name) as fresh:
             if self.local:
-                delta.save(fresh)
+                with self._beside(name) as fresh:
+                    delta.save(fresh)
             else:
-                with tempfile.TemporaryDirectory() as copy:
-                    delta.save(copy)
-                    self.fs.put(f"{copy}/", f"{fresh}/", recursive=True)
+                self._upload(f"{self.root}/{name}", delta)
+        except (OSError, WriteError) as error:  # the latter names a folder that is gone by now
+            reason = str(error).rpartition(": ")[2] if isinstance(error, WriteError) else error.strerror or error
+            raise WriteError(f"cannot write to {self.place}: {reason}") from None
+
+    def _upload(self, folder: str, delta: Delta) -> None:
+        """Put a delta where there are no folders to rename: after an error what was there is put back."""
+        with tempfile.TemporaryDirectory() as fresh, tempfile.TemporaryDirectory() as old:
+            delta.save(fresh)
+            kept = [file for file in FILES if self.fs.exists(f"{folder}/{file}")]
+            for file in kept:
+                self.fs.get_file(f"{folder}/{file}", f"{old}/{file}")
+            self.fs.makedirs(folder, exist_ok=True)
+            try:
+                for file in FILES:
+                    self.fs.put_file(f"{fresh}/{file}", f"{folder}/{file}")
+            except BaseException as error:
+                self._put_back(folder, old, kept, error)
+                raise
+
+    def _put_back(self, folder: str, old: str, kept: Sequence[str], error: BaseException) -> None:
+        """Bring a folder back to the files that were kept of it. Raises OSError if that fails as well."""
+        try:
+            if not kept:
+                self.fs.rm(folder, recursive=True)
+                return
+            for file in FILES:  # first of all, to make room
+                if self.fs.exists(f"{folder}/{file}"):
+                    self.fs.rm_file(f"{folder}/{file}")
+            for file in kept:
+                self.fs.put_file(f"{old}/{file}", f"{folder}/{file}")
+        except OSError as second:
+            raise OSError(f"{error}; and what was there could not be put back ({second})") from None
 
     @contextmanager
     def _beside(self, name: str) -> Iterator[str]:
         """A folder beside a delta's, which takes its place at the end; nothing is left of it after an error."""
         final = f"{self.root}/{name}"
-        if not self.local:  # object stores have no folders to rename: values first, then what makes them a delta
-            yield final
-            return
         fresh = tempfile.mkdtemp(prefix=f".{name}.", dir=self.root)
         old = f"{fresh}.old"
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Mapping
 
@@ -25,6 +26,7 @@ STATUS: Mapping[type[Exception], tuple[int, str]] = {
     SmidgenError: (422, "invalid_request"),
     TimeoutError: (504, "timeout"),
 }
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 GONE = 499  # in the log: the client has gone
 CODES = {400: "bad_request", 401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 408: "too_slow",
          413: "body_too_large", 422: "invalid_request", 429: "too_many_requests", 503: "stopping"}  # fmt: skip
@@ -68,6 +70,8 @@ def told(error: BaseException) -> tuple[int, str, str]:
     for cls, (status, code) in STATUS.items():
         if isinstance(error, cls):
             return status, code, str(error) or "it took too long"
+    if isinstance(error, OSError) and error.errno in FULL:
+        return 507, "not_saved", f"the server cannot write: {error.strerror}"
     LOG.error("a request failed", exc_info=error)
     return 500, "server_error", f"the server failed ({type(error).__name__}); its log says more"
 
@@ -89,13 +93,15 @@ def add_handlers(app: FastAPI) -> None:
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        if isinstance(error.__cause__, OSError):  # a large body is written to a temporary file as it comes
+            return await known(request, error.__cause__)
         code = CODES.get(error.status_code, "error")
         answer = error_response(error.status_code, code, str(error.detail))
         answer.headers.update(error.headers or {})
         return answer
 
     app.add_exception_handler(SmidgenError, known)
-    app.add_exception_handler(TimeoutError, known)
+    app.add_exception_handler(OSError, known)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, known)
