@@ -259,7 +259,7 @@ def test_a_fault_of_the_server_is_one_line_and_in_the_log(classifiers, monkeypat
 
     monkeypatch.setattr(sm.Server, "predict", fails)
     with TestClient(create_app(server(model)), raise_server_exceptions=False) as client:
-        answer = client.post("/v1/predict", json={"model": "d0", "inputs": ["good"]})
+        answer = client.post("/v1/predict", json={"model": "base", "inputs": ["good"]})
     failed(answer, 500, "the server failed (RuntimeError)")
     assert "secret" not in answer.text
     assert any("secret path" in line for line in lines)

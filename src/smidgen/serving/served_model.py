@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import groupby
 from math import prod
 from threading import RLock
@@ -56,7 +57,6 @@ class ServedModel:
         self.processor, self.lock = processor, RLock()
         self.plain = shared_copy(model)
         self.plain.eval()
-        self.takes_positions = takes_positions(self.plain)
         self.mixture = Mixture(shared_copy(self.plain))
         self.model: Any = self.mixture.model
         self.forward_seconds, self.writes = 0.0, False
@@ -71,6 +71,11 @@ class ServedModel:
         if kind.name not in self._collators:
             self._collators[kind.name] = kind.collator(self.processor, model=self.plain)
         return self._collators[kind.name]
+
+    @cached_property
+    def takes_positions(self) -> bool:
+        """Whether positions of tokens are among its inputs; asked of models that write texts alone."""
+        return takes_positions(self.plain)
 
     @property
     def device(self) -> torch.device:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from smidgen.common.errors import nearest
 from smidgen.data.encoded import Cells
 from smidgen.data.kinds.base import Question, TaskKind, kind_named
+from smidgen.data.kinds.media_kind import MediaClassification
 from smidgen.data.processor import Processor
 from smidgen.delta.delta import Delta
 from smidgen.inference.prediction import Prediction, answers_to, check_texts, encode_inputs
@@ -28,6 +29,7 @@ from smidgen.serving.errors import ServingError, UnknownDeltaError
 from smidgen.serving.model_pool import ModelPool
 from smidgen.serving.requests import Request, Wanted
 from smidgen.serving.sampling import Sampling
+from smidgen.serving.served_kinds import NoModel, check_served
 from smidgen.serving.served_model import ServedModel
 from smidgen.serving.tenants import Profile, Tenant
 
@@ -112,7 +114,9 @@ class Server:
 
     def _make(self, name: str, delta: Delta) -> Tenant:
         """A delta as a tenant of the base in the class that its kind of task takes."""
-        kind, model = self._placed(TaskRecord.of(delta.info), delta)
+        task = TaskRecord.of(delta.info)
+        check_served(task.task_kind)
+        kind, model = self._placed(task, delta)
         if kind.model_class == CAUSAL_LM and not model.writes:
             check_writing(model)
             model.writes = True
@@ -134,6 +138,10 @@ class Server:
         return Recipient(tenant, replace(tenant.profile.task, kind=kind.name), tenant.profile.labels, kind, model)
 
     # Questions
+
+    def reads_files(self, name: str | None) -> bool:
+        """Whether a delta's inputs are images or sounds. Raises UnknownDeltaError if there is none of that name."""
+        return isinstance(self._asked(name).kind, MediaClassification)
 
     def predict(
         self,
@@ -166,12 +174,14 @@ class Server:
                 f"the base, a {type(asked.model.plain).__name__}, has no head: name a delta, or ask for embeddings"
             )
 
+        check_served(asked.kind)
+
         def run(columns: Cells) -> list[tuple[Tensor, Tensor | None]]:
             return self._computed(asked.requests(columns, "logits"), timeout)
 
         question = Question(
             list(texts), None if pairs is None else list(pairs), asked.task.columns, asked.labels, run,
-            asked.model.plain, asked.model.processor, max_new_tokens, asked.task.max_length,
+            cast(PreTrainedModel, NoModel(asked.kind)), asked.model.processor, max_new_tokens, asked.task.max_length,
         )  # fmt: skip
         found = answers_to(asked.kind, question)
         _check_finite(found)

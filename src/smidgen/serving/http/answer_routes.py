@@ -11,6 +11,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
 from smidgen.common.errors import DataError
+from smidgen.inference.prediction import Prediction
 from smidgen.serving.errors import ServingError
 from smidgen.serving.http.asking import Asked, Asking
 from smidgen.serving.http.errors import RESPONSES
@@ -26,7 +27,7 @@ class PredictRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
     model: Name
-    inputs: Annotated[list[Given], Field(min_length=1, description="texts, or words of each, or messages")]
+    inputs: Annotated[list[Given], Field(min_length=1, description="texts, words of each, messages, or files (data:)")]
     pairs: list[str] | None = Field(None, description="the second text of each, for tasks of two")
     max_tokens: Annotated[int, Field(ge=1, le=4096)] = 64
 
@@ -48,15 +49,23 @@ class PredictResponse(BaseModel):
 @router.post("/v1/predict")
 async def predict(body: PredictRequest, asked: Asking) -> PredictResponse:
     """What a delta's model says: labels with probabilities, numbers, tags, or a text."""
-    check_size(asked, body.inputs)
-    check_size(asked, body.pairs or [])
     asked.about(body.model, len(body.inputs))
-    timeout, tokens = asked.options.timeout, body.max_tokens
-    found = await asked.run(
-        asked.server.predict, body.model, body.inputs, pairs=body.pairs, max_new_tokens=tokens, timeout=timeout
-    )
+    check_count(asked, body.inputs)
+    check_size(asked, body.pairs or [])
+    found = await asked.run(_predicted, asked, body)
     answers = [Answered(answer=one.answer, probabilities=dict(one.probabilities)) for one in found]  # type: ignore[arg-type]
     return PredictResponse(model=body.model, answers=answers)
+
+
+def _predicted(asked: Asked, body: PredictRequest) -> list[Prediction]:
+    """Predictions for texts, or for the content of files."""
+    inputs: Sequence[object] = body.inputs
+    if asked.server.reads_files(body.model):
+        inputs = [file_content(given, i) for i, given in enumerate(body.inputs)]
+    else:
+        check_size(asked, body.inputs)
+    timeout, tokens = asked.options.timeout, body.max_tokens
+    return asked.server.predict(body.model, inputs, pairs=body.pairs, max_new_tokens=tokens, timeout=timeout)
 
 
 class EmbeddingsRequest(BaseModel):
@@ -108,10 +117,30 @@ async def embeddings(body: EmbeddingsRequest, asked: Asking) -> EmbeddingsRespon
     return EmbeddingsResponse(data=[Embedding(index=i, embedding=v) for i, v in enumerate(each)], model=body.model)
 
 
-def check_size(asked: Asked, inputs: Sequence[Given]) -> None:
-    """Raises DataError for more inputs, or longer ones, than are allowed."""
+def file_content(given: Given, number: int) -> bytes:
+    """What an image or a sound is sent as; a path would be one of this machine.
+
+    Raises:
+        DataError: it is no such URL.
+    """
+    head, _, content = given.partition(",") if isinstance(given, str) else ("", "", "")
+    try:
+        if head.startswith("data:") and head.endswith(";base64"):
+            return base64.b64decode(content, validate=True)
+    except ValueError:
+        pass
+    raise DataError(f"input {number} is no file: send its content as data:;base64,CONTENT, in base64")
+
+
+def check_count(asked: Asked, inputs: Sequence[Given]) -> None:
+    """Raises DataError for more inputs than are allowed."""
     if len(inputs) > asked.options.inputs:
         raise DataError(f"{len(inputs)} inputs; at most {asked.options.inputs} in one request")
+
+
+def check_size(asked: Asked, inputs: Sequence[Given]) -> None:
+    """Raises DataError for more inputs, or longer ones, than are allowed."""
+    check_count(asked, inputs)
     longest = max((length(one) for one in inputs), default=0)
     if longest > asked.options.characters:
         raise DataError(f"an input has {longest} characters; at most {asked.options.characters}")
