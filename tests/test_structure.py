@@ -269,7 +269,6 @@ UNPACKS = {
     "what torch's function gets": {("efficiency/first_token/last_block.py", "attend_once")},
     "arguments that several calls share": {
         ("planning/gaps.py", "beside"),
-        ("ports/placement.py", "Attachment"),
         ("sites/discovery.py", "ConvSite"),
         ("sites/discovery.py", "LinearSite"),
         ("sites/discovery.py", "NormSite"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
 from torch import Tensor
+from transformers.utils.generic import ModelOutput
 
 Args: TypeAlias = tuple[Any, ...]  # positional arguments of a forward
 Kwargs: TypeAlias = dict[str, Any]  # its arguments by name
+Output: TypeAlias = tuple[Tensor, ...] | ModelOutput  # what a model of transformers gives
 
 
 def first_of(output: object) -> tuple[Tensor, tuple[object, ...]]:
@@ -20,5 +23,5 @@ def like(output: object, first: Tensor, rest: tuple[object, ...]) -> object:
     """Tensor and rest again, in the form of what was given."""
     if not isinstance(output, tuple):
         return first
-    named: Any = type(output)
-    return named(first, *rest) if hasattr(named, "_fields") else (first, *rest)
+    make: Callable[..., object] = type(output)
+    return make(first, *rest) if hasattr(make, "_fields") else (first, *rest)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from smidgen.common.dtypes import master_dtype
 from smidgen.common.errors import AttachError
@@ -16,10 +16,11 @@ from smidgen.common.wrappers import bare, check_model
 from smidgen.methods.base import Method
 from smidgen.planning.entry import INDICES, START, Entry
 from smidgen.planning.plans import Plan
+from smidgen.ports.edit import Edit, Edits
 from smidgen.ports.in_place.held_state import Held, persistent_buffers
 from smidgen.ports.in_place.master_weights import Low
 from smidgen.ports.in_place.parameter_port import Swap, low_modules, plug_in, take_back
-from smidgen.ports.in_place.sparse_values import SparseValues
+from smidgen.ports.in_place.sparse_values import SparseValues, has_parts, parts_in
 from smidgen.recipe.recipe import Recipe
 from smidgen.sites.site import module_at
 
@@ -37,7 +38,7 @@ class Attachment:
     dtype: torch.dtype  # the base's
     added: dict[str, nn.Parameter] = field(default_factory=dict)
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # name of a tensor -> its owners
-    handles: list[Any] = field(default_factory=list)
+    handles: list[RemovableHandle] = field(default_factory=list)
     guarded: list[str] = field(default_factory=list)  # paths of modules that may read a child with edits
     held: Held = field(default_factory=lambda: Held([], [], []))
     memory: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)  # of events, by index in the recipe
@@ -56,8 +57,7 @@ class Attachment:
 
     def _switch(self, model: nn.Module, on: bool) -> None:
         for path, key in self.edits:
-            edits: Any = module_at(model, path).edits
-            edits[key].enabled = on
+            edit_at(model, path, key).enabled = on
         for owners in self.parts.values():
             self._part(model, owners[0]).enabled = on
         for path, _, _ in self.low_modules():
@@ -67,9 +67,9 @@ class Attachment:
 
     def _part(self, model: nn.Module, owner: str) -> SparseValues:
         path, _, term = owner.rpartition(".")
-        subsets: Any = module_at(model, path).subsets
-        part: SparseValues = subsets[term]
-        return part
+        module = module_at(model, path)
+        assert has_parts(module)
+        return parts_in(module.subsets)[term]
 
     def whole_parts(self, model: nn.Module) -> dict[str, Tensor]:
         """Name -> whole tensor, in master precision and with gradient, of every existing tensor trained in part."""
@@ -88,16 +88,16 @@ class Attachment:
         for entry in self.plan.entries:
             if not (entry.subsets or entry.kept or entry.shared_indices):
                 continue
-            module: Any = module_at(model, entry.site.path)
+            path, key = entry.site.path, entry.key
             for term, subset in entry.subsets.items():
                 if len(subset.indices):
                     yield entry.name(term) + INDICES, subset.indices.to(torch.int32)
                 if subset.start:
-                    yield entry.name(term) + START, getattr(module.edits[entry.key], term).detach()
+                    yield entry.name(term) + START, getattr(edit_at(model, path, key), term).detach()
             for symbol in entry.kept:
-                yield entry.name(symbol) + START, getattr(module.edits[entry.key], f"{symbol}0")
+                yield entry.name(symbol) + START, getattr(edit_at(model, path, key), f"{symbol}0")
             for symbol, _ in entry.shared_indices:
-                yield entry.name(symbol) + INDICES, getattr(module.edits[entry.key], symbol).to(torch.int32)
+                yield entry.name(symbol) + INDICES, getattr(edit_at(model, path, key), symbol).to(torch.int32)
 
     def low_modules(self) -> list[Low]:
         """Modules of a low-precision base that hold masters."""
@@ -149,6 +149,15 @@ class Attachment:
         for name, parameter in model.named_parameters():
             if name in self.flags:
                 yield name, originals.get(name, parameter)
+
+
+def edit_at(model: nn.Module, path: str, key: str) -> Edit:
+    """The edit that stands at a module under a key."""
+    edits = module_at(model, path).edits
+    assert isinstance(edits, Edits)
+    edit = edits[key]
+    assert isinstance(edit, Edit)
+    return edit
 
 
 def attachment(model: nn.Module) -> Attachment:

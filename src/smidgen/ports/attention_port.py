@@ -11,12 +11,12 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import unwrap
-from typing import Any, cast
+from typing import TypedDict, TypeVar, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 
 from smidgen.common.dtypes import master_dtype
 from smidgen.common.errors import AttachError
@@ -25,7 +25,7 @@ from smidgen.planning.entry import Entry
 from smidgen.planning.rules.attention import KeyValueRules
 from smidgen.ports.base import Port
 from smidgen.ports.by_row.layouts import Layouts
-from smidgen.ports.edit import Edit, Edits, edits_at
+from smidgen.ports.edit import Edit, EditedModule, Edits, edits_of, put_edit
 from smidgen.ports.forward_state import state
 from smidgen.sites.site import Site
 
@@ -33,7 +33,7 @@ NAME = "smidgen"
 CAUSAL = {"sdpa": True, "eager": False}  # whether no mask may mean a causal one
 
 
-Function = Callable[..., object]
+Function = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class KeyValueEdit(Edit):
@@ -64,17 +64,16 @@ class AddedKeys:
     there: Tensor | None = None
 
 
-class KeyValueEdits(Edits):
+class KeyValueEdits(Edits[KeyValueEdit]):
     """The edits at one attention module, the configuration that it had, and where its code looks up what to run."""
 
-    def __init__(self, config: Any, interface: AttentionInterface, eager: Function | None) -> None:
+    def __init__(self, config: PreTrainedConfig, interface: AttentionInterface, eager: Function | None) -> None:
         super().__init__()
         self.config, self.interface, self.eager = config, interface, eager
 
     def added(self, key: Tensor) -> AddedKeys | None:
         """What the edits that are on add for keys (B, H_kv, S, h); None if there is nothing."""
-        edits = cast("list[KeyValueEdit]", list(self.values()))
-        found = [edit.keys_values(key) for edit in edits if edit.enabled]
+        found = [edit.keys_values(key) for edit in self.all() if edit.enabled]
         if not found:
             return None
         keys, values = (torch.cat(part, dim=2) for part in zip(*found, strict=True))
@@ -127,8 +126,20 @@ def _side_by_side(found: Sequence[AddedKeys | None], sizes: Sequence[int], longe
     return AddedKeys(torch.cat(keys), torch.cat(values), None if bool(shown.all()) else shown)
 
 
+class AlsoGiven(TypedDict, total=False):
+    """What an attention function may be given beside, as far as it is read here."""
+
+    is_causal: bool | None
+    position_bias: Tensor | None
+
+
 def attend_with_added_keys(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: EditedModule[KeyValueEdits],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Unpack[AlsoGiven],
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function of transformers: query (B, H, T, h), key and value (B, H_kv, S, h), mask (B, 1, T, S)."""
     edits = module.edits
@@ -141,12 +152,11 @@ def attend_with_added_keys(
         attention_mask = _widened(module, query, key, attention_mask, count, is_causal)
         if added.there is not None:
             attention_mask = _closed(attention_mask, added.there, query, key.shape[2], as_bool=CAUSAL[name])
-        if kwargs.get("position_bias") is not None:
-            kwargs["position_bias"] = _in_front(kwargs["position_bias"], count)
+        if (bias := kwargs.get("position_bias")) is not None:
+            kwargs["position_bias"] = _in_front(bias, count)
         key = torch.cat([added.keys, key], dim=2)
         value = torch.cat([added.values, value], dim=2)
-    output: tuple[Tensor, Tensor | None] = function(module, query, key, value, attention_mask, **kwargs)
-    return output
+    return function(module, query, key, value, attention_mask, **kwargs)
 
 
 def _batched(x: Tensor, like: Tensor) -> Tensor:
@@ -191,7 +201,18 @@ def _closed(mask: Tensor | None, there: Tensor, query: Tensor, text: int, as_boo
     return mask
 
 
-def check_attention(module: Any, site: Site) -> None:
+class AttentionModule(nn.Module):
+    """An attention of transformers, which asks its configuration what to run."""
+
+    config: PreTrainedConfig
+
+
+def attention_at(model: nn.Module, site: Site) -> AttentionModule:
+    """The attention of a site."""
+    return cast(AttentionModule, model.get_submodule(site.path))
+
+
+def check_attention(module: AttentionModule, site: Site) -> None:
     """Raises AttachError, before anything is touched, if an attention module cannot take more keys."""
     check_implementation(module.config._attn_implementation, f"{type(module).__name__} at {site.name}")
     if getattr(module, "reorder_and_upcast_attn", False):
@@ -209,11 +230,16 @@ def check_implementation(name: str | None, place: str) -> None:
         )
 
 
-def _take_over(module: Any, cls: type[KeyValueEdits]) -> None:
+AnyKeyValueEdits = TypeVar("AnyKeyValueEdits", bound=KeyValueEdits)
+
+
+def _take_over(module: AttentionModule, cls: type[AnyKeyValueEdits]) -> AnyKeyValueEdits:
     """Give an attention module an empty place for edits, and a configuration of its own that has them asked."""
-    module.add_module("edits", cls(module.config, *_looked_up(module)))
+    edits = cls(module.config, *_looked_up(module))
+    module.add_module("edits", edits)
     module.config = copy.copy(module.config)
     module.config._attn_implementation_internal = NAME
+    return edits
 
 
 class AttentionPort(KeyValueRules, Port):
@@ -223,21 +249,22 @@ class AttentionPort(KeyValueRules, Port):
 
     def check(self, model: nn.Module, entry: Entry) -> None:
         """Raises AttachError if the attention cannot take more keys."""
-        check_attention(model.get_submodule(entry.site.path), entry.site)
+        check_attention(attention_at(model, entry.site), entry.site)
 
     def place(self, model: nn.Module, site: Site, key: str, edit: Edit) -> list[RemovableHandle]:
         """At the attention module, which gets a configuration of its own."""
-        module: Any = model.get_submodule(site.path)
-        if not edits_at(module, KeyValueEdits):
+        module = attention_at(model, site)
+        if edits_of(module, KeyValueEdits) is None:
             _take_over(module, KeyValueEdits)
-        module.edits[key] = edit.train(module.training)
+        put_edit(module, key, edit)
         return []
 
     def remove(self, model: nn.Module, site: Site) -> None:
         """Take all edits away; its own configuration comes back."""
-        module: Any = model.get_submodule(site.path)
-        if edits_at(module, KeyValueEdits):
-            module.config = module.edits.config
+        module = attention_at(model, site)
+        edits = edits_of(module, KeyValueEdits)
+        if edits is not None:
+            module.config = edits.config
             del module._modules["edits"]
 
     def why_no_rows(self, edit: Edit) -> str | None:
@@ -246,18 +273,19 @@ class AttentionPort(KeyValueRules, Port):
 
     def place_layout(self, model: nn.Module, site: Site, layout: str, key: str, edit: Edit) -> list[RemovableHandle]:
         """At the attention module; a row that has fewer keys than others does not see the places in front."""
-        module: Any = model.get_submodule(site.path)
-        if not edits_at(module, KeyValueLayouts):
-            _take_over(module, KeyValueLayouts)
-        module.edits.add(layout, key, edit)
+        module = attention_at(model, site)
+        edits = edits_of(module, KeyValueLayouts)
+        if edits is None:
+            edits = _take_over(module, KeyValueLayouts)
+        edits.add(layout, key, edit)
         return []
 
     def remove_layout(self, model: nn.Module, site: Site, layout: str) -> None:
         """Take a layout's edits away; with the last one the module's own configuration comes back."""
-        module: Any = model.get_submodule(site.path)
-        if edits_at(module, KeyValueLayouts):
-            module.edits.drop(layout)
-            if not len(module.edits):
+        edits = edits_of(model.get_submodule(site.path), KeyValueLayouts)
+        if edits is not None:
+            edits.drop(layout)
+            if not len(edits):
                 self.remove(model, site)
 
 

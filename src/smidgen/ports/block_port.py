@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -23,14 +22,14 @@ from smidgen.methods.token_map import TokenMap
 from smidgen.planning.entry import Entry
 from smidgen.planning.rules.blocks import BlockRules
 from smidgen.ports.base import Port
-from smidgen.ports.edit import Edit, Edits, edits_at
+from smidgen.ports.edit import Edit, EditedModule, Edits, drop_edits, edits_at, give_edits, put_edit
 from smidgen.ports.forward_state import Stream, state
 from smidgen.sites.site import BlockSite, Site, StackSite
 
 POSITIONS = ("position_ids", "position_embeddings", "position_embeddings_global", "position_embeddings_local")
 
 
-class BlockEdits(Edits):
+class BlockEdits(Edits[Edit]):
     """The edits at one block, and its place in the stack."""
 
     def __init__(self, stack: str, last: bool) -> None:
@@ -55,26 +54,24 @@ class BlockPort(BlockRules, Port):
         layer = site.blocks.index(site.path)
         shortens, around = isinstance(edit.method, ShortensText), model_around(model, site.stack)
         for path in site.blocks[layer:] if shortens else (site.path,):
-            module: Any = model.get_submodule(path)
+            module = model.get_submodule(path)
             if not edits_at(module, BlockEdits):
-                module.add_module("edits", BlockEdits(site.stack, path == site.blocks[-1]))
-                module._edit_handles = [
+                give_edits(
+                    module,
+                    BlockEdits(site.stack, path == site.blocks[-1]),
                     module.register_forward_pre_hook(enter_block, with_kwargs=True),
                     module.register_forward_hook(leave_block),
-                ]
-        module = model.get_submodule(site.path)
-        module.edits[key] = edit.train(module.training)
+                )
+        put_edit(model.get_submodule(site.path), key, edit)
         return [around.register_forward_pre_hook(partial(note_text, site.stack), with_kwargs=True)]
 
     def remove(self, model: nn.Module, site: Site) -> None:
         """Take all edits off the stack's blocks."""
         assert isinstance(site, BlockSite)
         for path in site.blocks:
-            module: nn.Module = model.get_submodule(path)
+            module = model.get_submodule(path)
             if edits_at(module, BlockEdits):
-                for handle in module.__dict__.pop("_edit_handles"):
-                    handle.remove()
-                del module._modules["edits"]
+                drop_edits(module)
 
 
 def model_around(model: nn.Module, stack: str) -> nn.Module:
@@ -99,7 +96,7 @@ def note_text(stack: str, around: nn.Module, args: Args, kwargs: Kwargs) -> None
     state().streams[stack] = Stream(None if mask is None else mask[:, cached:], given.get("position_ids"), cached)
 
 
-def enter_block(module: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+def enter_block(module: EditedModule[BlockEdits], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
     """Forward pre-hook of a block: what is as long as the text becomes as long as what is left of it."""
     stream = state().streams.get(module.edits.stack)
     if stream is None or stream.tokens is None or not stream.tokens.shortened:
@@ -140,11 +137,11 @@ def shortened(name: str, value: object, tokens: TokenMap, block: str) -> object:
     )
 
 
-def leave_block(module: Any, args: Args, output: object) -> object:
+def leave_block(module: EditedModule[BlockEdits], args: Args, output: object) -> object:
     """Forward hook of a block: its edits, left to right; behind the last block, each token's own place again."""
     edits, streams = module.edits, state().streams
     states, rest = first_of(output)
-    for edit in edits.values():
+    for edit in edits.all():
         if edit.enabled:
             stream = streams.setdefault(edits.stack, Stream())
             if stream.cached and isinstance(edit.method, ShortensText):

@@ -7,15 +7,16 @@ the base's state_dict names stay as they are. What is computed with them belongs
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from smidgen.methods.base import Method
 from smidgen.methods.capabilities import Tensors
 from smidgen.ports.forward_state import state
-from smidgen.ports.in_place.sparse_values import SparseValues
+from smidgen.ports.in_place.sparse_values import SparseValues, parts_in
 from smidgen.sites.site import Site
 
 Result = TypeVar("Result", Tensor, tuple[Tensor, Tensor])
@@ -54,7 +55,7 @@ class Edit(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Symbol -> whole tensor."""
-        parts: Mapping[str, Any] = self.subsets._modules
+        parts = parts_in(self.subsets)
         found = {symbol: getattr(self, symbol) for symbol in self.symbols}
         whole = {k: parts[k].whole(v) if k in parts else v for k, v in found.items()}
         return whole | self.pool[0].tensors() if self.pool else whole
@@ -65,7 +66,7 @@ class Edit(nn.Module):
 
     def leaf(self, symbol: str) -> nn.Parameter:
         """What is trained of a tensor: all of it, or the chosen values."""
-        parts: Mapping[str, Any] = self.subsets._modules
+        parts = parts_in(self.subsets)
         found: nn.Parameter = parts[symbol].values if symbol in parts else getattr(self, symbol)
         return found
 
@@ -99,13 +100,48 @@ def _cast(tensor: Tensor, dtype: torch.dtype, ndim: int) -> Tensor:
     return tensor.to(dtype) if ndim > 1 else tensor
 
 
-class Edits(nn.ModuleDict):
+AnyEdit = TypeVar("AnyEdit", bound=Edit, covariant=True)
+
+
+class Edits(nn.ModuleDict, Generic[AnyEdit]):
     """All edits at one module, left to right."""
 
+    def all(self) -> list[AnyEdit]:
+        """Left to right."""
+        return cast("list[AnyEdit]", list(self.values()))
 
-def edits_at(module: nn.Module, cls: type[Edits] = Edits) -> bool:
+
+AnyEdits = TypeVar("AnyEdits", bound=Edits[Edit])
+
+
+class EditedModule(nn.Module, Generic[AnyEdits]):
+    """A module that carries edits, as its hooks see it."""
+
+    edits: AnyEdits
+
+
+def edits_of(module: nn.Module, cls: type[AnyEdits]) -> AnyEdits | None:
+    """The edits that a module carries, if they are of this class."""
+    edits = getattr(module, "edits", None)
+    return edits if isinstance(edits, cls) else None
+
+
+def edits_at(module: nn.Module, cls: type[Edits[Edit]] = Edits) -> bool:
     """Whether a module holds edits of this class."""
-    return isinstance(getattr(module, "edits", None), cls)
+    return edits_of(module, cls) is not None
+
+
+def give_edits(module: nn.Module, edits: Edits[Edit], *handles: RemovableHandle) -> None:
+    """Let a module carry edits, with the hooks that `drop_edits` takes away."""
+    module.add_module("edits", edits)
+    module.__dict__["_edit_handles"] = list(handles)
+
+
+def put_edit(module: nn.Module, key: str, edit: Edit) -> None:
+    """Put an edit behind those that a module carries, in the module's mode."""
+    edits = module.edits
+    assert isinstance(edits, Edits)
+    edits[key] = edit.train(module.training)
 
 
 def drop_edits(module: nn.Module) -> None:

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from smidgen.common.errors import AttachError
 from smidgen.common.hook_types import Args
 from smidgen.methods.token_map import TokenMap
+from smidgen.ports.prompts.token_insertion import TokenInsertion
 
 RESULTS = "_smidgen_results"  # attribute of a model: rows (B,) of results -> Mix
 
@@ -90,6 +90,23 @@ class Stream:
 
 
 @dataclass(eq=False)
+class Prompted:
+    """What a pass knows of the prompt among its tokens.
+
+    Attributes:
+        inserted: its places.
+        tokens: of the text.
+        mask: of the text, None without one.
+        pending: vectors (B or 1, n, width) and ids (B, n + T) until they are embedded.
+    """
+
+    inserted: TokenInsertion
+    tokens: int
+    mask: Tensor | None = None
+    pending: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(eq=False)
 class ForwardState:
     """The state of one forward pass.
 
@@ -113,7 +130,7 @@ class ForwardState:
     block: RowBlock | None = None
     inputs: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
     taps: dict[nn.Module, tuple[Tensor, ...]] = field(default_factory=dict)
-    prompts: dict[nn.Module, Any] = field(default_factory=dict)
+    prompts: dict[nn.Module, Prompted] = field(default_factory=dict)
     streams: dict[str, Stream] = field(default_factory=dict)
     called: dict[nn.Module, bool] = field(default_factory=dict)
 

@@ -6,16 +6,16 @@ An edit of a sublayer stands at the module that the sublayer is left by; a tap b
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from smidgen.common.errors import AttachError
 from smidgen.common.hook_types import Args, first_of, like
 from smidgen.methods.base import Method
 from smidgen.methods.capabilities import EditsInput, EditsOutput, Merges, ReadsWeight, Tensors
-from smidgen.ports.edit import Edit, Edits, edits_at
+from smidgen.ports.edit import Edit, EditedModule, Edits, edits_at, give_edits, put_edit
 from smidgen.ports.forward_state import state
 from smidgen.ports.in_place.attached_weights import live
 from smidgen.ports.tap import entered
@@ -78,12 +78,8 @@ class ModuleEdit(Edit):
         return channels_back(self.site, found if rows is None else rows.put(y, found, -1))
 
 
-class ModuleEdits(Edits):
+class ModuleEdits(Edits[ModuleEdit]):
     """All edits at one module; a later one wraps the earlier ones, in the way `merge` folds them."""
-
-    def all(self) -> list[ModuleEdit]:
-        """Left to right."""
-        return cast("list[ModuleEdit]", list(self.values()))
 
     @property
     def reads_entry(self) -> bool:
@@ -101,7 +97,9 @@ def edited_input(edits: ModuleEdits, x: Tensor) -> Tensor:
     return x
 
 
-def edited_output(edits: ModuleEdits, y: Tensor, x: Tensor, came: Tensor | None, module: nn.Module | None) -> Tensor:
+def edited_output(
+    edits: ModuleEdits, y: Tensor, x: Tensor, came: Tensor | None, module: EditedModule[ModuleEdits] | None
+) -> Tensor:
     """The output, y, through all edits: each sees the input that came to its own level, or entered the sublayer.
 
     Args:
@@ -115,18 +113,25 @@ def edited_output(edits: ModuleEdits, y: Tensor, x: Tensor, came: Tensor | None,
             seen = inputs[level] if inputs else x
             if edit.spans:
                 seen = y if came is None else came
-            y = edit.after(seen, y, base_below(module, level) if edit.reads_base else None)
+            y = edit.after(seen, y, _base_read(edit, module, level))
     return y
 
 
-def run_before(module: Any, args: Args) -> Args:
+def _base_read(edit: ModuleEdit, module: EditedModule[ModuleEdits] | None, level: int) -> Tensors | None:
+    if not edit.reads_base:
+        return None
+    assert module is not None  # no layout has an edit that reads it
+    return base_below(module, level)
+
+
+def run_before(module: EditedModule[ModuleEdits], args: Args) -> Args:
     """Forward pre-hook."""
     if not args:
         raise AttachError(f"{type(module).__name__} was called without a positional input; its edits need one")
     return (edited_input(module.edits, args[0]), *args[1:])
 
 
-def run_after(module: Any, args: Args, output: object) -> object:
+def run_after(module: EditedModule[ModuleEdits], args: Args, output: object) -> object:
     """Forward hook. Of a tuple, as modules with a router give, the first entry is the output."""
     edits = module.edits
     y, rest = first_of(output)
@@ -134,12 +139,12 @@ def run_after(module: Any, args: Args, output: object) -> object:
     return like(output, edited_output(edits, y, args[0], came, module), rest)
 
 
-def base_below(module: Any, level: int) -> Tensors:
+def base_below(module: EditedModule[ModuleEdits], level: int) -> Tensors:
     """What an edit sees of its module's own tensors, with the edits before it folded in.
 
     The weight carries no gradient. The bias does: what takes it off the output would else scale its gradient.
     """
-    *below, edit = list(module.edits.values())[: level + 1]
+    *below, edit = module.edits.all()[: level + 1]
     weight, bias = live(module)
     for other in below:
         if other.enabled and overlap(other.site, edit.site):
@@ -167,12 +172,11 @@ def check_editable(module: nn.Module, site: Site) -> None:
         raise AttachError(f"{type(module).__name__} at {site.name} already has an attribute 'edits'")
 
 
-def add_edit(module: Any, key: str, edit: Edit) -> None:
+def add_edit(module: nn.Module, key: str, edit: Edit) -> None:
     """Put an edit on a module, behind those that are there, and place the hooks once."""
     if not edits_at(module, ModuleEdits):
-        module.add_module("edits", ModuleEdits())
-        module._edit_handles = [module.register_forward_hook(run_after)]
-    if isinstance(edit.method, EditsInput) and len(module._edit_handles) == 1:
-        module._edit_handles.append(module.register_forward_pre_hook(run_before))
-    edit.train(module.training)
-    module.edits[key] = edit
+        give_edits(module, ModuleEdits(), module.register_forward_hook(run_after))
+    handles: list[RemovableHandle] = module.__dict__["_edit_handles"]
+    if isinstance(edit.method, EditsInput) and len(handles) == 1:
+        handles.append(module.register_forward_pre_hook(run_before))
+    put_edit(module, key, edit)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -14,10 +12,10 @@ from smidgen.planning.entry import Entry
 from smidgen.planning.rules.modules import ModuleRules
 from smidgen.ports.base import Port
 from smidgen.ports.by_row.module_layouts import add_layout, drop_layout
-from smidgen.ports.edit import Edit, drop_edits
+from smidgen.ports.edit import Edit, Edits, drop_edits, edits_of
 from smidgen.ports.forward_state import state
 from smidgen.ports.in_place.attached_weights import live
-from smidgen.ports.module_edits import ModuleEdit, add_edit, check_editable, fold
+from smidgen.ports.module_edits import ModuleEdit, ModuleEdits, add_edit, check_editable, fold
 from smidgen.sites.site import Site
 
 
@@ -59,9 +57,11 @@ class ModulePort(ModuleRules, Port):
 
 def folded_module(model: nn.Module, path: str) -> dict[str, Tensor]:
     """Name -> value in master precision of a module's weight and bias, its edits folded in."""
-    module: Any = model.get_submodule(path)
+    module = model.get_submodule(path)
+    edits = edits_of(module, ModuleEdits)
+    assert edits is not None
     weight, bias = live(module)
-    for edit in module.edits.values():
+    for edit in edits.all():
         weight, bias = fold(edit, weight, bias)
     return {f"{path}.weight": weight} | ({} if bias is None else {f"{path}.bias": bias})
 
@@ -95,19 +95,29 @@ def note_call(module: nn.Module, args: Args, output: object) -> None:
     state().called[module] = True
 
 
-def expect_calls(module: Any, args: Args) -> None:
+class GuardedModule(nn.Module):
+    """The owner of guarded children, whose names it has."""
+
+    _guarded: tuple[str, ...]
+
+
+def expect_calls(module: GuardedModule, args: Args) -> None:
     """Forward pre-hook of the owner of guarded children."""
     for name in module._guarded:
-        state().called[module._modules[name]] = False
+        child = module._modules[name]
+        assert child is not None
+        state().called[child] = False
 
 
-def check_calls(module: Any, args: Args, output: object) -> None:
+def check_calls(module: GuardedModule, args: Args, output: object) -> None:
     """Forward hook of the owner: each child that has edits in use was called, or they did not act."""
     for name in module._guarded:
         child = module._modules[name]
+        assert child is not None
         edits = child.edits
-        if not state().called.get(child) and any(edit.enabled for edit in edits.values()):
+        assert isinstance(edits, Edits)
+        if not state().called.get(child) and any(edit.enabled for edit in edits.all()):
             raise AttachError(
                 f"{type(module).__name__} read the weight of its {name} without calling it (as a fused kernel does), "
-                f"so {next(iter(edits.values())).method} did not act; leave {name} out, or run without the kernel"
+                f"so {edits.all()[0].method} did not act; leave {name} out, or run without the kernel"
             )

@@ -17,7 +17,7 @@ from smidgen.planning.entry import Entry
 from smidgen.planning.initial_values import blank, initial, shared_indices
 from smidgen.planning.plans import Plan
 from smidgen.planning.shared_tensors import pool_key
-from smidgen.ports.attachment_record import Attachment, attachment, check_masters, is_attached
+from smidgen.ports.attachment_record import Attachment, attachment, check_masters, edit_at, is_attached
 from smidgen.ports.builtin_ports import port_of
 from smidgen.ports.forward_state import close_pass, end_turn, open_pass, take_turn
 from smidgen.ports.in_place.held_state import Held
@@ -56,8 +56,8 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
     partial = {entry.name(t): s.indices for entry in plan.entries if not entry.added for t, s in entry.subsets.items()}
     parts = {name: tuple(owners[id(parameters[name])]) for name in partial}
     _check_parts(model, [owner for found in parts.values() for owner in found])
-    known: dict[str, Any] = {"parts": parts, "held": held, "new": new_names(model)}
-    record = Attachment(plan, swaps(plan, parameters, owners), [], flags, dtype, **known)
+    masters = swaps(plan, parameters, owners)
+    record = Attachment(plan, masters, [], flags, dtype, parts=parts, held=held, new=new_names(model))
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     for entry, fresh in zip(added, tensors, strict=True):
@@ -134,8 +134,7 @@ def _place_edit(model: nn.Module, entry: Entry, fresh: Mapping[str, Tensor], rec
     port, chosen = port_of(entry.site), {term: subset.indices for term, subset in entry.subsets.items()}
     edit = port.edit(entry.method, entry.site, fresh, chosen)
     if pool := pool_key(entry):
-        owner: Any = model
-        edit.share(owner.edits[pool], {k: v.to(device) for k, v in shared_indices(entry, seed).items()})
+        edit.share(edit_at(model, "", pool), {k: v.to(device) for k, v in shared_indices(entry, seed).items()})
     record.handles += port.place(model, entry.site, entry.key, edit)
     if not entry.owns_shared:
         record.edits.append((entry.site.path, entry.key))
@@ -168,7 +167,7 @@ def keep_buffers(model: nn.Module, args: Args, output: object) -> None:
         attachment(model).held.end()
 
 
-def refuse_save(model: nn.Module, *args: Any, **kwargs: object) -> None:
+def refuse_save(model: nn.Module, *args: object, **kwargs: object) -> None:
     """Stands in for save_pretrained on an attached model."""
     raise AttachError(SAVE_ERROR)
 

@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from smidgen.common.hook_types import Args, Kwargs
+from smidgen.common.hook_types import Args, Kwargs, Output
 
 
 def place_pooling(model: nn.Module, pooling: str) -> RemovableHandle:
     """Hook the base model so that its output carries the pooled vector at every position."""
-    base: Any = model.base_model
+    base = model.base_model
+    assert isinstance(base, nn.Module)
     return base.register_forward_hook(partial(pool_output, pooling), with_kwargs=True)
 
 
-def pool_output(pooling: str, base: Any, args: Args, kwargs: Kwargs, output: Any) -> object:
+def pool_output(pooling: str, base: nn.Module, args: Args, kwargs: Kwargs, output: Output) -> object:
     """Forward hook: last_hidden_state (B, T, d) -> its pooled vector (B, d), repeated over T."""
     hidden = output[0]
     pooled = pool(hidden, kwargs.get("attention_mask"), pooling)
     return with_pooled(output, pooled[:, None, :].expand_as(hidden), pooled)
 
 
-def own_pooled(output: Any) -> Tensor | None:
+def own_pooled(output: Output) -> Tensor | None:
     """The vector (B, d) that a base model itself makes of each text, if it makes one."""
     found = (*output[1:2], None)[0] if isinstance(output, tuple) else output.get("pooler_output")
     return found if isinstance(found, Tensor) and found.ndim == 2 else None
 
 
-def with_pooled(output: Any, states: Tensor, pooled: Tensor | None) -> object:
+def with_pooled(output: Output, states: Tensor, pooled: Tensor | None) -> object:
     """A base model's output with other states (B, T, d), and with another vector (B, d) where it had one."""
     had = own_pooled(output) is not None
     if isinstance(output, tuple):

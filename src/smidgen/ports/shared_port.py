@@ -9,7 +9,7 @@ from smidgen.common.errors import AttachError
 from smidgen.planning.entry import Entry
 from smidgen.planning.rules.shared import SharedRules
 from smidgen.ports.base import Port
-from smidgen.ports.edit import Edit, Edits, drop_edits, edits_at
+from smidgen.ports.edit import Edit, Edits, drop_edits, edits_at, put_edit
 from smidgen.sites.site import Site
 
 
@@ -26,9 +26,7 @@ class SharedPort(SharedRules, Port):
         """At the model."""
         if not edits_at(model):
             model.add_module("edits", Edits())
-        edits = model.edits
-        assert isinstance(edits, Edits)
-        edits[key] = edit.train(model.training)
+        put_edit(model, key, edit)
         return []
 
     def remove(self, model: nn.Module, site: Site) -> None:

@@ -5,7 +5,6 @@ what it gives stands in the place of what leaves the stack. No gradient passes t
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -17,12 +16,12 @@ from smidgen.planning.entry import Entry
 from smidgen.planning.rules.blocks import StackRules
 from smidgen.ports.base import Port
 from smidgen.ports.block_port import model_around, note_text, seen
-from smidgen.ports.edit import Edit, Edits, drop_edits
+from smidgen.ports.edit import Edit, EditedModule, Edits, drop_edits, give_edits, put_edit
 from smidgen.ports.forward_state import Stream, state
 from smidgen.sites.site import Site, StackSite
 
 
-class StackEdits(Edits):
+class StackEdits(Edits[Edit]):
     """The one network beside a stack."""
 
     def __init__(self, stack: str) -> None:
@@ -47,10 +46,8 @@ class SideNetworkPort(StackRules, Port):
         handles = [around.register_forward_pre_hook(partial(note_text, site.stack), with_kwargs=True)]
         handles += [blocks[0].register_forward_pre_hook(partial(enter_stack, site.stack), with_kwargs=True)]
         handles += [block.register_forward_hook(partial(tap_block, site.stack)) for block in blocks]
-        last: Any = blocks[-1]
-        last.add_module("edits", StackEdits(site.stack))
-        last._edit_handles = [last.register_forward_hook(leave_stack)]
-        last.edits[key] = edit.train(last.training)
+        give_edits(blocks[-1], StackEdits(site.stack), blocks[-1].register_forward_hook(leave_stack))
+        put_edit(blocks[-1], key, edit)
         return handles
 
     def remove(self, model: nn.Module, site: Site) -> None:
@@ -78,13 +75,13 @@ def tap_block(stack: str, block: nn.Module, args: Args, output: object) -> None:
     state().streams[stack].states.append(first_of(output)[0].detach())
 
 
-def leave_stack(block: Any, args: Args, output: object) -> object:
+def leave_stack(block: EditedModule[StackEdits], args: Args, output: object) -> object:
     """Forward hook of the last block, behind its tap: the network's output in place of the block's.
 
     Raises:
         AttachError: the network gives another shape.
     """
-    (edit,) = block.edits.values()
+    (edit,) = block.edits.all()
     method, tapped = edit.method, state().streams[block.edits.stack].states
     tokens = seen(tapped[-1], edit) if edit.enabled else None
     del state().streams[block.edits.stack]

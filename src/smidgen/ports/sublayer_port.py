@@ -63,7 +63,7 @@ class SublayerPort(SublayerRules, Port):
         module = model.get_submodule(site.path)
         add_layout(module, layout, key, edit)
         if edit.reads_entry and (handle := add_tap(model.get_submodule(site.entry), module)) is not None:
-            module._layout_handles.append(handle)  # type: ignore[union-attr, operator]
+            module.__dict__["_layout_handles"].append(handle)
         return []
 
     def remove_layout(self, model: nn.Module, site: Site, layout: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -16,7 +14,7 @@ class Tap(nn.Module):
     """The name under which a pass keeps what entered a sublayer; one object without tensors, child of both modules."""
 
 
-def keep_input(module: Any, args: Args) -> None:
+def keep_input(module: nn.Module, args: Args) -> None:
     """Forward pre-hook of the module that a sublayer is entered by, before its own edits.
 
     Pegasus-X enters its attention with the text and with global tokens, and leaves with the tokens first: what entered
@@ -24,23 +22,24 @@ def keep_input(module: Any, args: Args) -> None:
     """
     if not args:
         raise AttachError(f"{type(module).__name__} was called without a positional input; its edits need one")
-    taps = state().taps
-    taps[module.tap] = (*taps.get(module.tap, ())[-1:], args[0])
+    tap, taps = module.tap, state().taps
+    assert isinstance(tap, Tap)
+    taps[tap] = (*taps.get(tap, ())[-1:], args[0])
 
 
-def entered(module: Any, output: Tensor) -> Tensor:
+def entered(module: nn.Module, output: Tensor) -> Tensor:
     """What a tap brings to a module that a sublayer is left by."""
-    taps = state().taps
-    values = taps.get(module.tap, ())
-    value, taps[module.tap] = values[-1] if values else None, values[:-1]
+    tap, taps = module.tap, state().taps
+    assert isinstance(tap, Tap)
+    values = taps.get(tap, ())
+    value, taps[tap] = values[-1] if values else None, values[:-1]
     if value is None or value.shape[:-1] != output.shape[:-1]:
         shape = None if value is None else tuple(value.shape)
         raise AttachError(
             f"a sublayer that was entered with {shape} is left with {tuple(output.shape)}: this model calls its parts "
             "in an order of its own, so what entered cannot be read; an adapter of the form 'sequential' works"
         )
-    found: Tensor = value
-    return found
+    return value
 
 
 def add_tap(entry: nn.Module, module: nn.Module) -> RemovableHandle | None:
@@ -48,8 +47,7 @@ def add_tap(entry: nn.Module, module: nn.Module) -> RemovableHandle | None:
     if "tap" in module._modules:
         return None
     entry.tap = module.tap = Tap()
-    handle: RemovableHandle = entry.register_forward_pre_hook(keep_input, prepend=True)
-    return handle
+    return entry.register_forward_pre_hook(keep_input, prepend=True)
 
 
 def drop_tap(module: nn.Module) -> None:

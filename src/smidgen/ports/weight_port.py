@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +23,9 @@ from smidgen.planning.entry import Entry
 from smidgen.planning.rules.weights import WeightRules
 from smidgen.ports.base import Port
 from smidgen.ports.during_call import stand, stand_down
-from smidgen.ports.edit import Edit, Edits, edits_at
+from smidgen.ports.edit import Edit, EditedModule, Edits, edits_at, edits_of, put_edit
 from smidgen.ports.in_place.master_weights import CONTAINERS
+from smidgen.ports.in_place.sparse_values import own_tensor
 from smidgen.sites.site import Site, WeightSite
 
 _LOCK = threading.Lock()  # threads see one `__dict__`: what stands there is taken away by the last to leave
@@ -33,6 +33,12 @@ _LOCK = threading.Lock()  # threads see one `__dict__`: what stands there is tak
 
 class WeightEdit(Edit):
     """What one method adds to one weight, or to several stacked."""
+
+    @property
+    def term(self) -> str:
+        """The weight's name."""
+        assert isinstance(self.site, WeightSite)
+        return self.site.term
 
     def folded(self, weight: Tensor) -> Tensor:
         """The weight with it, in the dtype of the weight.
@@ -54,7 +60,7 @@ class WeightEdit(Edit):
         return each(self.tensors(), weight.to(master_dtype(weight.dtype))).to(weight.dtype)
 
 
-class WeightEdits(Edits):
+class WeightEdits(Edits[WeightEdit]):
     """The edits at the weights of one module."""
 
     def __init__(self) -> None:
@@ -64,14 +70,9 @@ class WeightEdits(Edits):
     def composed(self, module: nn.Module) -> dict[str, Tensor]:
         """Name -> weight with all edits that are on, left to right."""
         found: dict[str, Tensor] = {}
-        for edit in self.values():
-            assert isinstance(edit, WeightEdit)
-            assert isinstance(edit.site, WeightSite)
-            term = edit.site.term
+        for edit in self.all():
             if edit.enabled:
-                weight = module._parameters[term]
-                assert weight is not None
-                found[term] = edit.folded(found.get(term, weight))
+                found[edit.term] = edit.folded(found.get(edit.term, own_tensor(module, edit.term)))
         return found
 
 
@@ -88,16 +89,16 @@ class WeightPort(WeightRules, Port):
 
     def place(self, model: nn.Module, site: Site, key: str, edit: Edit) -> list[RemovableHandle]:
         """At the module that owns the weight, with hooks there and at the nearest module around it that is called."""
-        module: Any = model.get_submodule(site.path)
+        module = model.get_submodule(site.path)
         handles: list[RemovableHandle] = []
         if not edits_at(module, WeightEdits):
             module.add_module("edits", WeightEdits())
             for path in reading_modules(model, site.path):
-                reader: nn.Module = model.get_submodule(path)
+                reader = model.get_submodule(path)
                 if "_composes" not in reader.__dict__:
                     handles += stand(reader, compose_weights, drop_composed)
                 reader.__dict__["_composes"] = (*reader.__dict__.get("_composes", ()), module)
-        module.edits[key] = edit.train(module.training)
+        put_edit(module, key, edit)
         return handles
 
     def remove(self, model: nn.Module, site: Site) -> None:
@@ -113,8 +114,10 @@ class WeightPort(WeightRules, Port):
 
     def folded(self, model: nn.Module, path: str) -> dict[str, Tensor]:
         """The composed weights, by name."""
-        module: Any = model.get_submodule(path)
-        return {f"{path}.{term}": weight for term, weight in module.edits.composed(module).items()}
+        module = model.get_submodule(path)
+        edits = edits_of(module, WeightEdits)
+        assert edits is not None
+        return {f"{path}.{term}": weight for term, weight in edits.composed(module).items()}
 
 
 def reading_modules(model: nn.Module, path: str) -> tuple[str, ...]:
@@ -125,24 +128,31 @@ def reading_modules(model: nn.Module, path: str) -> tuple[str, ...]:
     return (path, outer) if path else (path,)
 
 
-def compose_weights(reader: Any, args: Args) -> None:
+class WeightReader(nn.Module):
+    """A module that reads weights, and the modules that own them."""
+
+    _composes: tuple[EditedModule[WeightEdits], ...]
+
+
+def compose_weights(reader: WeightReader, args: Args) -> None:
     """Pre-hook of a module that reads weights: composed ones stand in the instance's `__dict__`, once for all readers.
 
     What a caller without gradient composed is composed again where a gradient is wanted.
     """
     with nullcontext() if torch.compiler.is_compiling() else _LOCK:
         for module in reader._composes:
-            standing = any(edit.site.term in module.__dict__ for edit in module.edits.values())
+            standing = any(edit.term in module.__dict__ for edit in module.edits.all())
             if not standing or torch.is_grad_enabled():
                 module.__dict__.update(module.edits.composed(module))
             module.edits.readers += 1
 
 
-def drop_composed(reader: nn.Module, args: Args, output: object) -> None:
+def drop_composed(reader: WeightReader, args: Args, output: object) -> None:
     """Forward hook of it (always called): the last to leave takes them away."""
     with nullcontext() if torch.compiler.is_compiling() else _LOCK:
-        for module in reader.__dict__.get("_composes", ()):
+        owners: tuple[EditedModule[WeightEdits], ...] = reader.__dict__.get("_composes", ())
+        for module in owners:
             module.edits.readers = max(module.edits.readers - 1, 0)
             if not module.edits.readers:
-                for edit in module.edits.values():
-                    module.__dict__.pop(edit.site.term, None)
+                for edit in module.edits.all():
+                    module.__dict__.pop(edit.term, None)

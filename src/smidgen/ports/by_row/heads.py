@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smidgen.common.hook_types import Args, Kwargs
+from smidgen.common.hook_types import Args, Kwargs, Output
 from smidgen.ports.forward_state import state
 from smidgen.ports.pooling import own_pooled, pool, with_pooled
 
@@ -40,7 +39,7 @@ def head_by_row(path: str, module: nn.Linear, args: Args, output: Tensor) -> Ten
     return y + bias.to(x.dtype).view(len(bias), *[1] * (y.ndim - 2), -1)
 
 
-def pool_by_row(base: object, args: Args, kwargs: Kwargs, output: Any) -> object:
+def pool_by_row(base: nn.Module, args: Args, kwargs: Kwargs, output: Output) -> object:
     """Forward hook of the base model: last_hidden_state (B, T, d) of rows with a pooling is the pooled vector (B, d),
     repeated over T."""
     poolings: Mapping[str, Tensor] = state().mixed().poolings

@@ -9,7 +9,6 @@ The module computes with neutral terms, a gain of 1 and no bias, and a hook puts
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +81,7 @@ def terms_by_row(terms: NeutralTerms, module: nn.Module, args: Args, output: obj
     site, mix = terms.site, state().mixed()
     mix.check(y, site.path)
     y = channels_last(site, y)
-    found: Any = {}
+    found: dict[str | None, Tensor] = {}
     for term in terms.originals:
         value = terms.by_row(mix, term)
         found[term] = value.view(len(value), *[1] * (y.ndim - 2), -1) if value.ndim == 2 else value

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from smidgen.planning.plans import Plan
 from smidgen.ports.attachment_record import MIXTURE, refuse_attached
 from smidgen.ports.builtin_ports import port_of
 from smidgen.ports.by_row.heads import head_by_row, pool_by_row
-from smidgen.ports.by_row.in_place_terms import NeutralTerms, why_not_in_place
+from smidgen.ports.by_row.in_place_terms import InPlace, NeutralTerms, why_not_in_place
 from smidgen.ports.edit import Edit
 from smidgen.ports.forward_state import RESULTS, Mix, close_pass, open_pass
 from smidgen.sites.site import module_at
@@ -107,11 +106,12 @@ class Mixture:
     def _place(self, layout: str, plan: Plan) -> None:
         """Puts a layout's edits on their modules, and neutral terms and heads where none stand yet."""
         for entry in plan.entries:
-            site: Any = entry.site
+            site = entry.site
             if entry.added:
                 edit = _valueless(entry)
                 self._handles += port_of(site).place_layout(self.model, site, layout, entry.key, edit)
             elif site.path not in self._terms:
+                assert isinstance(site, InPlace)  # or `why_no_rows` has said so
                 terms = NeutralTerms(self.model, site)
                 terms.place()
                 self._terms[site.path] = terms

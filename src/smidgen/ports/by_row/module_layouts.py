@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smidgen.common.errors import AttachError
 from smidgen.common.hook_types import Args, first_of, like
@@ -60,14 +60,20 @@ def by_block(
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def run_layouts_before(module: Any, args: Args) -> Args:
+class LayoutsModule(nn.Module):
+    """A module with edits of several layouts, as its hooks see it."""
+
+    layouts: ModuleLayouts
+
+
+def run_layouts_before(module: LayoutsModule, args: Args) -> Args:
     """Forward pre-hook."""
     if not args:
         raise AttachError(f"{type(module).__name__} was called without a positional input; its edits need one")
     return (by_block(module.layouts, type(module).__name__, edited_input, args[0]), *args[1:])
 
 
-def run_layouts_after(module: Any, args: Args, output: object) -> object:
+def run_layouts_after(module: LayoutsModule, args: Args, output: object) -> object:
     """Forward hook. Of a tuple the first entry is the output."""
     layouts = module.layouts
     y, rest = first_of(output)
@@ -79,23 +85,25 @@ def run_layouts_after(module: Any, args: Args, output: object) -> object:
     return like(output, by_block(layouts, type(module).__name__, function, y, args[0], *came), rest)
 
 
-def add_layout(module: Any, layout: str, key: str, edit: Edit) -> None:
+def add_layout(module: nn.Module, layout: str, key: str, edit: Edit) -> None:
     """Put an edit on a module, behind those of its layout, and place the hooks once."""
     if "layouts" not in module._modules:
         module.add_module("layouts", ModuleLayouts())
-        module._layout_handles = [module.register_forward_hook(run_layouts_after)]
-    layouts: ModuleLayouts = module.layouts
+        module.__dict__["_layout_handles"] = [module.register_forward_hook(run_layouts_after)]
+    layouts = module.layouts
+    assert isinstance(layouts, ModuleLayouts)
     if isinstance(edit.method, EditsInput) and not layouts.sees_input:
-        module._layout_handles.append(module.register_forward_pre_hook(run_layouts_before))
+        module.__dict__["_layout_handles"].append(module.register_forward_pre_hook(run_layouts_before))
         layouts.sees_input = True
     layouts.add(layout, key, edit)
 
 
-def drop_layout(module: Any, layout: str) -> None:
+def drop_layout(module: nn.Module, layout: str) -> None:
     """Take a layout's edits off a module; with the last one also the hooks."""
-    layouts: ModuleLayouts | None = module._modules.get("layouts")
+    layouts = module._modules.get("layouts")
     if layouts is None:
         return
+    assert isinstance(layouts, ModuleLayouts)
     layouts.drop(layout)
     if not len(layouts):
         for handle in module.__dict__.pop("_layout_handles"):

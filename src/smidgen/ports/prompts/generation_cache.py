@@ -7,19 +7,30 @@ that a cache holds and makes masks as wide as the cache, and what makes a cache 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TypedDict, Unpack
 
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from smidgen.ports.prompts.input_edits import current_prompt, input_edits_of
 from smidgen.ports.prompts.token_insertion import TokenInsertion
 
 STAND_INS = ("prepare_inputs_for_generation", "_prepare_static_cache")
 
 
-def place_generation(model: Any, embedding: str) -> None:
+class StepInputs(TypedDict, total=False):
+    """What `generate` knows at one step, as far as it is read here."""
+
+    past_key_values: object
+    attention_mask: object
+    next_sequence_length: int | None
+    inputs_embeds: Tensor | None
+
+
+def place_generation(model: nn.Module, embedding: str) -> None:
     """Stand in for a decoder's methods of `generate`; `embedding` is the path of the module with the prompt."""
+    assert isinstance(model, PreTrainedModel)  # else no site is an input
     if not model.config.is_encoder_decoder and hasattr(model, STAND_INS[0]):
         model.__dict__[STAND_INS[0]] = partial(prepare_inputs, model, embedding)
         model.__dict__[STAND_INS[1]] = partial(prepare_static_cache, model, embedding)
@@ -31,11 +42,13 @@ def drop_generation(model: nn.Module) -> None:
         model.__dict__.pop(name, None)
 
 
-def prepare_inputs(model: Any, embedding: str, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+def prepare_inputs(
+    model: nn.Module, embedding: str, input_ids: Tensor, **kwargs: Unpack[StepInputs]
+) -> dict[str, object]:
     """The class's own inputs of one step. Fed are the tokens that the cache lacks, the prompt not counted."""
-    own = partial(type(model).prepare_inputs_for_generation, model)
+    own = partial(getattr(type(model), STAND_INS[0]), model)
     n, at = _prompt(model, embedding)
-    past, mask, count = (kwargs.get(name) for name in ("past_key_values", "attention_mask", "next_sequence_length"))
+    past, mask, count = kwargs.get("past_key_values"), kwargs.get("attention_mask"), kwargs.get("next_sequence_length")
     if not n or past is None:
         return own(input_ids, **kwargs)
     seen = seen_by(past)
@@ -57,20 +70,21 @@ def prepare_inputs(model: Any, embedding: str, input_ids: Tensor, **kwargs: Any)
     return inputs
 
 
-def prepare_static_cache(model: Any, embedding: str, **kwargs: Any) -> Any:
+def prepare_static_cache(model: nn.Module, embedding: str, *, max_cache_len: int, **kwargs: object) -> Cache:
     """The class's own cache, with places for the prompt."""
     n, _ = _prompt(model, embedding)
-    return type(model)._prepare_static_cache(model, **{**kwargs, "max_cache_len": kwargs["max_cache_len"] + n})
+    own = getattr(type(model), STAND_INS[1])
+    return own(model, max_cache_len=max_cache_len + n, **kwargs)
 
 
 def _prompt(model: nn.Module, embedding: str) -> tuple[int, int]:
     """Vectors that are on, and tokens before them."""
-    module: Any = model.get_submodule(embedding)
-    prompt = module.edits.prompt(module.weight.dtype)
-    return (0 if prompt is None else prompt.shape[1]), module.edits.at
+    module = model.get_submodule(embedding)
+    prompt = current_prompt(module)
+    return (0 if prompt is None else prompt.shape[1]), input_edits_of(module).at
 
 
-def seen_by(cache: Any) -> int | Tensor:
+def seen_by(cache: object) -> int | Tensor:
     """How many tokens a cache holds, a prompt included; 1 for some where it does not count them."""
     if not isinstance(cache, Cache):
         return 1

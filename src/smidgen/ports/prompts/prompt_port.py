@@ -12,28 +12,24 @@ behind that one, else in front.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from inspect import signature
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
-from smidgen.common.dtypes import master_dtype
 from smidgen.common.errors import AttachError
-from smidgen.common.hook_types import Args, Kwargs
+from smidgen.common.hook_types import Args, Kwargs, Output
 from smidgen.methods.base import Method
-from smidgen.methods.capabilities import AddsTokens, Tensors
 from smidgen.planning.entry import Entry
 from smidgen.planning.prompt_positions import prompt_length
 from smidgen.planning.rules.inputs import InputRules
 from smidgen.ports.base import Port
-from smidgen.ports.by_row.layouts import Layouts
-from smidgen.ports.edit import Edit, Edits, drop_edits, edits_at
-from smidgen.ports.forward_state import state
+from smidgen.ports.edit import Edit, EditedModule, drop_edits, edits_of, give_edits, put_edit
+from smidgen.ports.forward_state import Prompted, state
 from smidgen.ports.prompts.generation_cache import drop_generation, place_generation, seen_by
+from smidgen.ports.prompts.input_edits import InputEdit, InputEdits, InputLayouts, current_prompt, input_edits_of
 from smidgen.ports.prompts.token_insertion import TokenInsertion
 from smidgen.sites.input_embedding import _limit, position_limit
 from smidgen.sites.site import InputSite, Site
@@ -68,87 +64,6 @@ UNLABELLED = -100  # what transformers' losses leave out
 CACHES = ("past_key_values", "cache_params", "state")
 
 
-class InputEdit(Edit):
-    """Vectors that one method adds to a text."""
-
-    def tokens(self, dtype: torch.dtype) -> Tensor:
-        """Vectors (1, length, width), or (B, length, width) in a mixed batch."""
-        method = self.method
-        assert isinstance(method, AddsTokens)  # the plan has seen to it
-
-        def function(p: Tensors) -> Tensor:
-            return method.tokens(method.settle(p, self.site), self.site).to(dtype)[None]
-
-        return self.by_row(function, master_dtype(dtype))
-
-
-class InputEdits(Edits):
-    """The edits at one embedding.
-
-    Attributes:
-        names: arguments of the model that takes token ids.
-        at: number of the text's tokens before the prompt.
-        blank: the id that stands in its place.
-        limit: of positions, None if there is none.
-        taken_out: whether the model's output is given back without the prompt.
-    """
-
-    def __init__(self, names: tuple[str, ...], at: int, blank: int, limit: int | None, taken_out: bool) -> None:
-        super().__init__()
-        self.names, self.at, self.blank, self.limit, self.taken_out = names, at, blank, limit, taken_out
-
-    def prompt(self, dtype: torch.dtype) -> Tensor | None:
-        """The vectors of all edits that are on, (1, n, width), or (B, n, width) in a mixed batch."""
-        edits: list[Any] = list(self.values())
-        found = [edit.tokens(dtype) for edit in edits if edit.enabled]
-        return torch.cat(found, 1) if found else None
-
-
-class InputLayouts(Layouts[InputEdits], InputEdits):
-    """Layout -> its edits at one embedding."""
-
-    def fresh(self) -> InputEdits:
-        """An empty place at the same embedding."""
-        return InputEdits(self.names, self.at, self.blank, self.limit, self.taken_out)
-
-    def prompt(self, dtype: torch.dtype) -> Tensor | None:
-        """The vectors of each row, (B, n, width); None where no row has any.
-
-        Raises:
-            AttachError: some rows have other numbers of vectors than others.
-        """
-        now = state()
-        blocks = now.mixed().blocks
-        layouts = [self.of(block.layout) for block in blocks]
-        if not any(layouts):
-            return None
-        found = []
-        for block, edits in zip(blocks, layouts, strict=True):
-            with now.on(block):
-                found.append(None if edits is None else edits.prompt(dtype))
-        lengths = {0 if vectors is None else vectors.shape[1] for vectors in found}
-        if len(lengths) > 1:
-            raise AttachError(f"rows of one batch have prompts of {sorted(lengths)} vectors; they go one after another")
-        return torch.cat([vectors for vectors in found if vectors is not None])
-
-
-@dataclass(eq=False)
-class Prompted:
-    """What a pass knows of the prompt among its tokens.
-
-    Attributes:
-        inserted: its places.
-        tokens: of the text.
-        mask: of the text, None without one.
-        pending: vectors (B or 1, n, width) and ids (B, n + T) until they are embedded.
-    """
-
-    inserted: TokenInsertion
-    tokens: int
-    mask: Tensor | None = None
-    pending: tuple[Tensor, Tensor] | None = None
-
-
 class PromptPort(InputRules, Port):
     """The embedding of a text's tokens, and the model around it that takes their ids."""
 
@@ -162,10 +77,9 @@ class PromptPort(InputRules, Port):
     def place(self, model: nn.Module, site: Site, key: str, edit: Edit) -> list[RemovableHandle]:
         """At the embedding; hooks of the model around it make room and take the prompt out again."""
         assert isinstance(site, InputSite)
-        module: Any = model.get_submodule(site.path)
-        entry: nn.Module = model.get_submodule(site.entry)
-        handles = [] if edits_at(module, InputEdits) else _take_over(model, entry, module, InputEdits)
-        module.edits[key] = edit.train(module.training)
+        module = model.get_submodule(site.path)
+        handles = [] if edits_of(module, InputEdits) is not None else _take_over(model, site, InputEdits)
+        put_edit(module, key, edit)
         place_generation(model, site.path)
         return handles
 
@@ -181,28 +95,34 @@ class PromptPort(InputRules, Port):
     def place_layout(self, model: nn.Module, site: Site, layout: str, key: str, edit: Edit) -> list[RemovableHandle]:
         """At the embedding. All rows of a batch have as many vectors."""
         assert isinstance(site, InputSite)
-        module: Any = model.get_submodule(site.path)
-        entry: nn.Module = model.get_submodule(site.entry)
-        handles = [] if edits_at(module, InputLayouts) else _take_over(model, entry, module, InputLayouts)
-        module._edit_handles += handles
-        module.edits.add(layout, key, edit)
+        module = model.get_submodule(site.path)
+        if edits_of(module, InputLayouts) is None:
+            handles = _take_over(model, site, InputLayouts)
+            module.__dict__["_edit_handles"] += handles
+        edits = edits_of(module, InputLayouts)
+        assert edits is not None
+        edits.add(layout, key, edit)
         return []
 
     def remove_layout(self, model: nn.Module, site: Site, layout: str) -> None:
         """Take a layout's vectors away; with the last ones also the hooks."""
-        module: Any = model.get_submodule(site.path)
-        if edits_at(module, InputLayouts):
-            module.edits.drop(layout)
-            if not len(module.edits):
+        module = model.get_submodule(site.path)
+        edits = edits_of(module, InputLayouts)
+        if edits is not None:
+            edits.drop(layout)
+            if not len(edits):
                 drop_edits(module)
 
 
-def _take_over(model: nn.Module, entry: nn.Module, module: Any, cls: type[InputEdits]) -> list[RemovableHandle]:
+def _take_over(model: nn.Module, site: InputSite, cls: type[InputEdits]) -> list[RemovableHandle]:
     """Give an embedding an empty place for edits; gives the hooks of the models around it."""
+    module, entry = model.get_submodule(site.path), model.get_submodule(site.entry)
+    assert isinstance(model, PreTrainedModel)  # else there is no such site
+    assert isinstance(entry, PreTrainedModel)
+    assert isinstance(module, nn.Embedding)
     decoder, names = _decoder(model, entry), tuple(signature(entry.forward).parameters)
     place, blank, limit = _place(model, entry), _blank(module, model), _limit(entry, module)
-    module.add_module("edits", cls(names, place, blank, limit, decoder is None))
-    module._edit_handles = [module.register_forward_hook(fill_prompts)]
+    give_edits(module, cls(names, place, blank, limit, decoder is None), module.register_forward_hook(fill_prompts))
     handles = [entry.register_forward_pre_hook(insert_prompt, with_kwargs=True, prepend=True)]
     if decoder is not None:
         return [*handles, decoder.register_forward_pre_hook(widen_cross, with_kwargs=True)]
@@ -210,13 +130,13 @@ def _take_over(model: nn.Module, entry: nn.Module, module: Any, cls: type[InputE
     return [*handles, entry.register_forward_hook(remove_prompt, with_kwargs=True, prepend=cls is not InputEdits)]
 
 
-def _place(model: nn.Module, entry: nn.Module) -> int:
+def _place(model: PreTrainedModel, entry: PreTrainedModel) -> int:
     """Number of the text's tokens before the prompt."""
     pools = own_pooling(model) == "first" or getattr(entry, "pooler", None) is not None
-    return 1 if pools and not model.config.is_encoder_decoder else 0  # type: ignore[union-attr]
+    return 1 if pools and not model.config.is_encoder_decoder else 0
 
 
-def _decoder(model: Any, entry: nn.Module) -> nn.Module | None:
+def _decoder(model: PreTrainedModel, entry: nn.Module) -> nn.Module | None:
     """The decoder behind an encoder; none for an encoder alone, whatever its configuration says (UMT5's taggers)."""
     if not model.config.is_encoder_decoder:
         return None
@@ -224,7 +144,7 @@ def _decoder(model: Any, entry: nn.Module) -> nn.Module | None:
     return None if any(module is entry for module in decoder.modules()) else decoder
 
 
-def _blank(embedding: nn.Embedding, model: Any) -> int:
+def _blank(embedding: nn.Embedding, model: PreTrainedModel) -> int:
     """An id for the room that no model takes for padding, or for the place of an image."""
     special = {embedding.padding_idx}
     for name, value in {**model.config.to_dict(), **model.config.get_text_config().to_dict()}.items():
@@ -234,11 +154,10 @@ def _blank(embedding: nn.Embedding, model: Any) -> int:
     return free[0] if free else next(i for i in range(3) if i not in {embedding.padding_idx, model.config.pad_token_id})
 
 
-def insert_prompt(entry: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+def insert_prompt(entry: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
     """Forward pre-hook of the model that takes token ids."""
     module = entry.get_input_embeddings()
-    edits = module.edits
-    prompt = edits.prompt(module.weight.dtype)
+    edits, prompt = input_edits_of(module), current_prompt(module)
     state().prompts.pop(edits, None)
     given: Kwargs = {**dict(zip(edits.names, args, strict=False)), **kwargs}
     cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
@@ -255,12 +174,14 @@ def insert_prompt(entry: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]
     return (), given
 
 
-def _fed(given: Mapping[str, Any]) -> Tensor:
-    ids: Tensor | None = given.get("input_ids")
-    return given["inputs_embeds"] if ids is None else ids
+def _fed(given: Mapping[str, object]) -> Tensor:
+    ids = given.get("input_ids")
+    fed = given["inputs_embeds"] if ids is None else ids
+    assert isinstance(fed, Tensor)
+    return fed
 
 
-def _went_on(given: Kwargs, n: int, at: int) -> dict[str, Any]:
+def _went_on(given: Kwargs, n: int, at: int) -> Kwargs:
     """Arguments behind a cache that holds the prompt. Masks of each query are as wide as the cache already."""
     mask, places = given.get("attention_mask"), given.get("position_ids")
     if isinstance(mask, Tensor) and mask.ndim == 2:
@@ -270,7 +191,7 @@ def _went_on(given: Kwargs, n: int, at: int) -> dict[str, Any]:
     return given
 
 
-def _check_cache(given: Mapping[str, Any], n: int, seen: int | Tensor, held: int) -> None:
+def _check_cache(given: Mapping[str, object], n: int, seen: int | Tensor, held: int) -> None:
     """Raises AttachError if a cache does not hold the prompt, or cache and tokens are not the whole text."""
     if held != n:
         raise AttachError(
@@ -330,7 +251,7 @@ def check_positions_left(limit: int | None, n: int, tokens: int) -> None:
 
 def check_tokens(model: nn.Module, site: InputSite, method: Method) -> None:
     """Raises AttachError, before anything is touched, if an embedding cannot take a method's vectors."""
-    module: nn.Module = model.get_submodule(site.path)
+    module = model.get_submodule(site.path)
     check_positions_left(position_limit(model, site), prompt_length(method, site), 1)
     config: object = getattr(model, "config", None)
     if getattr(config, "audio_length_per_tok", None):
@@ -342,7 +263,7 @@ def check_tokens(model: nn.Module, site: InputSite, method: Method) -> None:
         raise AttachError(f"{type(module).__name__} at {site.path} already has an attribute 'edits'")
 
 
-def fill_prompts(module: Any, args: Args, output: Tensor) -> Tensor | None:
+def fill_prompts(module: EditedModule[InputEdits], args: Args, output: Tensor) -> Tensor | None:
     """Forward hook of the embedding: the prompt stands where room was made."""
     edits = module.edits
     known = state().prompts.get(edits)
@@ -353,17 +274,16 @@ def fill_prompts(module: Any, args: Args, output: Tensor) -> Tensor | None:
     if not edits.taken_out:
         del state().prompts[edits]
     if wide.shape == ids.shape[::-1]:  # XLNet embeds (T, B)
-        turned: Tensor = inserted.fill(output.transpose(0, 1), prompt).transpose(0, 1)
+        turned = inserted.fill(output.transpose(0, 1), prompt).transpose(0, 1)
         if wide.shape != ids.shape:
             return turned
         return torch.where((ids == wide).all(), inserted.fill(output, prompt), turned)
-    filled: Tensor = inserted.fill(output, prompt)
-    return filled
+    return inserted.fill(output, prompt)
 
 
-def remove_prompt(entry: Any, args: Args, kwargs: Kwargs, output: Any) -> object:
+def remove_prompt(entry: PreTrainedModel, args: Args, kwargs: Kwargs, output: Output) -> object:
     """Forward hook of the model that takes token ids: of its hidden states (B, n + T, d), those of the text."""
-    known = state().prompts.pop(entry.get_input_embeddings().edits, None)
+    known = state().prompts.pop(input_edits_of(entry.get_input_embeddings()), None)
     if known is None:
         return None
     inserted = known.inserted
