@@ -6,9 +6,11 @@ import itertools
 import json
 import random
 import socket
+import sys
 import threading
 import time
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -53,6 +55,49 @@ def world(tmp_path):
     yield listening.getsockname()[1], right, given
     process.should_exit = True
     thread.join(60)
+
+
+@pytest.fixture(scope="module")
+def benchmark_load():
+    folder = str(Path(__file__).parents[1] / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        yield pytest.importorskip("serving_load")
+    finally:
+        sys.path.remove(folder)
+
+
+def test_the_benchmark_tells_contents_and_times_apart(benchmark_load):
+    """benchmarks/serving_load.py takes an answer of the content of its time, and the one before within its window."""
+    wanted = [{"so": {"yes": 0.1 * i, "no": 1 - 0.1 * i}} for i in range(3)]
+    name = benchmark_load.Name("removed", [{}] * 3, wanted)
+
+    def said(content, begin, end):
+        status, answers = (404, None) if content is None else (200, [{"probabilities": wanted[content]["so"]}])
+        return benchmark_load.verdict(name, ["so"], status, answers, begin, end)
+
+    assert [said(i, 0, 1)[0] for i in (0, 1, 2, None)] == ["right", "wrong", "wrong", "wrong"]
+    name.history.begin(2, 10.0)
+    assert [said(i, 9, 11) for i in (0, 2)] == [("right", True)] * 2  # it is under way
+    assert [said(i, 8, 9)[0] for i in (0, 2)] == ["right", "wrong"]
+    name.history.end(12.0)
+    name.history.begin(None, 20.0)
+    name.history.end(22.0)
+    name.history.begin(1, 30.0)
+    name.history.end(32.0)
+    times = {
+        (11.5, 11.6): {0, 2},
+        (12.1, 19): {2},
+        (19, 21): {2, None},
+        (23, 29): {None},
+        (31, 33): {None, 1},
+        (33, 40): {1},
+    }
+    for between, right in times.items():
+        assert {i for i in (0, 1, 2, None) if said(i, *between)[0] == "right"} == right, between
+    assert benchmark_load.verdict(name, ["so"], 500, None, 33, 40) == ("refused", False)
+    near = [{"probabilities": {"yes": 0.1 + 2e-4, "no": 0.9 - 2e-4}}]
+    assert benchmark_load.verdict(name, ["so"], 200, near, 33, 40)[0] == "wrong"
 
 
 @pytest.mark.slow
