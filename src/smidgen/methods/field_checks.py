@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from smidgen.common.errors import RecipeError, nearest
 from smidgen.sites.layer_spec import layer_indices
@@ -24,28 +23,33 @@ def one_of(method: str, field: str, value: object, allowed: Sequence[str]) -> No
         raise RecipeError(f"{method}: {field}={value!r} is not one of {', '.join(allowed)}{hint}")
 
 
-def at_least(method: str, field: str, value: Any, least: float, kind: type = int) -> None:
+def _number(value: object) -> float | None:
+    """A value that is a number; True and False are none."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def at_least(method: str, field: str, value: object, least: float, kind: type = int) -> None:
     """Raise RecipeError unless `value` is a number of the kind and not below `least`."""
-    good = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    if not good or value < least:
+    number = _number(value)
+    if number is None or (kind is int and not isinstance(number, int)) or number < least:
         raise RecipeError(f"{method}: {field}={value!r} must be a {'whole ' * (kind is int)}number of at least {least}")
 
 
-def above(method: str, field: str, value: Any, least: float) -> None:
+def above(method: str, field: str, value: object, least: float) -> None:
     """Raise RecipeError unless `value` is a finite number above `least`."""
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (good and value > least and math.isfinite(value)):
+    number = _number(value)
+    if number is None or not (number > least and math.isfinite(number)):
         raise RecipeError(f"{method}: {field}={value!r} must be a number above {least}")
 
 
-def share_field(method: str, field: str, value: Any) -> None:
+def share_field(method: str, field: str, value: object) -> None:
     """Raise RecipeError unless `value` is a number in [0, 1)."""
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (good and 0 <= value < 1):
+    number = _number(value)
+    if number is None or not 0 <= number < 1:
         raise RecipeError(f"{method}: {field}={value!r} must lie in [0, 1)")
 
 
-def flag(method: str, field: str, value: Any) -> None:
+def flag(method: str, field: str, value: object) -> None:
     """Raise RecipeError unless `value` is True or False: 'no' would count as yes."""
     if not isinstance(value, bool):
         raise RecipeError(f"{method}: {field}={value!r} must be True or False")

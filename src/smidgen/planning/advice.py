@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
-from typing import Any
 
 from smidgen.methods.base import Method
 from smidgen.methods.capabilities import Merges
@@ -52,7 +51,7 @@ class Advice:
         """Names under which a method acts in a module; none if it takes no names of modules."""
         for site in inside if hasattr(method, "target") else ():
             name = self._name(_full(site), without_numbers(path))
-            targets: dict[str, Any] = {"target": (name,)}
+            targets: dict[str, tuple[str, ...]] = {"target": (name,)}
             if replace(method, **targets).acts(site):
                 yield name
 

@@ -6,7 +6,6 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -69,7 +68,7 @@ def _of_stacked(method: Method, model: nn.Module, sites: Sequence[Site], path: s
 
 def _of_norms(method: Method, model: nn.Module, sites: Sequence[Site]) -> str:
     """What a method that trains or scales norms, or biases, would need and this model has not."""
-    all_layers: dict[str, Any] = {"layers": None} if hasattr(method, "layers") else {}
+    all_layers: dict[str, None] = {"layers": None} if hasattr(method, "layers") else {}
     anywhere = replace(method, **all_layers)
     trained, norms = set(anywhere.trains(_NORM)), [site for site in sites if isinstance(site, NormSite)]
     text = ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from inspect import signature
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -24,7 +23,7 @@ BESIDE = {
 
 def find_input(model: nn.Module) -> list[InputSite]:
     """The embedding of a text's tokens, and as `entry` the model around it that takes their ids; none for others."""
-    entry: Any = _entry(model)
+    entry = _entry(model)
     try:
         embedding = None if entry is None else entry.get_input_embeddings()
     except NotImplementedError:  # Dia's encoder does not say where its embedding is
@@ -37,12 +36,12 @@ def find_input(model: nn.Module) -> list[InputSite]:
     return [InputSite(paths[id(embedding)], roles, width_in=rows, width_out=width, entry=paths[id(entry)])]
 
 
-def _entry(model: nn.Module) -> nn.Module | None:
+def _entry(model: nn.Module) -> PreTrainedModel | None:
     """The innermost model around the blocks that takes ids: OPT's and others' heads pass the outer ones by."""
     if not isinstance(model, PreTrainedModel):
         return None
     stacks = find_blocks(model)
-    coder: Any = model.get_encoder() if model.config.is_encoder_decoder else model
+    coder = model.get_encoder() if model.config.is_encoder_decoder else model
     if len(stacks) != 1 and coder is model:
         return _around_images(model)
     blocks = [set(map(id, found)) for found in stacks.values()]
@@ -71,7 +70,7 @@ def _continues(model: nn.Module) -> list[PreTrainedModel]:
     return [module for module in found if "generate" not in vars(type(module))]
 
 
-def _around_images(model: PreTrainedModel) -> nn.Module | None:
+def _around_images(model: PreTrainedModel) -> PreTrainedModel | None:
     """The model that puts images among a language model's embedded tokens; none where texts are not gone on with."""
     decoder = model.get_decoder()
     around = [m for m in _continues(model) if any(part is decoder for part in list(m.modules())[1:])]
@@ -79,7 +78,7 @@ def _around_images(model: PreTrainedModel) -> nn.Module | None:
     return around[-1] if around and len(stacks) == 1 and isinstance(decoder, PreTrainedModel) else None
 
 
-def _limit(entry: Any, embedding: nn.Embedding) -> int | None:
+def _limit(entry: PreTrainedModel, embedding: nn.Embedding) -> int | None:
     """How many positions a model has, if it looks them up in a table."""
     count = getattr(entry.config.get_text_config(), "max_position_embeddings", None)
     for module in entry.get_decoder().modules():
@@ -91,5 +90,7 @@ def _limit(entry: Any, embedding: nn.Embedding) -> int | None:
 
 def position_limit(model: nn.Module, site: InputSite) -> int | None:
     """How many positions the model around an embedding has, if it looks them up in a table."""
-    module: Any = model.get_submodule(site.path)
-    return _limit(model.get_submodule(site.entry), module)
+    entry, embedding = model.get_submodule(site.entry), model.get_submodule(site.path)
+    assert isinstance(entry, PreTrainedModel)  # as `find_input` found them
+    assert isinstance(embedding, nn.Embedding)
+    return _limit(entry, embedding)

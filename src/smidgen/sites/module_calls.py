@@ -62,9 +62,9 @@ def _uses(cls: type) -> dict[str, bool]:
             if "init" not in function.__name__:
                 _collect(function, read, called)
     found = {name: name in called for name in read}
-    bases: tuple[Any, ...] = cls.__bases__
-    for base in bases:
-        inherited = _uses(base) if issubclass(base, nn.Module) and base is not nn.Module else {}
+    for base in cls.__bases__:
+        reads = issubclass(base, nn.Module) and base is not nn.Module
+        inherited = _uses(base) if reads else {}
         # an overridden forward may call what the base only reads, and the other way round
         found = {**{k: v for k, v in inherited.items() if "forward" not in vars(cls)}, **found}
     return found

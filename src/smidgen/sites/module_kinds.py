@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -72,7 +72,7 @@ def kind_of(module: nn.Module) -> str:
     shapes = [tuple(p.shape) for p in module.parameters(recurse=False)]
     if 1 <= len(shapes) <= 2 and len(set(shapes)) == 1 and is_norm(module):
         # a LayerNorm over several axes has no channels of its own
-        over: Any = getattr(module, "normalized_shape", (0,))
+        over: Sequence[int] = getattr(module, "normalized_shape", (0,))
         if len(shapes[0]) == 1 or (len(shapes[0]) == 2 and len(over) == 1 and _by_head(module)):
             return "norm"
     if is_linear(module):

@@ -10,7 +10,6 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 SMALL = {"in_features": 5, "out_features": 3, "nx": 5, "nf": 3}
-CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
+CLOSE = 1e-4  # relative and absolute
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def _bias_of(terms: Mapping[str, object]) -> str:
     return next((name for name in terms if acts_as_bias(name)), "")
 
 
-def _along(values: Tensor | None, axis: int, ndim: int) -> Any:
+def _along(values: Tensor | None, axis: int, ndim: int) -> Tensor | float:
     """A norm's tensor, to be multiplied with an output of `ndim` axes."""
     if values is None:
         return 0.0
@@ -152,7 +151,7 @@ def _random(shape: Sequence[int], seed: int) -> Tensor:
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one.double(), other.double(), **CLOSE)
+    return one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=CLOSE, atol=CLOSE)
 
 
 def _run(

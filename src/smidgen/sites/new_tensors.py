@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from smidgen.sites.roles import within
@@ -57,7 +58,7 @@ def new_names(model: nn.Module) -> tuple[str, ...] | None:
     return tuple(name for name in parameters if name in unread)
 
 
-def _made_up(model: nn.Module, names: Any) -> set[str]:
+def _made_up(model: nn.Module, names: Iterable[str]) -> set[str]:
     """Names of parameters that a class never saves, such as sinusoidal positions: the same in every process."""
     found = set()
     for path, module in model.named_modules():
@@ -96,14 +97,14 @@ def models_in(model: nn.Module) -> dict[str, PreTrainedModel]:
     return found
 
 
-def _tokens(config: Any) -> int | None:
+def _tokens(config: PreTrainedConfig | None) -> int | None:
     if config is None:
         return None
     count = getattr(config.get_text_config(), "vocab_size", None)
     return count if isinstance(count, int) else None
 
 
-def _tokens_read(config: Any) -> int | None:
+def _tokens_read(config: PreTrainedConfig) -> int | None:
     """Tokens that the checkpoint knew, by its configuration in a folder or in the hub's cache; None if not found."""
     name = str(getattr(config, "_name_or_path", "") or "")
     try:

@@ -349,8 +349,9 @@ class SharedSite(Site):
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
     """`get_submodule` for a path that is known to exist: a switch of deltas looks up a hundred."""
-    found: Any = model
+    found = model
     for name in path.split(".") if path else ():
-        found = found._modules[name]
-    module: nn.Module = found
-    return module
+        child = found._modules[name]
+        assert child is not None
+        found = child
+    return found

@@ -9,11 +9,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from inspect import signature
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from smidgen.common.errors import AttachError
 from smidgen.common.wrappers import is_plain
@@ -119,7 +118,7 @@ def _names(model: nn.Module) -> list[str]:
 
 def own_pooling(model: nn.Module) -> str | None:
     """Which token the class itself reads, where that is known: "first" or "last"."""
-    config: Any = getattr(model, "config", None)
+    config: PreTrainedConfig | None = getattr(model, "config", None)
     if config is None:
         return None
     if config.model_type in FIRST and getattr(config, "classifier_pooling", "cls") == "cls":

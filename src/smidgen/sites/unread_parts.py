@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,7 +23,38 @@ from smidgen.sites.site import Site
 
 WHOLE = "*"  # read in a way that is not followed
 RECORDS = ("hidden_states", "attentions")  # ends of the names of what is handed on beside the result
-ATTRIBUTE, CHOSEN, RETURNED = "attribute", "chosen", "returned"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A module's own attribute, past what it gives."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Of what is given, the field at a place, or all from there on (`alone` is False)."""
+
+    start: int
+    alone: bool
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The hidden states that a field of the configuration names."""
+
+    field: str
+
+
+@dataclass(frozen=True)
+class _Returned:
+    """All that is given, but for fields that are stored to before."""
+
+    but: frozenset[str] = frozenset()
+
+
+_Read = str | _Part | _Place | _Chosen | _Returned  # of what a child gives; a string is the name of a field, or WHOLE
 
 
 def unread(model: nn.Module) -> tuple[str, ...]:
@@ -67,7 +98,7 @@ def read_sites(model: nn.Module, sites: list[AnySite]) -> list[AnySite]:
     return [replace(site, depth=depths[site.stack]) if site.depth else site for site in kept]
 
 
-def _class(module: nn.Module) -> object:
+def _class(module: nn.Module) -> type:
     return type(module)
 
 
@@ -105,9 +136,9 @@ def _chains(cls: type) -> tuple[tuple[str, ...], ...]:
 
 
 @cache
-def _reads(cls: type) -> dict[str, frozenset[object]]:
-    """Child that a class calls -> what it reads of the output: fields, (place, count), (CHOSEN, field of config)."""
-    found: dict[str, set[object]] = {}
+def _reads(cls: type) -> dict[str, frozenset[_Read]]:
+    """Child that a class calls -> what it reads of the output."""
+    found: dict[str, set[_Read]] = {}
     try:
         check_plain(cls)
         for tree in reachable(cls):
@@ -118,7 +149,7 @@ def _reads(cls: type) -> dict[str, frozenset[object]]:
     return {name: frozenset(reads) for name, reads in found.items()}
 
 
-def _read_in(tree: ast.AST) -> Iterator[tuple[str, object]]:
+def _read_in(tree: ast.AST) -> Iterator[tuple[str, _Read]]:
     """Child, what is read of it, in a function."""
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(tree):
@@ -131,12 +162,12 @@ def _read_in(tree: ast.AST) -> Iterator[tuple[str, object]]:
             reads = (
                 [_use(n, parents) for n in uses if isinstance(n.ctx, ast.Load)] if variable else [_use(parent, parents)]
             )
-            yield from ((name, read) for read in reads if read and read != RETURNED)
-            if RETURNED in reads:
+            yield from ((name, read) for read in reads if read is not None and not isinstance(read, _Returned))
+            if _Returned() in reads:
                 owners = (parents[n] for n in uses)
-                yield name, (RETURNED, frozenset(o.attr for o in owners if isinstance(o, ast.Attribute) and _stores(o)))
+                yield name, _Returned(frozenset(o.attr for o in owners if isinstance(o, ast.Attribute) and _stores(o)))
         elif isinstance(parent, ast.Attribute):
-            yield name, (ATTRIBUTE, parent.attr)
+            yield name, _Part(parent.attr)
         elif not isinstance(parent, ast.Compare):
             yield name, WHOLE
 
@@ -152,32 +183,35 @@ def _assigned(parent: ast.AST | None, call: ast.AST) -> str:
     return targets[0].id if alone and isinstance(targets[0], ast.Name) else ""
 
 
-def _use(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> object:
-    """What is read of an output; "" for nothing that counts."""
+def _use(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> _Read | None:
+    """What is read of an output; None for nothing that counts."""
     parent = parents.get(node)
     if isinstance(parent, ast.Attribute):
         return _field(parent, parents)
     if isinstance(parent, ast.Subscript) and parent.value is node:
-        place: Any = parent.slice
+        place, alone = parent.slice, True
         if isinstance(place, ast.Slice) and place.upper is None and place.step is None:
-            place = place.lower or ast.Constant(0)
-            return (place.value, None) if _is_count(place) else WHOLE
-        return (place.value, 1) if _is_count(place) else WHOLE
-    return RETURNED if isinstance(parent, ast.Return) else WHOLE
+            place, alone = place.lower or ast.Constant(0), False
+        start = _count(place)
+        return WHOLE if start is None else _Place(start, alone)
+    return _Returned() if isinstance(parent, ast.Return) else WHOLE
 
 
-def _is_count(node: ast.AST) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, int) and node.value >= 0
+def _count(node: ast.AST) -> int | None:
+    """The whole number, not below 0, that is written there."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, int) and node.value >= 0:
+        return node.value
+    return None
 
 
-def _field(node: ast.Attribute, parents: dict[ast.AST, ast.AST]) -> object:
+def _field(node: ast.Attribute, parents: dict[ast.AST, ast.AST]) -> _Read | None:
     parent = parents.get(node)
     if _stores(node):
-        return ""
+        return None
     if node.attr.endswith(RECORDS) and isinstance(parent, ast.keyword) and parent.arg == node.attr:
-        return ""
+        return None
     if node.attr == "hidden_states" and isinstance(parent, ast.Subscript) and isinstance(parent.slice, ast.Name):
-        return (CHOSEN, _source(parent.slice.id, parent, parents))
+        return _Chosen(_source(parent.slice.id, parent, parents))
     return WHOLE if isinstance(parent, ast.Call) and parent.func is node else node.attr
 
 
@@ -192,17 +226,17 @@ def _source(name: str, node: ast.AST, parents: dict[ast.AST, ast.AST]) -> str:
     return name
 
 
-def _idle(owner: nn.Module, child: nn.Module, reads: Collection[Any]) -> Iterator[str]:
+def _idle(owner: nn.Module, child: nn.Module, reads: Collection[_Read]) -> Iterator[str]:
     """Paths in a child of what none of the reads depends on."""
-    reads = {read for read in reads if read[0] != ATTRIBUTE or _is_part(child, read[1])}
-    layers = [read[1] for read in reads if read[0] == CHOSEN]
+    reads = {read for read in reads if not isinstance(read, _Part) or _is_part(child, read.name)}
+    layers = [read.field for read in reads if isinstance(read, _Chosen)]
     if layers:
-        others = {read for read in reads if read[0] not in (RETURNED, CHOSEN)}
+        others = {read for read in reads if not isinstance(read, _Returned | _Chosen)}
         if not others - {"last_hidden_state"} and len(layers) == 1:
             yield from _above(child, getattr(owner.config, layers[0], None), bool(others))
         return
     known = output_fields(_class(child))
-    if known is None or WHOLE in reads or any(read[0] == ATTRIBUTE for read in reads):
+    if known is None or WHOLE in reads or any(isinstance(read, _Part) for read in reads):
         return
     used = _used(known, reads)
     if used is not None:
@@ -214,7 +248,7 @@ def _is_part(module: nn.Module, name: str) -> bool:
     return name in module._modules or callable(getattr(type(module), name, None))
 
 
-def _used(known: dict[str, frozenset[str]], reads: Collection[Any]) -> set[str] | None:
+def _used(known: dict[str, frozenset[str]], reads: Collection[_Read]) -> set[str] | None:
     """The children behind what is read; None where that is not told."""
     used: set[str] = set()
     for read in reads:
@@ -222,13 +256,12 @@ def _used(known: dict[str, frozenset[str]], reads: Collection[Any]) -> set[str] 
             if read not in known:
                 return None
             used |= known[read]
-        elif read[0] == RETURNED:
-            used = used.union(*(children for name, children in known.items() if name not in read[1]))
-        else:
-            start, count = read
-            names = list(known)[start:]
+        elif isinstance(read, _Returned):
+            used = used.union(*(children for name, children in known.items() if name not in read.but))
+        elif isinstance(read, _Place):
+            names = list(known)[read.start :]
             # a field that is None is no place: what is behind the first may be any of the next
-            names = names[:1] if count and not start else [n for n in names if not n.endswith(RECORDS)]
+            names = names[:1] if read.alone and not read.start else [n for n in names if not n.endswith(RECORDS)]
             used = used.union(*(known[name] for name in names))
     return used
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from smidgen.common.errors import RecipeError
+from smidgen.methods.base import Method
 from smidgen.methods.field_checks import at_least, one_of
-from smidgen.recipe.recipe import Filter
+from smidgen.recipe.recipe import Filter, Term
 
 SCORES = ("fisher", "gradient", "change", "movement", "scout", "magnitude", "random")
 SCOUT = "scout"
@@ -81,9 +81,12 @@ class Select(Filter):
         if self.score in READY and self.warmup:
             raise RecipeError(f"Select: {self.score!r} looks at the start alone; leave warmup= out")
 
-    def refuses(self, term: Any) -> str | None:
+    def refuses(self, term: Term) -> str | None:
         """A scout is for methods that have one."""
-        if self.score == SCOUT and term.scout() is None:
+        if self.score != SCOUT:
+            return None
+        assert isinstance(term, Method)
+        if term.scout() is None:
             return f"Select('scout'): {term} has no method that looks for it; use 'fisher' or 'change'"
         return None
 

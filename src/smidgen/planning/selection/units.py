@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from smidgen.common.errors import PlanError
 from smidgen.planning.entry import Entry, Shape
@@ -98,7 +98,7 @@ OWN, GROUPED = ("num_attention_heads",), ("num_key_value_heads", "num_attention_
 
 def head_count(model: nn.Module, fields: Sequence[str] = GROUPED) -> int:
     """Heads of a layer's attention; of grouped queries the key / value heads, each with its group, unless `OWN`."""
-    config: Any = getattr(model, "config", None)
+    config: PreTrainedConfig | None = getattr(model, "config", None)
     text = config.get_text_config() if config is not None else None
     for name in fields:
         value = getattr(text, name, None)
