@@ -6,6 +6,7 @@ from .common import ModelError as ModelError
 from .common import PlanError as PlanError
 from .common import RecipeError as RecipeError
 from .common import SmidgenError as SmidgenError
+from .common import StudyError as StudyError
 from .common import TrainError as TrainError
 from .common import parse_bytes as parse_bytes
 from .data import Processor as Processor
@@ -86,7 +87,9 @@ from .steps import penalty as penalty
 from .studies import Diagnosis as Diagnosis
 from .studies import Search as Search
 from .studies import SearchWarning as SearchWarning
+from .studies import Study as Study
 from .studies import Trial as Trial
+from .studies import compare as compare
 from .studies import doctor as doctor
 from .studies import search as search
 from .training import Callback as Callback

@@ -6,4 +6,5 @@ from .errors import ModelError as ModelError
 from .errors import PlanError as PlanError
 from .errors import RecipeError as RecipeError
 from .errors import SmidgenError as SmidgenError
+from .errors import StudyError as StudyError
 from .errors import TrainError as TrainError

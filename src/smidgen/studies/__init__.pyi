@@ -1,3 +1,5 @@
+from .comparison.comparing import compare as compare
+from .comparison.study import Study as Study
 from .diagnosis import Diagnosis as Diagnosis
 from .diagnosis import doctor as doctor
 from .rate_search import SearchWarning as SearchWarning
