@@ -360,7 +360,7 @@ def test_the_files_of_a_report(tmp_path):
 
     write_report(StudyRuns(found.study, tuple(found.results), found.store), tmp_path)
     page = (tmp_path / "report.html").read_text()
-    assert "x against ref: +13.3 (+10.0 to +20.0) points" in page
+    assert "x against ref: +13.3 (−1.0 to +27.7) points" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     text = (tmp_path / "report.md").read_text()
     assert "| ref | 0.001 |" in text

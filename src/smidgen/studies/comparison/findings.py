@@ -165,7 +165,7 @@ class Findings:
             d = differences(values, base)
             flat = d[~np.isnan(d)]
             sd = float(flat.std(ddof=1)) if len(flat) > 1 else math.nan
-            known = not math.isnan(sd)
+            known = len(flat) > 1 and float(np.ptp(flat)) > 0
             found.append(
                 Against(
                     arm,

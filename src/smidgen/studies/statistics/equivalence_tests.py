@@ -48,7 +48,7 @@ def equivalence(
     if len(values) < 2:
         return None
     mean, se, df = float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))), len(values) - 1
-    if se == 0:
+    if np.ptp(values) == 0:
         inside, apart = abs(mean) < margin, mean != 0
         verdict = _verdict(inside, apart, mean, higher_is_better)
         return Equivalence(0.0 if inside else 1.0, (mean, mean), inside, apart, verdict)
