@@ -193,7 +193,7 @@ def test_a_study_that_is_killed_goes_on(base, data, tmp_path):
     out, arguments = tmp_path / "out", ["compare", str(tmp_path / "study.toml"), "--out", str(tmp_path / "out")]
     environment = {**os.environ, "PYTHONPATH": str(Path(sm.__file__).parents[1])}
     process = subprocess.Popen(
-        [sys.executable, "-m", "smidgen.cli", *arguments], env=environment, stderr=subprocess.PIPE
+        [sys.executable, "-m", "smidgen.cli", *arguments], env=environment, stderr=subprocess.DEVNULL
     )
     until = time.monotonic() + 120
     while len(list(out.glob(f"runs/*/{RESULT}"))) < 3 and time.monotonic() < until:
