@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 import smidgen as sm
 from smidgen.common.errors import DataError, StudyError
@@ -301,16 +302,19 @@ def made(tmp_path, scores, metric="accuracy", seeds=(0, 1, 2), **more):
 
 def test_differences_are_paired_by_task_and_seed(tmp_path):
     one = {"t": (0.80, 0.70, 0.60), "u": (0.5, 0.5, 0.5)}
-    found = made(tmp_path, {"a": one, "bb": {"t": (0.82, 0.72, 0.62), "u": (0.5, 0.5, None)}})
+    found = made(tmp_path, {"a": one, "bb": {"t": (0.83, 0.72, 0.63), "u": (0.5, 0.5, None)}})
     over_all, on_t, on_u = found.against
     assert (over_all.task, on_t.task, on_u.task) == (None, "t", "u")
-    assert over_all.difference.mean == pytest.approx((0.02 + 0.0) / 2)
+    assert over_all.difference.mean == pytest.approx((0.08 / 3 + 0.0) / 2)
     assert (over_all.difference.pairs, over_all.difference.missing) == (5, 1)
-    assert on_t.difference.interval == pytest.approx((0.02, 0.02))
-    assert on_t.equivalence.verdict == "better"  # beyond the margin of 0.02, in floating point
-    assert on_u.equivalence.verdict == "equivalent"
+    told = stats.ttest_1samp([0.03, 0.02, 0.03], 0.0).confidence_interval(0.95)
+    assert on_t.difference.interval == pytest.approx((told.low, told.high))
+    assert on_t.equivalence.verdict == "better"
+    assert on_u.equivalence is None
+    assert "the same with every seed" in on_u.difference.why
+    assert over_all.equivalence.interval[0] < over_all.difference.mean < over_all.equivalence.interval[1]
     assert list(on_t.same_examples) == [0, 1, 2]
-    assert on_t.same_examples[0] == pytest.approx(0.5)  # two examples that one alone has right
+    assert on_t.same_examples[1] == pytest.approx(0.5)  # two examples that one alone has right
     assert next(a for a in found.arms if (a.arm, a.task) == ("bb", "u")).failed == ("lr 0.001, seed 2: lost",)
 
 
@@ -327,11 +331,28 @@ def test_p_values_are_corrected_over_the_arms(tmp_path):
 
 
 def test_a_loss_is_better_if_it_is_lower_and_is_not_averaged_over_tasks(tmp_path):
-    low = {"ref": {"t": (3.0, 3.1, 3.2), "u": (9.0, 9.1, 9.0)}, "x": {"t": (2.0, 2.1, 2.2), "u": (9.5, 9.7, 9.4)}}
+    low = {"ref": {"t": (3.0, 3.1, 3.2), "u": (9.0, 9.1, 9.0)}, "x": {"t": (2.0, 2.2, 2.2), "u": (9.5, 9.7, 9.4)}}
     found = made(tmp_path, low, metric="perplexity")
     assert [each.task for each in found.against] == ["t", "u"]
     assert [each.equivalence.verdict for each in found.against] == ["better", "worse"]
     assert found.arms[0].test.worst == 3.2
+
+
+def test_a_metric_that_is_no_finite_number_is_shown_and_compared_with_none(tmp_path):
+    found = made(tmp_path, {"ref": {"t": (3.0, 3.1, 3.2)}, "x": {"t": (2.0, math.inf, 2.3)}}, metric="perplexity")
+    (each,) = found.against
+    assert (each.difference.pairs, each.difference.missing) == (2, 1)
+    assert found.arms[1].test.count == 2
+    assert found.arms[1].failed == ("lr 0.001, seed 1: perplexity on the test split is no finite number",)
+    comparison_report(found)
+
+
+def test_metrics_that_are_no_means_are_tested_example_by_example(tmp_path):
+    found = made(tmp_path, {"ref": {"t": (0.5, 0.6, 0.7)}, "x": {"t": (0.9, 0.6, 0.71)}}, metric="f1")
+    p = found.against[0].same_examples
+    assert p[0] == 1 / 200
+    assert p[1] is None  # the same answers
+    assert p[2] > 0.05
 
 
 def test_one_seed_has_no_interval_and_says_so(tmp_path):

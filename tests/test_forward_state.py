@@ -148,3 +148,23 @@ def test_a_part_that_is_called_by_itself():
     assert torch.allclose(block, whole[2], atol=1e-5)
     assert not state().inputs
     assert not any(state().taps.values())
+
+
+@pytest.mark.parametrize("recipe", ["IA3()", "Adapter(form='parallel', width=2)", "LoRA(rank=2)"])
+def test_what_recomputation_leaves_goes_with_the_backward_pass(recipe, monkeypatch):
+    """Checkpointing stops in the middle of a block, once it has what it needs."""
+    model, left = shaken(recipe, h.causal()).train(), []
+    model.activation_checkpointing_enable()
+    forget = forward_state.ForwardState.forget
+
+    def seen(found):
+        left.append(len(found.inputs) + sum(map(len, found.taps.values())))
+        forget(found)
+
+    monkeypatch.setattr(forward_state.ForwardState, "forget", seen)
+    for _ in range(2):
+        model(**h.ids()).logits.sum().backward()
+        assert not state().inputs
+        assert not any(state().taps.values())
+    assert len(left) == 2
+    assert any(left) or "IA3" not in recipe

@@ -121,6 +121,7 @@ class ForwardState:
         prompts: of embeddings with edits, what is known of the vectors among the text.
         streams: of stacks of blocks, by path: mask and positions, the tokens that are left, what was tapped.
         called: which of the modules ran whose owner may read their tensors instead.
+        ends: it is to be cleared when the backward pass that is under way ends.
     """
 
     owner: nn.Module | None = None
@@ -133,6 +134,13 @@ class ForwardState:
     prompts: dict[nn.Module, Prompted] = field(default_factory=dict)
     streams: dict[str, Stream] = field(default_factory=dict)
     called: dict[nn.Module, bool] = field(default_factory=dict)
+    ends: bool = False
+
+    def forget(self) -> None:
+        """Let go of the tensors that modules left here."""
+        for kept in (self.inputs, self.taps, self.prompts, self.streams, self.called):
+            kept.clear()
+        self.ends = False
 
     def mixed(self) -> Mix:
         """`mix`, of a model on which several results stand.
@@ -169,10 +177,23 @@ _TURN = threading.RLock()
 
 
 def state() -> ForwardState:
-    """The state of the pass that is under way in this thread."""
+    """The state of the pass that is under way in this thread; for modules outside of any pass, the thread's own.
+
+    Activation checkpointing runs modules again in the backward pass, and stops where it has what it needs, before the
+    last of them are left: what those keep goes when the backward pass ends.
+    """
     if _THREAD.current is None:
         _THREAD.current = ForwardState()
-    return _THREAD.current
+    found = _THREAD.current
+    if found.owner is None and not torch.compiler.is_compiling() and not found.ends and in_backward():
+        found.ends = True
+        torch.autograd.Variable._execution_engine.queue_callback(found.forget)
+    return found
+
+
+def in_backward() -> bool:
+    """Whether this thread runs autograd's backward pass."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def open_pass(model: nn.Module, args: Args) -> None:

@@ -11,12 +11,13 @@ import numpy as np
 
 from smidgen.common.json_numbers import plain
 from smidgen.data.metrics import METRICS
-from smidgen.studies.comparison.run_store import Result, RunStore
+from smidgen.studies.comparison.run_store import Examples, Result, RunStore
 from smidgen.studies.comparison.study import Study
 from smidgen.studies.statistics.equivalence_tests import Equivalence, equivalence
 from smidgen.studies.statistics.holm_correction import holm
 from smidgen.studies.statistics.paired_differences import Difference, differences, paired_difference
-from smidgen.studies.statistics.per_example import mcnemar_p
+from smidgen.studies.statistics.per_example import mcnemar_p, permutation_p
+from smidgen.studies.statistics.stratified_means import stratified_mean
 from smidgen.studies.statistics.study_power import pairs_needed, smallest_difference
 from smidgen.studies.statistics.summaries import Summary, summary
 
@@ -54,11 +55,12 @@ class Against:
     Attributes:
         task: of this task alone; None for all tasks together.
         difference: arm minus reference, on the test split.
-        holm_p: the t-test's p, corrected for the number of arms.
+        holm_p, tasks_holm_p: p on these tasks, and on tasks like these, corrected for the number of arms.
         equivalence: with the study's margin.
         smallest: the true difference that a study of this size sees with 80 % probability.
         pairs_for_margin: how many pairs would see a difference as large as the margin.
-        same_examples: seed -> McNemar's p over the test examples, where answers are right or wrong.
+        same_examples: seed -> p over the same test examples: McNemar's of accuracy, else by permutation; None where
+            all answers are the same. Not of generated texts.
     """
 
     arm: str
@@ -67,6 +69,7 @@ class Against:
     task: str | None
     difference: Difference
     holm_p: float | None
+    tasks_holm_p: float | None
     equivalence: Equivalence | None
     smallest: float | None
     pairs_for_margin: int | None
@@ -143,10 +146,14 @@ class Findings:
         rates = sorted({run.lr for run in runs})
         lr = tested[0].lr if tested else None
         edge = None if lr is None or len(rates) < 2 else {rates[0]: "lowest", rates[-1]: "highest"}.get(lr)
-        values = [run.test[metric] for run in tested if run.test is not None]
+        values = [value for run in tested if math.isfinite(value := _tested(run))]
         higher = METRICS[metric].higher_is_better
         costs = _means([run.costs for run in tested])
         failed = tuple(f"lr {run.lr:g}, seed {run.seed}: {run.error}" for run in runs if run.error is not None)
+        failed += tuple(
+            f"lr {run.lr:g}, seed {run.seed}: {metric} on the test split is no finite number"
+            for run in tested if not math.isfinite(_tested(run))
+        )  # fmt: skip
         return ArmFound(
             name, model, task, size, metric, lr, edge, summary(values, higher_is_better=higher), costs, failed
         )
@@ -163,9 +170,9 @@ class Findings:
             if difference is None:
                 continue
             d = differences(values, base)
-            flat = d[~np.isnan(d)]
-            sd = float(flat.std(ddof=1)) if len(flat) > 1 else math.nan
-            known = len(flat) > 1 and float(np.ptp(flat)) > 0
+            spread = stratified_mean([row[~np.isnan(row)] for row in d])
+            assert spread is not None
+            of, sd = (spread.count, spread.tasks), spread.sd
             found.append(
                 Against(
                     arm,
@@ -174,37 +181,51 @@ class Findings:
                     task,
                     difference,
                     None,
-                    equivalence(flat.tolist(), self.study.margin, higher_is_better=higher),
-                    smallest_difference(sd, len(flat)) if known else None,
-                    pairs_needed(sd, self.study.margin) if known else None,
+                    None,
+                    equivalence(list(d), self.study.margin, higher_is_better=higher),
+                    None if sd is None else smallest_difference(sd, *of),
+                    None if sd is None else pairs_needed(sd, self.study.margin, of[1]),
                     self._same_examples(arm, model, tasks[0], size) if len(tasks) == 1 else {},
                 )
             )
         corrected = holm({each.arm: each.difference.t_p for each in found})
-        yield from (replace(each, holm_p=corrected[each.arm]) for each in found)
+        over_tasks = holm({each.arm: each.difference.tasks_p for each in found})
+        yield from (replace(e, holm_p=corrected[e.arm], tasks_holm_p=over_tasks[e.arm]) for e in found)
 
     def _values(self, arm: str, model: str, tasks: Sequence[str], size: Size) -> list[list[float]]:
-        """(tasks, seeds); nan where a run is missing."""
+        """(tasks, seeds); nan where a run is missing, or its metric is not finite."""
         found = []
         for task in tasks:
-            by_seed = {r.seed: r.test[r.metric] for r in self.chosen(arm, model, task, size) if r.test is not None}
+            by_seed = {r.seed: _tested(r) for r in self.chosen(arm, model, task, size)}
             found.append([by_seed.get(seed, math.nan) for seed in self.study.seeds])
         return found
 
     def _same_examples(self, arm: str, model: str, task: str, size: Size) -> dict[int, float | None]:
-        """McNemar's p by seed, where the metric counts right answers."""
-        if self.metrics[task] != "accuracy":
+        """p by seed over the same test examples, where the metric is fast enough to compute some hundred times."""
+        metric = METRICS[self.metrics[task]]
+        if metric.package is not None:
             return {}
-        right = [self._right(name, model, task, size) for name in (arm, self.study.against)]
-        return {seed: mcnemar_p(right[0][seed], right[1][seed]) for seed in right[0] if seed in right[1]}
-
-    def _right(self, arm: str, model: str, task: str, size: Size) -> dict[int, list[bool]]:
-        found = {}
-        for run in self.chosen(arm, model, task, size):
-            said = self.store.examples(run.key)
-            if said is not None:
-                found[run.seed] = [p == r for p, r in zip(said.predictions, said.references, strict=True)]
+        said = [self._said(name, model, task, size) for name in (arm, self.study.against)]
+        found: dict[int, float | None] = {}
+        for seed in (seed for seed in said[0] if seed in said[1]):
+            one, other = said[0][seed], said[1][seed]
+            if metric.name == "accuracy":
+                found[seed] = mcnemar_p(*([p == r for p, r in zip(x.predictions, x.references, strict=True)]
+                                          for x in (one, other)))  # fmt: skip
+            else:
+                found[seed] = permutation_p(metric.function, one.predictions, other.predictions, one.references)
         return found
+
+    def _said(self, arm: str, model: str, task: str, size: Size) -> dict[int, Examples]:
+        """Seed -> what a run with a finite metric said of each test example."""
+        runs = [run for run in self.chosen(arm, model, task, size) if math.isfinite(_tested(run))]
+        return {run.seed: said for run in runs if (said := self.store.examples(run.key)) is not None}
+
+
+def _tested(run: Result) -> float:
+    """Its metric on the test split; nan where that is no finite number."""
+    value = None if run.test is None else run.test[run.metric]
+    return value if value is not None and math.isfinite(value) else math.nan
 
 
 def _means(costs: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:

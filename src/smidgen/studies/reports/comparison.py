@@ -36,6 +36,7 @@ RULES = (
     "and the rate of the head, and the number of rates that are tried. Rates and epochs are chosen on the validation "
     "split; the test split is read once, with the rate that was chosen."
 )
+LIKE_THESE = "“On tasks like these”: the tasks as a sample of others, by the t distribution on their means. "
 FIELDS = ("model", "task", "examples", "arm", "recipe", "seed", "rate", "lr", "metric", "validation", "test", "error")
 
 
@@ -148,8 +149,13 @@ def _sentence(found: Findings, each: Against) -> str:
 
 def _difference(each: Against) -> str:
     interval = each.difference.interval
-    around = f" ({100 * interval[0]:+.1f} to {100 * interval[1]:+.1f})" if interval else ""
-    return f"{100 * each.difference.mean:+.1f}{around}".replace("-", "−")
+    around = f" ({_points(*interval)})" if interval else ""
+    return f"{100 * each.difference.mean:+.1f}".replace("-", "−") + around
+
+
+def _points(low: float, high: float) -> str:
+    """An interval in hundredths of the metric."""
+    return f"{100 * low:+.1f} to {100 * high:+.1f}".replace("-", "−")
 
 
 def _verdict(found: Findings, each: Against) -> str:
@@ -212,6 +218,7 @@ def _score(arm: ArmFound) -> Cell:
 def _differences(found: Findings, model: str, size: Size, where: str) -> Iterator[Section]:
     """Every arm against the reference: over all tasks, and task by task."""
     rows: list[list[Cell]] = []
+    several = any(each.difference.tasks_interval for each in found.against)
     for each in found.against:
         if (each.model, each.size) != (model, size):
             continue
@@ -219,16 +226,33 @@ def _differences(found: Findings, model: str, size: Size, where: str) -> Iterato
         smallest = "–" if each.smallest is None else f"{100 * each.smallest:.1f}"
         task = "all" if each.task is None else each.task
         same = ", ".join("–" if value is None else f"{value:.2g}" for value in each.same_examples.values())
-        rows.append([each.arm, task, _difference(each), p, _verdict(found, each), smallest, same or "–"])
+        row: list[Cell] = [each.arm, task, _difference(each), p, _verdict(found, each), smallest, same or "–"]
+        rows.append([*row, _on_other_tasks(each)] if several else row)
     if rows:
-        columns = ["arm", "tasks", "points", "p (Holm)", "verdict", "could have seen, points", "McNemar's p by seed"]
+        columns = [
+            "arm",
+            "tasks",
+            "points",
+            "p (Holm)",
+            "verdict",
+            "could have seen, points",
+            "p by seed, same examples",
+        ]
+        columns += ["points on tasks like these"] if several else []
         note = (
             f"Each arm minus {found.study.against}, paired by task and seed, in hundredths of the metric; 95 % "
-            "bootstrap intervals over seeds, the tasks being what they are; paired t-tests, corrected by Holm over the "
-            "arms; equality by two one-sided tests. "
-            "“Could have seen”: the true difference that so many pairs see with 80 % probability."
+            "bootstrap intervals over seeds, the tasks being what they are; t-tests over seeds within tasks, corrected "
+            "by Holm over the arms; equality by two one-sided tests. "
+            "“Could have seen”: the true difference that so many pairs see with 80 % probability. “Same examples”: "
+            "McNemar's test of accuracy, else a permutation test. " + (LIKE_THESE if several else "")
         )
         yield Table(f"Against {found.study.against}{where}", columns=[Column(c) for c in columns], rows=rows, note=note)
+
+
+def _on_other_tasks(each: Against) -> str:
+    """What the tasks, as a sample, say of others."""
+    interval, p = each.difference.tasks_interval, each.tasks_holm_p
+    return "–" if interval is None else f"{_points(*interval)}" + ("" if p is None else f", p {p:.2g}")
 
 
 def _costs(arms: Mapping[str, Sequence[ArmFound]], where: str) -> Section:

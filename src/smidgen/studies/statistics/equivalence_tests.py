@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
+
+from smidgen.common.errors import StudyError
+from smidgen.studies.statistics.stratified_means import stratified_mean
 
 Verdict = Literal["equivalent", "better", "worse", "cannot tell"]
 
@@ -32,32 +36,32 @@ class Equivalence:
 
 
 def equivalence(
-    d: Sequence[float], margin: float, *, higher_is_better: bool = True, level: float = 0.05
+    d: Sequence[ArrayLike], margin: float, *, higher_is_better: bool = True, level: float = 0.05
 ) -> Equivalence | None:
-    """Of paired differences (n,), and a margin in the same units; None for fewer than two pairs.
+    """Of paired differences, (seeds,) for each task, nan where missing, and a margin in the same units.
 
-        t_low = (mean + margin) / se,  t_high = (mean - margin) / se,  se = sd / sqrt(n),  n - 1 degrees of freedom
+        t_low = (D + margin) / se,  t_high = (D - margin) / se,  with D, se and df of `stratified_means`
+
+    None where there is no standard error: one seed for each task, or differences that do not vary.
 
     Raises:
-        ValueError: the margin is not above 0.
+        StudyError: the margin is not above 0, or a difference is infinite.
     """
     if not margin > 0:
-        raise ValueError(f"a margin must be above 0, found {margin}")
-    values = np.asarray(d, np.float64)
-    values = values[~np.isnan(values)]
-    if len(values) < 2:
+        raise StudyError(f"a margin must be above 0, found {margin}")
+    rows = [np.atleast_1d(np.asarray(row, np.float64)) for row in d]
+    if any(np.isinf(row).any() for row in rows):
+        raise StudyError("an infinite difference is within no margin; leave the run out as a failed one (nan)")
+    found = stratified_mean([row[~np.isnan(row)] for row in rows])
+    if found is None or found.se is None:
         return None
-    mean, se, df = float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))), len(values) - 1
-    if np.ptp(values) == 0:
-        inside, apart = abs(mean) < margin, mean != 0
-        verdict = _verdict(inside, apart, mean, higher_is_better)
-        return Equivalence(0.0 if inside else 1.0, (mean, mean), inside, apart, verdict)
+    mean, se, df = found.mean, found.se, found.df
     p = max(float(stats.t.sf((mean + margin) / se, df)), float(stats.t.cdf((mean - margin) / se, df)))
     half = float(stats.t.ppf(1 - level, df)) * se
     apart = abs(mean) > float(stats.t.ppf(1 - level / 2, df)) * se
-    inside = p < level
-    verdict = _verdict(inside, apart, mean, higher_is_better)
-    return Equivalence(p, (mean - half, mean + half), inside, apart, verdict)
+    return Equivalence(
+        p, (mean - half, mean + half), p < level, apart, _verdict(p < level, apart, mean, higher_is_better)
+    )
 
 
 def _verdict(equivalent: bool, different: bool, mean: float, higher_is_better: bool) -> Verdict:
