@@ -541,8 +541,8 @@ def test_the_same_global_batches_for_any_number_of_processes(world):
     assert {len(share) for share in shares} == {4}
     for index, batch in enumerate(whole):
         parts = [share[index] for share in shares]
-        assert len({len(part) for part in parts}) == 1
-        assert {row for part in parts for row in part} == set(batch)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        assert sorted(row for part in parts for row in part) == sorted(batch), "each row in one process"
     assert list(ShuffledBatches(23, 6, seed=1, epoch=2, skip=2)) == whole[2:]
     assert list(ShuffledBatches(23, 6, seed=1, epoch=3)) != whole
     assert list(ShuffledBatches(23, 6, seed=2, epoch=2)) != whole

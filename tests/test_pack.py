@@ -242,8 +242,8 @@ def test_processes_share_the_same_packed_batches(world):
     shares = [packed(rank=rank, world=world) for rank in range(world)]
     for index, batch in enumerate(whole):
         parts = [share[index] for share in shares]
-        assert len({len(part) for part in parts}) == 1
-        assert {tuple(row) for part in parts for row in part} == {tuple(row) for row in batch}
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        assert sorted(row for part in parts for row in part) == sorted(batch), "each row in one process"
     assert packed(skip=3) == whole[3:]
 
 

@@ -17,8 +17,8 @@ _Row = TypeVar("_Row")
 class ShuffledBatches:
     """Lists of row numbers of one epoch, each process its share of every global batch.
 
-    The same global batches come for any number of processes. A global batch with fewer rows than it needs to give
-    every process equally many is filled up with its own first rows.
+    The same global batches come for any number of processes, each row in one of them: shares differ by one row at most,
+    and that of a batch with fewer rows than processes may be empty.
 
     With `lengths`, batches hold rows of like length: the shuffled rows are cut into pools of 50 batches, each pool is
     sorted by length and cut into batches, and all batches of the epoch are shuffled. Which rows share a pool, the order
@@ -141,6 +141,4 @@ def _shuffled(items: list[_Row], generator: torch.Generator) -> list[_Row]:
 
 
 def _share(chunk: list[_Row], rank: int, world: int) -> list[_Row]:
-    short = -len(chunk) % world
-    filled = chunk + [chunk[i % len(chunk)] for i in range(short)]
-    return filled[rank::world]
+    return chunk[rank::world]

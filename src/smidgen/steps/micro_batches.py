@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -29,7 +30,12 @@ class MicroBatch(NamedTuple):
 
 
 def split_batch(
-    places: Sequence[int], batch: Mapping[str, Tensor], size: int, kind: str, reduction: str = MEAN
+    places: Sequence[int],
+    batch: Mapping[str, Tensor],
+    size: int,
+    kind: str,
+    reduction: str = MEAN,
+    total: float | None = None,
 ) -> Iterator[MicroBatch]:
     """A batch in micro-batches of up to `size` rows.
 
@@ -41,24 +47,31 @@ def split_batch(
         batch: tensors (B, ...), and anything else, which is handed on.
         kind: name of the task's kind, which says what a row contributes to the mean.
         reduction: "mean" or "sum", see `Objective`.
+        total: rows, or tokens that carry a label, of a larger batch that this one is a process's share of.
 
     Raises:
         TrainError: a batch whose examples depend on each other ("batch") has more than `size` rows.
     """
-    rows = len(next(iter(value for value in batch.values() if isinstance(value, Tensor))))
-    if rows <= size:
+    rows = rows_in(batch)
+    if rows <= size and total is None:
         yield MicroBatch(places, dict(batch), 1.0, 1.0)
         return
-    if reduction == BATCH:
+    if reduction == BATCH and rows > size:
         raise TrainError(
             f"the loss couples the {rows} examples of a batch, which cannot be computed {size} at a time; set "
             f"batch_size={size}, or leave max_memory out"
         )
     counts = kind_named(kind).loss_weights(batch, rows)
+    total = sum(counts) if total is None else total
     for start in range(0, rows, size):
         part = slice(start, start + size)
         cut = {name: value[part] if isinstance(value, Tensor) else value for name, value in batch.items()}
-        share = sum(counts[part]) / sum(counts)
+        share = sum(counts[part]) / total if total else math.nan
         if share:
             here = places[part] if len(places) == rows else places
             yield MicroBatch(here, cut, 1.0 if reduction == SUM else share, share)
+
+
+def rows_in(batch: Mapping[str, object]) -> int:
+    """Rows of a batch."""
+    return len(next(value for value in batch.values() if isinstance(value, Tensor)))

@@ -61,18 +61,21 @@ class Feed:
         return [len(self._order(epoch)) for epoch in range(self.settings.epochs)]
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[list[int], Batch]]:
-        """Row numbers and batch, in the order of the epoch, without the first `skip`."""
+        """Row numbers and batch, in the order of the epoch, without the first `skip`.
+
+        A process whose share of a batch is empty gets no number and the first row of the split, to count for nothing.
+        """
         order = self._order(epoch, skip)
         for places, batch in self._packed(order) if isinstance(order, PackedBatches) else self._padded(order):
             yield places, {k: carried(v, self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
     def _padded(self, order: ShuffledBatches) -> Iterator[tuple[list[int], Batch]]:
         for places in order:
-            yield places, self.collate([self.rows[i] for i in places])
+            yield places, self.collate([self.rows[i] for i in places or (0,)])
 
     def _packed(self, order: PackedBatches) -> Iterator[tuple[list[int], Batch]]:
         for rows in order:
-            batch = self.packer([[self.rows[i] for i in row] for row in rows])
+            batch = self.packer([[self.rows[i] for i in row] for row in rows or [[0]]])
             yield (
                 [i for row in rows for i in row],
                 cast(Batch, batch),

@@ -30,7 +30,7 @@ class RunStatus:
         loss: of the last step, its penalties included; NaN before the first.
         lr: the first parameter group's rate in that step.
         examples: of that step, over all processes.
-        replaced: set by a callback that put other tensors in place of trained ones, so that wrappers are made anew.
+        replaced: set by a callback that put other tensors in place of trained ones, so that those are trained.
     """
 
     model: nn.Module

@@ -39,9 +39,9 @@ def unpack(
             memory[int(index)] = {**memory.get(int(index), {}), key: value}
     unpack_optimizer(optimizer, tensors)
     rank = accelerator.process_index
-    torch.set_rng_state(tensors["rng/cpu"][rank])
+    torch.set_rng_state(tensors["rng/cpu"][rank].clone())  # of a view, torch 2.13 crashes
     if "rng/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng/cuda"][rank])
+        torch.cuda.set_rng_state(tensors["rng/cuda"][rank].clone())
     device = accelerator.device
     return {n.removeprefix("best/"): t.to(device) for n, t in tensors.items() if n.startswith("best/")}
 

@@ -25,8 +25,3 @@ class Interrupts:
     def __exit__(self, *error: object) -> None:
         if self.placed:
             signal.signal(signal.SIGINT, self.before)
-
-    def check(self) -> None:
-        """Raises KeyboardInterrupt if there was one."""
-        if self.seen:
-            raise KeyboardInterrupt

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from smidgen.common.byte_sizes import parse_bytes
@@ -19,7 +18,7 @@ from smidgen.common.folder_lock import folder_lock_held
 from smidgen.common.memory import give_back_memory, memory_guard
 from smidgen.common.wrappers import bare
 from smidgen.data.encoded import Encoded
-from smidgen.data.kinds.base import Batch, Pair
+from smidgen.data.kinds.base import Batch
 from smidgen.delta.attaching import attach, detach
 from smidgen.delta.delta import Delta
 from smidgen.delta.saved_selection import Selection
@@ -36,8 +35,8 @@ from smidgen.steps.divergence import remedy
 from smidgen.steps.gradient_checks import FEW, MANY, Watch, check_depends, snapshot
 from smidgen.steps.growth import assign
 from smidgen.steps.loss_computation import At, Beside, loss_of
-from smidgen.steps.micro_batches import MicroBatch, split_batch
-from smidgen.steps.objectives import BATCH, SUM, reduction_of
+from smidgen.steps.micro_batches import MicroBatch, rows_in, split_batch
+from smidgen.steps.objectives import BATCH, reduction_of
 from smidgen.steps.optimizer_groups import optimizer
 from smidgen.steps.other_batches import Source
 from smidgen.training.memory.batch_size import StepShape, batch_and_bytes
@@ -49,6 +48,7 @@ from smidgen.training.run.forward_shortcuts import shortcuts
 from smidgen.training.run.interrupts import Interrupts
 from smidgen.training.run.model_guard import borrowed
 from smidgen.training.run.prefix_cache_policy import Conditions
+from smidgen.training.run.processes import Processes, accelerator_of
 from smidgen.training.run.progress import Choices, Progress, State, Validation
 from smidgen.training.run.progress_bar import Bar
 from smidgen.training.run.prompt_budget import check_lengths, longest
@@ -57,11 +57,17 @@ from smidgen.training.run.run_record import asked, choices, outcome
 from smidgen.training.run.run_spec import RunSpec
 from smidgen.training.run.settings import PACK, Settings
 
-UNTESTED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-
 
 class NoValidationWarning(UserWarning):
     """There is no validation split, so the last state is kept and not the best."""
+
+
+@dataclass(frozen=True)
+class BatchShare:
+    """Of the batch that processes share: its examples, and what its mean is taken over; None if it is not shared."""
+
+    examples: int
+    total: float | None = None
 
 
 class Loop:
@@ -73,13 +79,11 @@ class Loop:
     """
 
     def __init__(self, run: RunSpec) -> None:
-        self.accelerator = Accelerator()
-        if self.accelerator.distributed_type in UNTESTED:
-            kind = self.accelerator.distributed_type.value
-            raise TrainError(f"{kind} is not supported yet; use one process or DDP (accelerate launch --multi_gpu)")
+        self.accelerator = accelerator_of()
+        self.processes = Processes(self.accelerator)
         if run.settings.batching == PACK:
             check_kind(run.task.kind)
-        check_coupling(run.task.task_kind, run.settings, self.accelerator.num_processes)
+        check_coupling(run.task.task_kind, run.settings, self.processes.count)
         self.run = run = run.checked()
         if again := reversible_stacks(bare(run.model)):
             raise TrainError(
@@ -90,18 +94,17 @@ class Loop:
         self.selection, self.kind = run.selection, run.task.task_kind
         self.reduction = reduction_of(self.objective, self.kind)
         self.processor = run.processor or processor_of(run.model, self.kind)
-        self.main, self.world = self.accelerator.is_main_process, self.accelerator.num_processes
-        self.folder = RunFolder(run.out, writer=self.main)
+        self.folder = RunFolder(run.out, writer=self.processes.main)
         self.progress = Progress()
-        check_reading(self.objective, self.kind, self.settings, self.world)
+        check_reading(self.objective, self.kind, self.settings, self.processes.count)
 
     def fit(self) -> Delta:
         """Open or resume the run, train, and give back the best state; the model is left as it came."""
         wanted = {} if self.folder.path is None else asked(self.run, self.folder.hashed_by)
-        self.folder.open(wanted)
-        if (delta := self._finished()) is not None:
+        self.processes.from_main(lambda: self.folder.open(wanted))
+        if (delta := self.processes.from_main(self._finished)) is not None:
             return delta
-        with folder_lock_held(self.folder.path if self.main else None):
+        with folder_lock_held(self.folder.path if self.processes.main else None):
             return self._fit(wanted)
 
     def history(self) -> list[Validation]:
@@ -110,12 +113,12 @@ class Loop:
 
     def _fit(self, wanted: Mapping[str, object]) -> Delta:
         """Everything that is known once the folder is this run's alone."""
-        earlier = self.folder.open(wanted)  # again: another process may have come between
-        if (delta := self._finished()) is not None:
+        earlier = self.processes.from_main(lambda: self.folder.open(wanted))  # again: a run may have come between
+        if (delta := self.processes.from_main(self._finished)) is not None:
             return delta
         self._encode(self.settings.max_length if earlier is None else earlier.max_length)
-        rank, device = self.accelerator.process_index, self.accelerator.device
-        self.feed = Feed(self.rows, self.collate, self.settings, rank, self.world, device)
+        processes, device = self.processes, self.processes.device
+        self.feed = Feed(self.rows, self.collate, self.settings, processes.rank, processes.count, device)
         self.total = self.feed.steps
         with borrowed(self.model):
             self.selection = self._selected()
@@ -146,7 +149,7 @@ class Loop:
         check_lengths(self.model, self.run.recipe, [*self.rows.lengths, *(held.lengths if held else ())])
         self.collate = self.task.collator(self.processor, model=self.model)
         self.held = held
-        self.mine = [held[i] for i in range(self.accelerator.process_index, len(held), self.world)] if held else []
+        self.mine = self.processes.share(held) if held else []
 
     def _attach(self) -> None:
         """Put the recipe on, where it starts or where the given start stands."""
@@ -164,9 +167,9 @@ class Loop:
         given = Conditions(self.collate, fitting, self.folder.path, self.run.shared)
         made, why = shortcuts(self.model, splits, given, before, unsteered)
         self.around, self.around_held = made[0], made[-1]
-        fresh = choices(self.model, self.run, self.rows, self.total, self.world)
+        fresh = choices(self.model, self.run, self.rows, self.total, self.processes.count)
         fresh = replace(fresh, cache=why["cache"], rows=why["rows"], rows_at_once=size)
-        self.chosen = self.folder.agreed(wanted, fresh, earlier)
+        self.chosen = self.processes.from_main(lambda: self.folder.agreed(wanted, fresh, earlier))
         at_once = self.settings.batch_size if self.chosen.rows_at_once is None else self.chosen.rows_at_once
         self.at_once = sys.maxsize if self.reduction == BATCH else at_once
         self.folder.keep(self.selection)
@@ -176,7 +179,7 @@ class Loop:
         s = self.settings
         if s.max_memory is None:
             return s, s.batch_size
-        if self.accelerator.device.type == "cpu":
+        if self.processes.device.type == "cpu":
             give_back_memory()
         longest_row = max(self.rows.lengths)
         length = self.rows.max_length or longest_row if s.batching == PACK else longest_row
@@ -195,9 +198,9 @@ class Loop:
         """What to keep, for a recipe with Select: given, of an earlier start, or chosen now."""
         if self.selection is not None or not self.run.recipe.narrowed or self.run.start is not None:
             return self.selection
-        s, model = self.settings, self.model.to(self.accelerator.device).eval()
-        kept = self.folder.kept()
-        return kept or select(
+        s, model = self.settings, self.model.to(self.processes.device).eval()
+        kept = self.processes.from_main(self.folder.kept)
+        found = kept or select(
             model,
             self.run.recipe,
             self.task,
@@ -210,22 +213,24 @@ class Loop:
             max_length=self.rows.max_length,
             objective=self.objective,
         )
+        return self.processes.from_main(lambda: found)
 
     def _train(self) -> Delta:
         """From the first step, or the last checkpoint, to the end."""
         s = self.settings
         self.optimizer = optimizer(self.model, s.lr, s.head_lr, s.weight_decay)
         self.rates = [self.chosen.lr[group["name"]] for group in self.optimizer.param_groups]
-        self.prepared = self.accelerator.prepare_model(self.model)
+        self.prepared = self.accelerator.prepare_model(self.model, evaluation_mode=True)  # no wrapper: see Processes
         self.watch, self.best = Watch(self.model), snapshot(self.model)
-        set_seed(s.seed + self.accelerator.process_index)
+        set_seed(s.seed + self.processes.rank)
         self._dry_run()
         self._resume()
         self.trained = list(trained_parameters(self.model).values())
+        self.processes.same(self.trained)
         self.status = RunStatus(
             self.model, self.run.recipe, self.task, s, self.optimizer, self.total, self.progress, lr=self.rates[0]
         )
-        show, label = self.run.progress if self.main else False, str(self.run.recipe)
+        show, label = self.run.progress if self.processes.main else False, str(self.run.recipe)
         with Bar(self.total, self.progress.step, show, label) as bar, Interrupts() as self.interrupts:
             own = (Growth(), bar, MetricsLog(self.folder.log, lambda: bar.rate))
             self.callbacks = Callbacks(own, self.run.callbacks, self._save)
@@ -239,7 +244,7 @@ class Loop:
         self._train_mode()
         for places, batch in self.feed.epoch(epoch, skip=progress.step - self.feed.before(epoch)):
             self._step(places, batch)
-            due = progress.step % self.chosen.checkpoint_steps == 0 or self.interrupts.seen
+            due = progress.step % self.chosen.checkpoint_steps == 0 or self.interrupted
             if due and progress.step < self.feed.before(epoch + 1):
                 self._checkpoint()
         self._validate(epoch)
@@ -257,17 +262,19 @@ class Loop:
         factor = self.settings.rate(progress.step, self.total)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
+        part = self._part(places, batch)
         with memory_guard(self.settings.batch_size, self.settings.batch_tokens):
-            for micro_batch in split_batch(places, batch, self.at_once, self.task.kind, self.reduction):
+            for micro_batch in self._micro_batches(places, batch, part):
                 with self.around(micro_batch.places, micro_batch.batch):
                     loss = self._loss(self.prepared, micro_batch.batch, self._at(micro_batch))
                     value += float(loss.detach())
-                    if not math.isfinite(value):
-                        raise DivergedError(
-                            f"the loss is {value} at step {progress.step}, lr {self.rates[0] * factor:.2g}; "
-                            f"{self._remedy()}"
-                        )
+                    if self.processes.count == 1:
+                        self._check_loss(value, factor)
                     self.accelerator.backward(loss)
+        if self.processes.count > 1:
+            self.processes.add_gradients(self.trained)
+            (value,) = self.processes.total(value)
+            self._check_loss(value, factor)
         self.watch.saw(self.model)
         norm = float(nn.utils.clip_grad_norm_(self.trained, self.settings.clip))
         if not math.isfinite(norm):
@@ -277,14 +284,39 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
-        self._told(value, factor * self.rates[0], len(places) * self.world)
+        self._told(value, factor * self.rates[0], part.examples)
         if progress.step in (min(FEW, self.total), MANY) and self.total > 1:
             self.watch.moved(self.model, progress.step)
 
+    def _part(self, places: Sequence[int], batch: Batch) -> BatchShare:
+        """What the other processes have of the batch."""
+        if self.processes.count == 1:
+            return BatchShare(len(places))
+        weight = sum(self.kind.loss_weights(batch, rows_in(batch))) if places else 0
+        total, examples, interrupts = self.processes.total(weight, len(places), self.interrupts.seen)
+        self.interrupted_together = interrupts > 0
+        return BatchShare(int(examples), total)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether to stop; several processes stop behind the same step."""
+        return self.interrupts.seen if self.processes.count == 1 else self.interrupted_together
+
+    def _micro_batches(self, places: Sequence[int], batch: Batch, part: BatchShare) -> Iterator[MicroBatch]:
+        """This process's share of a batch, as much at a time as memory allows."""
+        if places:
+            yield from split_batch(places, batch, self.at_once, self.task.kind, self.reduction, part.total)
+
+    def _check_loss(self, value: float, factor: float) -> None:
+        """Raises DivergedError if the loss of a step is not finite."""
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"the loss is {value} at step {self.progress.step}, lr {self.rates[0] * factor:.2g}; {self._remedy()}"
+            )
+
     def _at(self, micro_batch: MicroBatch) -> At:
-        """Where the loss of a micro_batch stands; processes average their gradients, which a sum has to make up for."""
-        weight = micro_batch.weight * self.world if self.reduction == SUM else micro_batch.weight
-        return At(self.progress.step, self.total, weight, micro_batch.share, micro_batch.places)
+        """Where the loss of a micro-batch stands."""
+        return At(self.progress.step, self.total, micro_batch.weight, micro_batch.share, micro_batch.places)
 
     def _remedy(self) -> str:
         return remedy(self.model, self.accelerator.mixed_precision)
@@ -295,7 +327,6 @@ class Loop:
         status.loss, status.lr, status.examples, status.replaced = loss, lr, examples, False
         self.callbacks.tell("step", status)
         if status.replaced:
-            self.prepared = self.accelerator.prepare_model(self.model)
             self.trained = list(trained_parameters(self.model).values())
 
     def _loss(self, model: nn.Module, batch: Batch, at: At | None = None) -> Tensor:
@@ -305,7 +336,7 @@ class Loop:
         """One forward and backward pass in eval mode: every trained tensor must be reached."""
         self.model.eval()
         rows = [self.rows[i] for i in range(min(2, len(self.rows)))]
-        batch = {k: v.to(self.accelerator.device) for k, v in self.collate(rows).items()}
+        batch = {k: v.to(self.processes.device) for k, v in self.collate(rows).items()}
         self.frozen = frozen_within_block(
             self.model, attachment(self.model).plan, self.task.task_kind.model_inputs(batch)
         )
@@ -336,13 +367,7 @@ class Loop:
             outputs = run_examples(self.model, self.mine, self.task, self.processor, size, self.around_held)
             new = self.chosen.max_new_tokens or 0
             written = write_examples(self.model, self.mine, self.task, self.processor, size, new)
-        return compute_scores(self.task, self._gathered(outputs), self._gathered(written))
-
-    def _gathered(self, mine: Sequence[Pair]) -> list[Pair]:
-        """The pairs of all processes, in the order of the split."""
-        rank = self.accelerator.process_index
-        numbered = gather_object([(rank + k * self.world, pair) for k, pair in enumerate(mine)])
-        return [pair for _, pair in sorted(numbered, key=lambda item: item[0])]
+        return compute_scores(self.task, self.processes.joined(outputs), self.processes.joined(written))
 
     def _write(self) -> None:
         tensors = pack(self.model, self.best, self.optimizer, self.accelerator)
@@ -350,7 +375,8 @@ class Loop:
 
     def _checkpoint(self) -> None:
         self._write()
-        self.interrupts.check()
+        if self.interrupted:
+            raise KeyboardInterrupt
 
     def _save(self) -> str:
         """Save what a failed callback interrupts, and say what became of it."""
@@ -358,13 +384,13 @@ class Loop:
             return "nothing is saved, as there is no out="
         if self.folder.finished:
             return f"the delta is in {self.folder.path}"
-        if self.world > 1:
+        if self.processes.count > 1:
             return f"{self.folder.path} holds the last checkpoint"
         self._write()
         return f"the run is saved in {self.folder.path}, and the same call goes on from there"
 
     def _resume(self) -> None:
-        state = self.folder.resume()
+        state = self.processes.from_main(self.folder.resume)
         if state is not None:
             self.progress = state.progress
             self.best = unpack(state.tensors, self.model, self.optimizer, self.accelerator)
@@ -384,9 +410,12 @@ class Loop:
         assign(self.model, self.best)
         said = outcome(self.run, self.chosen, self.progress, self.total, self.selection)
         delta = replace(detach(self.model), labels=tuple(self.task.labels)).with_info(**said)
-        if self.folder.path is not None and self.main:
-            delta.save(self.folder.path)
-            self.folder.finish()
-        self.accelerator.wait_for_everyone()
+        self.processes.from_main(lambda: self._keep(delta))
         self.callbacks.tell("round", self.status, delta)
         return delta
+
+    def _keep(self, delta: Delta) -> None:
+        """Save what came of the run."""
+        if self.folder.path is not None:
+            delta.save(self.folder.path)
+            self.folder.finish()
