@@ -114,8 +114,6 @@ def test_a_validation_split_becomes_test_where_there_is_none(tmp_path):
     assert few.splits["train"][:] != with_examples(found, 8, seed=2).splits["train"][:]
     with pytest.raises(DataError, match=r"examples=99 are more than the \d+ that"):
         with_examples(found, 99)
-    with pytest.raises(DataError, match="has no validation split"):
-        with_test(replace(task, splits={"train": task.splits["train"]}))
 
 
 # Runs

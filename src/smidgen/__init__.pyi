@@ -85,10 +85,12 @@ from .steps import optimizer as optimizer
 from .steps import parameter_groups as parameter_groups
 from .steps import penalty as penalty
 from .studies import Diagnosis as Diagnosis
+from .studies import Recommendation as Recommendation
 from .studies import Search as Search
 from .studies import SearchWarning as SearchWarning
 from .studies import Study as Study
 from .studies import Trial as Trial
+from .studies import advise as advise
 from .studies import compare as compare
 from .studies import doctor as doctor
 from .studies import search as search

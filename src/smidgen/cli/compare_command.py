@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smidgen.cli.options import Json, Option, Out
+from smidgen.cli import advice_progress
+from smidgen.cli.options import Json, Label, Metric, Option, Out, Text
 from smidgen.cli.views import comparisons, results
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ def run_compare(
     study: Annotated[Path | None, typer.Argument(help="a study.toml; or name its parts by options")] = None,
     model: Annotated[Many, Option(help="may be given again; default: minilm")] = None,
     data: Annotated[Many, Option(help="a task's data; may be given again")] = None,
+    text: Text = None,
+    label: Label = None,
+    metric: Metric = None,
     recipe: Annotated[Many, Option(help="an arm; may be given again; the others are compared with the first")] = None,
     lr: Annotated[list[float] | None, Option(help="a rate that each arm tries; default: around its own")] = None,
     trials: Annotated[int, Option(min=1, help="so many rates for each arm, where none is named")] = 4,
@@ -36,28 +40,44 @@ def run_compare(
     batch_size: Annotated[int, Option(min=1)] = 32,
     max_length: Annotated[int | None, Option(min=1, help="tokens per text")] = None,
     jobs: Annotated[int, Option(min=1, help="so many runs at once, each in a process of its own")] = 1,
+    budget: Annotated[str | None, Option(help="20min, 1h30m: find one recipe within it, by successive halving")] = None,
+    tracker: Annotated[str | None, Option(help="tensorboard, trackio or wandb")] = None,
     as_json: Json = False,
 ) -> None:
     """Compare recipes fairly: equal trials, rates chosen on validation, tested once. Stopped, it goes on from there."""
+    from smidgen.studies.advisor.advising import ARMS
+    from smidgen.studies.advisor.budgets import seconds_of
     from smidgen.studies.comparison.comparing import compare
     from smidgen.studies.comparison.study import Study
 
     if study is not None:
-        parts = {"model": model, "data": data, "recipe": recipe, "lr": lr, "seed": seed, "examples": examples}
+        parts = {"model": model, "data": data, "recipe": recipe, "lr": lr, "seed": seed, "examples": examples,
+                 "text": text, "label": label, "metric": metric}  # fmt: skip
         given = [f"--{name}" for name, value in parts.items() if value]
         if given:
             raise typer.BadParameter(f"{given[0]} is named by {study}; leave it out")
         wanted = Study.read(study)
     else:
+        if len(data or []) != 1 and (text or label or metric):
+            raise typer.BadParameter("--text, --label and --metric are of one --data; write several tasks into a file")
+        arms = recipe or (ARMS if budget is not None else [])
+        columns = {"text": text, "label": label, "metric": metric}
         wanted = Study.of({
-            "name": out.name, "models": model or ["minilm"], "tasks": data or [], "arms": {r: r for r in recipe or []},
+            "name": out.name, "models": model or ["minilm"], "arms": {r: r for r in arms},
+            "tasks": [{"data": d, **columns} for d in data or []],
             "lr": lr, "trials": trials, "seeds": seed or [0, 1, 2], "margin": margin,
             "examples": [e if e == "all" else _number(e) for e in examples or ["all"]],
             "settings": {"epochs": epochs, "batch_size": batch_size, "max_length": max_length},
         })  # fmt: skip
+    seconds = None if budget is None else seconds_of(budget)
+    if seconds is not None and (seed or examples):
+        raise typer.BadParameter(f"--{'seed' if seed else 'examples'} is chosen by --budget; leave it out")
     try:
+        if seconds is not None:
+            advice_progress.run_advice(wanted, out, seconds, jobs, tracker, as_json)
+            return
         with _progress(wanted) as told:
-            found = compare(wanted, out, jobs=jobs, told=told)
+            found = compare(wanted, out, jobs=jobs, told=told, tracker=tracker)
     except KeyboardInterrupt:
         results.note("stopped; the same command goes on from there")
         raise typer.Exit(130) from None
@@ -104,5 +124,5 @@ def _progress(study: Study) -> Iterator[comparisons.Told]:
 
         yield line
         return
-    with comparisons.RunsBar(study) as bar:
+    with comparisons.RunsBar(study.name, study.runs) as bar:
         yield bar.told

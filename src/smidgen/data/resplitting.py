@@ -15,20 +15,26 @@ def with_test(task: Task, *, validation: float = 0.1, seed: int = 0) -> Task:
     """The task with train, validation and test.
 
     Without a test split, the validation split becomes it: GLUE keeps the labels of its test splits to itself, so that
-    studies report its validation splits, which must not choose epochs or rates then. A validation split that is not
-    there is cut off train.
+    studies report its validation splits, which must not choose epochs or rates then. What is not there otherwise is cut
+    off train: first the test split, with a seed of its own, then the validation split.
 
     Raises:
-        DataError: there is nothing to test on, or no train to cut from.
+        DataError: there is no train to cut from, or too little.
     """
     splits, notes = dict(task.splits), dict(task.notes)
-    if "test" not in splits:
+    columns = Columns(task.kind, task.text, task.label)
+    if "test" not in splits and "validation" not in splits:
+        task.split("train")
+        cut = cut_validation(splits, columns, validation, seed + 1)
+        splits |= {"train": cut["train"], "test": cut["validation"]}
+        notes["test"] = "is cut off train"
+    elif "test" not in splits:
         splits["test"] = task.split("validation")
         del splits["validation"]
         notes["test"] = "is the source's validation split"
     if "validation" not in splits:
         task.split("train")
-        splits = cut_validation(splits, Columns(task.kind, task.text, task.label), validation, seed)
+        splits = cut_validation(splits, columns, validation, seed)
         notes["validation"] = "is cut off train"
     return replace(task, splits=splits, notes=notes)
 

@@ -1,3 +1,5 @@
+from .advisor.advising import advise as advise
+from .advisor.recommendations import Recommendation as Recommendation
 from .comparison.comparing import compare as compare
 from .comparison.study import Study as Study
 from .diagnosis import Diagnosis as Diagnosis

@@ -15,7 +15,6 @@ from smidgen.cli.views import results
 if TYPE_CHECKING:
     from smidgen.studies.comparison.findings import Findings
     from smidgen.studies.comparison.run_store import Result
-    from smidgen.studies.comparison.study import Study
 
 Told = Callable[["Result"], None]
 
@@ -31,10 +30,10 @@ def run_line(result: Result) -> str:
 class RunsBar:
     """Runs done, the best of the present task, and the time that is left."""
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, name: str, runs: int) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._bar.add_task(study.name, total=study.runs)
+        self._task = self._bar.add_task(name, total=runs)
         self._best: Result | None = None
 
     def __enter__(self) -> Self:

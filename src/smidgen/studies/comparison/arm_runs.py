@@ -49,7 +49,7 @@ def _run_arm(cell: StudyCell, name: str) -> list[Result]:
     best = chosen_rate(found)
     if best is not None:
         found += each.run([(best, seed) for seed in rest])
-    done = [each.tested(result) if result.lr == best else result for result in found]
+    done = [each.tested(result) if cell.tested and result.lr == best else result for result in found]
     for result in done:
         cell.store.drop_large(result.key)
     return done

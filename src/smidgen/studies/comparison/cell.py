@@ -32,6 +32,7 @@ class StudyCell:
         examples: to learn from; None for all.
         jobs: so many runs at once.
         told: is given each result as it comes, also those of earlier calls.
+        tested: whether the best rates are tested.
     """
 
     study: Study
@@ -41,6 +42,7 @@ class StudyCell:
     examples: int | None
     jobs: int
     told: Told
+    tested: bool = True
 
     @cached_property
     def tasks(self) -> dict[int, Task]:

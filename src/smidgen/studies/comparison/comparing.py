@@ -13,6 +13,7 @@ from smidgen.studies.comparison.arm_runs import run_cell
 from smidgen.studies.comparison.cell import StudyCell
 from smidgen.studies.comparison.run_store import Result, RunStore
 from smidgen.studies.comparison.study import Study
+from smidgen.studies.trackers import StudyTracker
 
 
 @dataclass(frozen=True)
@@ -62,32 +63,47 @@ def compare(
     *,
     jobs: int = 1,
     told: Callable[[Result], None] | None = None,
+    tested: bool = True,
+    tracker: str | None = None,
 ) -> StudyRuns:
     """Make the runs of a study in a folder. Killed at any point, the same call goes on; done runs are not repeated.
 
     Args:
         jobs: so many runs at once, in processes that share the base's pages and torch's threads.
         told: is given every result, also those that were there.
+        tested: whether the best rates are tested; without it the test split is not read.
+        tracker: "tensorboard", "trackio" or "wandb", which gets the runs too.
 
     Raises:
-        StudyError: `out` holds something else, or another call works in it.
+        StudyError: `out` holds something else, another call works in it, or there is no such tracker.
         DataError: a task cannot be read, or has nothing to validate on; before anything is trained.
     """
     if jobs < 1:
         raise StudyError(f"jobs={jobs} must be at least 1")
     store = RunStore(out)
+    tracked = None if tracker is None else StudyTracker.named(tracker, study.name, store)
     tasks = [with_test(data.load(), validation=study.validation) for data in study.tasks]
     names = [task.name for task in tasks]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise StudyError(f"two tasks are named {twice!r}; give them a name= each")
     results: list[Result] = []
+
+    def tell(result: Result) -> None:
+        if told is not None:
+            told(result)
+        if tracked is not None:
+            tracked.told(result)
+
     with folder_lock_held(out):
         store.begin(study.model_dump(mode="json"))
         for model in study.models:
             for task in tasks:
                 for examples in study.examples:
                     count = None if examples == "all" else int(examples)
-                    cell = StudyCell(study, store, model, task, count, jobs, told or (lambda result: None))
-                    results += run_cell(cell)
+                    cell = StudyCell(study, store, model, task, count, jobs, tell, tested)
+                    found = run_cell(cell)
+                    results += found
+                    if tracked is not None:
+                        tracked.tested(found)
     return StudyRuns(study, tuple(results), store)

@@ -172,7 +172,7 @@ class Findings:
             d = differences(values, base)
             spread = stratified_mean([row[~np.isnan(row)] for row in d])
             assert spread is not None
-            of, sd = (spread.count, spread.tasks), spread.sd
+            pairs, groups, sd = spread.count, spread.tasks, spread.sd
             found.append(
                 Against(
                     arm,
@@ -183,8 +183,8 @@ class Findings:
                     None,
                     None,
                     equivalence(list(d), self.study.margin, higher_is_better=higher),
-                    None if sd is None else smallest_difference(sd, *of),
-                    None if sd is None else pairs_needed(sd, self.study.margin, of[1]),
+                    None if sd is None else smallest_difference(sd, pairs, groups),
+                    None if sd is None else pairs_needed(sd, self.study.margin, groups),
                     self._same_examples(arm, model, tasks[0], size) if len(tasks) == 1 else {},
                 )
             )
@@ -210,8 +210,7 @@ class Findings:
         for seed in (seed for seed in said[0] if seed in said[1]):
             one, other = said[0][seed], said[1][seed]
             if metric.name == "accuracy":
-                found[seed] = mcnemar_p(*([p == r for p, r in zip(x.predictions, x.references, strict=True)]
-                                          for x in (one, other)))  # fmt: skip
+                found[seed] = mcnemar_p(one.right, other.right)
             else:
                 found[seed] = permutation_p(metric.function, one.predictions, other.predictions, one.references)
         return found

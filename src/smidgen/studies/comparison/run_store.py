@@ -77,6 +77,11 @@ class Examples:
     predictions: Sequence[object]
     references: Sequence[object]
 
+    @property
+    def right(self) -> list[bool]:
+        """Which answers are what is right."""
+        return [said == right for said, right in zip(self.predictions, self.references, strict=True)]
+
 
 class RunStore:
     """Runs of a study in a folder."""

@@ -149,12 +149,13 @@ def _sentence(found: Findings, each: Against) -> str:
 
 def _difference(each: Against) -> str:
     interval = each.difference.interval
-    around = f" ({_points(*interval)})" if interval else ""
+    around = f" ({_points(interval)})" if interval else ""
     return f"{100 * each.difference.mean:+.1f}".replace("-", "−") + around
 
 
-def _points(low: float, high: float) -> str:
+def _points(interval: tuple[float, float]) -> str:
     """An interval in hundredths of the metric."""
+    low, high = interval
     return f"{100 * low:+.1f} to {100 * high:+.1f}".replace("-", "−")
 
 
@@ -252,7 +253,7 @@ def _differences(found: Findings, model: str, size: Size, where: str) -> Iterato
 def _on_other_tasks(each: Against) -> str:
     """What the tasks, as a sample, say of others."""
     interval, p = each.difference.tasks_interval, each.tasks_holm_p
-    return "–" if interval is None else f"{_points(*interval)}" + ("" if p is None else f", p {p:.2g}")
+    return "–" if interval is None else f"{_points(interval)}" + ("" if p is None else f", p {p:.2g}")
 
 
 def _costs(arms: Mapping[str, Sequence[ArmFound]], where: str) -> Section:

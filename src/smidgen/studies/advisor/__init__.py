@@ -1,0 +1,1 @@
+"""Which recipe for a task, found within a budget of time."""
