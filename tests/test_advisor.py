@@ -15,8 +15,8 @@ from smidgen.studies.advisor.advising import advise
 from smidgen.studies.advisor.budgets import seconds_of
 from smidgen.studies.advisor.recommendations import recommended
 from smidgen.studies.advisor.run_times import RunTimes
-from smidgen.studies.advisor.rungs import best_arms, best_rates
-from smidgen.studies.comparison.comparing import reopened
+from smidgen.studies.advisor.rungs import best_arms, best_rates, middle
+from smidgen.studies.comparison.comparing import StudyRuns, reopened
 from smidgen.studies.comparison.run_store import Result
 from tests import helpers as h
 from tests.test_cli import call
@@ -55,6 +55,7 @@ def test_what_goes_on_is_best_on_validation():
     assert best_rates(found, "a", 1) == (2,)
     assert best_rates(found, "b", 1) == (1,)
     assert best_rates(found, "a", 2) == (1, 2)
+    assert [middle((3, 1, 2, 4), count) for count in (1, 2, 3, 9)] == [(2,), (2, 3), (1, 2, 3), (1, 2, 3, 4)]
     losses = [run("a", 1, 5.0, "perplexity"), run("b", 1, 3.0, "perplexity")]
     assert best_arms(losses, 1) == ["b"]
 
@@ -106,6 +107,31 @@ def test_a_budget_is_spent_rung_by_rung(base, data, tmp_path, monkeypatch):  # n
     json.dumps(found.to_json())
 
 
+def test_a_short_budget_tries_fewer_rates_then_fewer_arms(base, data, tmp_path, monkeypatch):  # noqa: F811
+    slow = {"LN": 1.0, "LoRA": 3.0, "head": 0.5, "BitFit": 2.0}  # seconds of a run of 16 examples
+
+    def timed(wanted, out, *, told, **more):
+        found = [run(arm, lr, 0.5) for arm in wanted.arms for lr in wanted.arms[arm].lr or (0.01,)]
+        return StudyRuns(wanted, tuple(replace(r, costs={"seconds": slow[r.arm]}) for r in found), None)
+
+    monkeypatch.setattr(advising, "compare", timed)
+    begun = []
+    for budget in (5 * 4 * 6.5, 5 * 3 * 6.5, 5 * 2 * 6.5, 5 * 2 * 3.5, 5 * 2 * 1.5):  # first rung: a fifth
+
+        def stop(rung):
+            if rung.seconds is None and any(rung.arms.values()):
+                begun.append({arm: len(rates) for arm, rates in rung.arms.items()})
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            advise(study(base, data, arms=FOUR, trials=4), tmp_path / str(budget), budget=budget + 0.5, begun=stop)
+    assert begun[0] == dict.fromkeys(FOUR, 4)
+    assert begun[1] == dict.fromkeys(FOUR, 3)
+    assert begun[2] == dict.fromkeys(FOUR, 2)
+    assert begun[3] == {"LN": 2, "head": 2, "BitFit": 2}  # without the slowest
+    assert begun[4] == {"LN": 2, "head": 2}
+
+
 def test_the_recommended_command_runs(base, data, tmp_path):  # noqa: F811
     said = call("compare", "--budget", "9min", "--model", base, "--data", data, "--out", str(tmp_path / "out"),
                 "--recipe", "LN()", "--recipe", "Head()", "--epochs", "1", "--batch-size", "8", "--max-length", "16",
@@ -144,7 +170,7 @@ def test_stopped_it_goes_on_with_what_is_left(base, data, tmp_path):  # noqa: F8
 def test_what_cannot_be_advised_is_said(base, data, tmp_path):  # noqa: F811
     with pytest.raises(StudyError, match="one model, one task and two recipes or more, found 1, 1 and 1"):
         advise(study(base, data, arms={"LN": "LN()"}), tmp_path / "one", budget=60.0)
-    with pytest.raises(StudyError, match=r"a budget of 0 s is too short for 3 arms of 2 rates: \d+\.\d min would do"):
+    with pytest.raises(StudyError, match=r"a budget of 0 s is too short for 2 arms of 2 rates: \d+\.\d min would do"):
         advise(study(base, data), tmp_path / "short", budget=0.01)
     broken = {"a": "LN(layers=[99])", "b": "BitFit(layers=[99])"}
     with pytest.raises(StudyError, match="no arm came to the end of a first short run: .*99"):

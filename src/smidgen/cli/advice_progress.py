@@ -20,7 +20,7 @@ def run_advice(study: Study, out: Path, budget: float, jobs: int, tracker: str |
     from smidgen.studies.comparison.comparing import reopened
     from smidgen.studies.reports.comparison import write_report
 
-    with RungProgress(study) as progress:
+    with RungProgress() as progress:
         found = advise(study, out, budget=budget, jobs=jobs, told=progress.told, begun=progress.begun, tracker=tracker)
     write_report(reopened(out), out, f"smidgen compare --budget {budget:.0f}s --out {out}")
     results.show({"out": str(out), **found.to_json()}, recommended_arms.advised(found, out), as_json)
@@ -29,8 +29,7 @@ def run_advice(study: Study, out: Path, budget: float, jobs: int, tracker: str |
 class RungProgress:
     """A line for each rung, and under it a bar on a terminal, a line for each run elsewhere."""
 
-    def __init__(self, study: Study) -> None:
-        self._study = study
+    def __init__(self) -> None:
         self._bar: comparisons.RunsBar | None = None
 
     def __enter__(self) -> RungProgress:
@@ -42,10 +41,10 @@ class RungProgress:
     def begun(self, rung: Rung) -> None:
         """A rung begins."""
         self._end()
-        line = recommended_arms.rung_line(self._study, rung)
+        line = recommended_arms.rung_line(rung)
         results.note(line)
         if sys.stderr.isatty():
-            self._bar = comparisons.RunsBar(line, recommended_arms.runs_of(self._study, rung))
+            self._bar = comparisons.RunsBar(line, recommended_arms.runs_of(rung))
             self._bar.__enter__()
 
     def told(self, result: Result) -> None:

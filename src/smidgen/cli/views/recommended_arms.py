@@ -14,32 +14,38 @@ from smidgen.cli.views import comparisons
 if TYPE_CHECKING:
     from smidgen.studies.advisor.recommendations import Recommendation
     from smidgen.studies.advisor.rungs import Rung
-    from smidgen.studies.comparison.study import Study
 
 
-def rates_in(study: Study, rung: Rung) -> int:
+def rates_in(rung: Rung) -> int:
     """How many rates each arm of a rung tries."""
-    return max((len(rates) for rates in rung.arms.values() if rates), default=study.rates_each)
+    return max((len(rates) for rates in rung.arms.values() if rates), default=1)
 
 
-def runs_of(study: Study, rung: Rung) -> int:
+def runs_of(rung: Rung) -> int:
     """How many runs a rung takes."""
-    return len(rung.arms) * (rates_in(study, rung) + rung.seeds - 1)
+    return len(rung.arms) * (rates_in(rung) + rung.seeds - 1)
 
 
-def rung_line(study: Study, rung: Rung) -> str:
+def _count(number: int, name: str) -> str:
+    return f"{number:,} {name}" + ("s" if number > 1 else "")
+
+
+def rung_line(rung: Rung) -> str:
     """A rung in a line."""
-    rates, seeds = rates_in(study, rung), f", {rung.seeds} seeds" if rung.seeds > 1 else ""
-    return f"{len(rung.arms)} recipes, {rates} rates each{seeds}, {rung.examples or 'all'} examples"
+    seeds = f", {rung.seeds} seeds" if rung.seeds > 1 else ""
+    size = "all examples" if rung.examples is None else _count(rung.examples, "example")
+    return f"{_count(len(rung.arms), 'recipe')}, {_count(rates_in(rung), 'rate')} each{seeds}, {size}"
 
 
 def advised(found: Recommendation, out: Path) -> RenderableType:
     """Scores of the last two, the evidence, and the command."""
     arm = found.arm
     took = f"{found.seconds / 60:.1f} of {found.budget / 60:.1f} minutes"
+    without = [Text(f"left out for time: {', '.join(found.left_out)}", style="dim")] if found.left_out else []
     return Group(
         comparisons.compared(found.findings, out),
         Text(f"{arm.arm}, {found.why}.", style="bold"),
         Text(f"{took}; what was run: {out / 'advice.json'}", style="dim"),
+        *without,
         Text(shlex.join(found.command), style="cyan"),
     )

@@ -14,11 +14,12 @@ from smidgen.common.errors import StudyError
 from smidgen.data.resplitting import with_test
 from smidgen.studies.advisor.recommendations import Recommendation, recommended, tuning_command
 from smidgen.studies.advisor.run_times import RunTimes
-from smidgen.studies.advisor.rungs import Rung, best_arms, best_rates
+from smidgen.studies.advisor.rungs import Rung, best_arms, best_rates, middle
 from smidgen.studies.comparison.comparing import StudyRuns, compare
 from smidgen.studies.comparison.findings import Findings
 from smidgen.studies.comparison.run_store import Result
 from smidgen.studies.comparison.study import Study, StudyArm
+from smidgen.studies.rates import rates_around
 from smidgen.training.run.settings import Settings
 
 ARMS = ("LN()", "BitFit()", "LoRA(rank=8)", "Pfeiffer", "Head()", "Full()")
@@ -43,10 +44,11 @@ def advise(
 ) -> Recommendation:
     """Find the arm of a study that its task wants, in about so many seconds.
 
-    The arms are timed on two batches each. Then, rung by rung, half of the arms and half of their rates go on with more
-    examples, as many as time allows, judged on validation alone; the last two meet with three seeds or more, and are
-    tested. A rung is planned with the times of those before it; no run is broken off, so that the last one may end
-    late. Killed, the same call goes on with what is left of the budget.
+    The arms are timed on two batches each, and those that are too slow for the budget are left out. Then, rung by rung,
+    half of the arms and half of their rates go on with more examples, as many as time allows, judged on validation
+    alone; the last two meet with three seeds or more, and are tested. A rung is planned with the times of those before
+    it; no run is broken off, so that the last one may end late. Killed, the same call goes on with what is left of the
+    budget.
 
     Args:
         study: of one model and one task; its seeds and numbers of examples are not used.
@@ -78,6 +80,11 @@ def _capped(study: Study) -> Study:
     return study.model_copy(update={"tasks": (capped,), "validation": share, "tuning_seeds": 1})
 
 
+def _width(rung: Rung) -> int:
+    """How many rates each of its arms tries."""
+    return max(len(rates or (0.0,)) for rates in rung.arms.values())
+
+
 @dataclass(eq=False)
 class _Adviser:
     """The state of one call."""
@@ -96,7 +103,7 @@ class _Adviser:
         task = with_test(data.load(), validation=self.study.validation)
         self.data, self.total = data, len(task.split("train"))
         settings = Settings.of(self.study.settings)
-        self.batch = settings.batch_size
+        self.least = min(self.total, BATCHES * settings.batch_size)
         self.times = RunTimes(len(task.split("validation")), settings.epochs)
         self.known = self._read()
 
@@ -107,12 +114,11 @@ class _Adviser:
 
     def advice(self) -> Recommendation:
         """Climb the rungs."""
-        arms = list(self.study.arms)
-        timing = self._run(Rung(dict.fromkeys(arms), min(self.total, BATCHES * self.batch), 1, False), rates=1)
-        arms = self._able(timing.results, "no arm came to the end of a first short run")
-        rates = self.study.rates_each
-        first = Rung(dict.fromkeys(arms), self._first(arms, rates), 1, False)
+        timing = self._run(Rung(dict.fromkeys(self.study.arms), self.least, 1, False), timed=True)
+        self._able(timing.results, "no arm came to the end of a first short run")
+        first = self._first(timing.results)
         found, previous = self._run(first).results, first
+        arms, rates = list(self.rungs[-1].arms), _width(self.rungs[-1])
         while len(arms) > 2:
             arms, rates = best_arms(found, max(2, -(-len(arms) // 2))), max(min(rates, LAST_RATES), rates // 2)
             self._able(found, "all runs of the first rung failed")
@@ -138,17 +144,28 @@ class _Adviser:
             raise StudyError(otherwise + errors)
         return found
 
-    def _first(self, arms: Sequence[str], rates: int) -> int:
-        """Examples of the first rung, a share of the budget."""
-        least, share = min(self.total, BATCHES * self.batch), SHARES[0]
-        found = self.times.examples(list(arms) * rates, share * self.left)
-        if found < least:
-            need = self.times.seconds(list(arms) * rates, least) / share
-            raise StudyError(
-                f"a budget of {self.budget:.0f} s is too short for {len(arms)} arms of {rates} rates: "
-                f"{max(need, self.budget) / 60:.1f} min would do; or name fewer recipes, or trials="
-            )
-        return min(self.total, found)
+    def _first(self, timed: Sequence[Result]) -> Rung:
+        """All arms and rates; where the budget is too short for that, fewer rates, then without the slowest arms."""
+        grids = {r.arm: self._grid(r) for r in timed if r.error is None}
+        rates, seconds = self.study.rates_each, SHARES[0] * self.left
+        while self.times.examples(list(grids) * rates, seconds) < self.least:
+            if rates > LAST_RATES:
+                rates -= 1
+            elif len(grids) > 2:
+                del grids[max(grids, key=lambda arm: self.times.seconds([arm], self.least))]
+            else:
+                need = self.times.seconds(list(grids) * rates, self.least) / SHARES[0]
+                raise StudyError(
+                    f"a budget of {self.budget:.0f} s is too short for {len(grids)} arms of {rates} rates: "
+                    f"{max(need, self.budget) / 60:.1f} min would do"
+                )
+        examples = min(self.total, self.times.examples(list(grids) * rates, seconds))
+        return Rung({arm: middle(grid, rates) for arm, grid in grids.items()}, examples, 1, False)
+
+    def _grid(self, timed: Result) -> tuple[float, ...]:
+        """The rates that an arm would try."""
+        arm = self.study.arms[timed.arm]
+        return arm.lr or self.study.lr or tuple(rates_around(arm.parsed, timed.rate, self.study.trials))
 
     def _rung(self, found: Sequence[Result], arms: Sequence[str], rates: int, previous: Rung) -> Rung:
         """Half of the arms and half of their rates, with as many examples as a share of what is left allows."""
@@ -172,13 +189,13 @@ class _Adviser:
         """No fewer than the rung before had, and no more than there are."""
         return min(self.total, max(examples, previous.examples or 0))
 
-    def _run(self, rung: Rung, rates: int | None = None) -> StudyRuns:
+    def _run(self, rung: Rung, timed: bool = False) -> StudyRuns:
         """Make a rung's runs, or what is missing of them, and learn from their times."""
         if len(self.rungs) < len(self.known):  # decided by an earlier call
             rung = self.known[len(self.rungs)]
         self.begun(rung)
         before = time.perf_counter()
-        wanted = self._study(rung, rates)
+        wanted = self._study(rung)
         runs = compare(wanted, self.out, jobs=self.jobs, told=self.told, tested=rung.last, tracker=self.tracker)
         seconds = time.perf_counter() - before if rung.seconds is None else rung.seconds
         self.rungs.append(replace(rung, seconds=seconds))
@@ -189,21 +206,21 @@ class _Adviser:
             if took is not None:
                 measured[result.arm] = (rung.examples or self.total, took)
         spent = sum(result.costs.get("seconds") or 0.0 for result in runs.results)
-        overhead = max(1.0, seconds / spent) if spent else self.times.overhead
-        self.times = replace(self.times, measured=measured, overhead=overhead if rates is None else 1.0)
+        overhead = 1.0 if timed or not spent else max(1.0, seconds / spent)
+        self.times = replace(self.times, measured=measured, overhead=overhead)
         return runs
 
-    def _study(self, rung: Rung, trials: int | None) -> Study:
-        """The study that a rung is."""
+    def _study(self, rung: Rung) -> Study:
+        """The study that a rung is; arms without rates, which are timed, take the one in the middle of their own."""
         own = self.study
         arms: dict[str, StudyArm] = {}
         for name, rates in rung.arms.items():
-            arm = own.arms[name]
-            lr = rates or arm.lr or own.lr
-            arms[name] = arm.model_copy(update={"lr": lr[:1] if lr and trials == 1 else lr})
+            grid = own.arms[name].lr or own.lr
+            lr = rates or (None if grid is None else middle(grid, 1))
+            arms[name] = own.arms[name].model_copy(update={"lr": lr})
         return Study.of({
             **own.model_dump(mode="json"), "arms": {name: arm.model_dump(mode="json") for name, arm in arms.items()},
-            "lr": None, "trials": trials or own.trials, "seeds": list(range(rung.seeds)), "reference": None,
+            "lr": None, "trials": 1, "seeds": list(range(rung.seeds)), "reference": None,
             "examples": [rung.examples or "all"],
         })  # fmt: skip
 

@@ -31,11 +31,17 @@ class Recommendation:
     budget: float
     seconds: float
 
+    @property
+    def left_out(self) -> list[str]:
+        """Arms that were timed, and for which the budget was too short, or whose first run failed."""
+        return [arm for arm in self.rungs[0].arms if arm not in self.rungs[1].arms]
+
     def to_json(self) -> dict[str, object]:
         """Plain data."""
         return {
             "arm": self.arm.arm, "recipe": self.findings.study.arms[self.arm.arm].recipe, "lr": self.arm.lr,
             "why": self.why, "command": list(self.command), "rungs": [asdict(rung) for rung in self.rungs],
+            "left_out": self.left_out,
             "budget": self.budget, "seconds": self.seconds, "findings": self.findings.to_json(),
         }  # fmt: skip
 

@@ -56,6 +56,13 @@ def best_rates(results: Sequence[Result], arm: str, count: int) -> tuple[float, 
     return tuple(sorted(sorted(means, key=lambda lr: -means[lr])[:count]))
 
 
+def middle(rates: Sequence[float], count: int) -> tuple[float, ...]:
+    """So many of the rates, those in the middle, from the lowest; of two middles the lower."""
+    ordered = sorted(rates)
+    start = max(0, (len(ordered) - count) // 2)
+    return tuple(ordered[start : start + count])
+
+
 def _arms(results: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(result.arm for result in results))
 
