@@ -460,3 +460,17 @@ def test_what_cannot_be_compared_is_said_in_a_line(more, said, tmp_path):
     assert found.code == 2
     assert said in found.err
     assert len(found.err.strip().splitlines()) == 1
+
+
+def test_what_a_selection_draws_is_drawn_by_the_seed_of_the_run(base, data, tmp_path):
+    arms = {"random": "LN() | Select('random', keep=0.1)", "all": "LN()"}
+    wanted = study(base, data, arms=arms, seeds=[0, 1, 2], trials=1)
+    found = compare(wanted, tmp_path / "out")
+    kept = [sm.Delta.load(tmp_path / "out" / "runs" / r.key / "fit") for r in found.results if r.arm == "random"]
+    assert [delta.recipe for delta in kept] == [
+        sm.parse(f"LN() | Select('random', keep=0.1, seed={seed})") for seed in range(3)
+    ]
+    masks = [sm.selection_of(sm.load(base, task=sm.Task.load(data))[0], delta) for delta in kept]
+    assert all(masks[i].overlap(masks[j]) < 0.5 for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert {r.recipe for r in found.results if r.arm == "random"} == {arms["random"]}
+    assert len(reopened(tmp_path / "out").results) == 6

@@ -836,3 +836,21 @@ def test_a_selection_carries_over_to_another_task(task, tmp_path):
     merged = sm.combine(model, plan, recipe.narrowed[0], scores, "union")
     delta = fit(task, recipe, selection=sm.select(model, recipe, scores=merged))
     assert delta.trained == 32
+
+
+def test_shuffled_keeps_as_many_of_each_tensor_at_places_of_its_own():
+    top, drawn, again, other = (
+        sm.select(h.bert(), f"LN() | Select('magnitude', keep=0.1, order={order!r}, seed={seed})")
+        for order, seed in (("top", 0), ("shuffled", 0), ("shuffled", 0), ("shuffled", 1))
+    )
+    counts = {name: len(index) for name, index in top.indices.items()}
+    assert len(set(counts.values())) > 1
+    for found in (drawn, other):
+        assert {name: len(index) for name, index in found.indices.items()} == counts
+        for index in found.indices.values():
+            assert (index.diff() > 0).all()
+    assert all(drawn.indices[name].equal(again.indices[name]) for name in counts)
+    assert top.overlap(drawn) < 0.5
+    assert drawn.overlap(other) < 0.5
+    with pytest.raises(RecipeError, match="order='shuffled' draws single values, not granularity='layer'"):
+        sm.parse("LN() | Select('magnitude', granularity='layer', order='shuffled')")

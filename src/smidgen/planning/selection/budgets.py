@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from smidgen.common.errors import DataError, PlanError
 from smidgen.planning.entry import Entry
 from smidgen.planning.plans import Plan
-from smidgen.planning.selection.select_term import Select
+from smidgen.planning.selection.keyed_draws import uniform
+from smidgen.planning.selection.select_term import SHUFFLED, Select
 from smidgen.planning.selection.units import Candidate, candidates, check_heads, label_units
 from smidgen.recipe.recipe import Narrowing
 
@@ -58,13 +59,15 @@ def choose(model: nn.Module, plan: Plan, span: Narrowing, scores: Mapping[str, T
     unit, count = label_units(model, found, by.granularity)
     score = values if by.granularity == "element" else _means(values, unit, count)
     group = _groups(found, unit, count, by.scope)
-    kept = _best(score if by.order == "top" else -score, group, budget(by, count))
-    if by.order == "top":
+    kept = _best(-score if by.order == "bottom" else score, group, budget(by, count))
+    if by.order != "bottom":
         _warn_of_zeros(by, score[kept])
     mask = torch.zeros(count, dtype=torch.bool)
     mask[kept] = True
     taken = mask if by.granularity == "element" else mask[unit.clamp(min=0)] & (unit >= 0)
     pieces = taken.split([c.size for c in found])
+    if by.order == SHUFFLED:
+        pieces = tuple(_drawn(piece, f"{by.seed}/{c.name}") for c, piece in zip(found, pieces, strict=True))
     return {c.name: piece.nonzero()[:, 0] for c, piece in zip(found, pieces, strict=True)}
 
 
@@ -148,6 +151,13 @@ def _best(score: Tensor, group: Tensor, total: int) -> Tensor:
         order = torch.sort(score[members], descending=True, stable=True).indices[:quota]
         kept.append(members[order])
     return torch.cat(kept)
+
+
+def _drawn(kept: Tensor, key: str) -> Tensor:
+    """A mask with as many of a tensor's values, at places drawn by a key."""
+    found = torch.zeros_like(kept)
+    found[uniform(key, len(kept)).topk(int(kept.sum())).indices] = True
+    return found
 
 
 def _warn_of_zeros(by: Select, kept: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from smidgen.common.errors import PlanError
 from smidgen.planning.initial_values import initial
 from smidgen.planning.plans import Plan
 from smidgen.planning.selection.budgets import choose, entries_of
+from smidgen.planning.selection.keyed_draws import uniform
 from smidgen.planning.selection.select_term import Select
 from smidgen.planning.selection.units import candidates, label_units
 from smidgen.recipe.recipe import Narrowing
@@ -31,18 +31,11 @@ def random(model: nn.Module, plan: Plan, span: Narrowing, seed: int) -> Scores:
     by: Any = span.by
     found = candidates(entries_of(plan, span))
     if by.granularity == "element":
-        return {c.name: _uniform(f"{by.seed}/{c.name}", *c.shape) for c in found}
+        return {c.name: uniform(f"{by.seed}/{c.name}", *c.shape) for c in found}
     unit, count = label_units(model, found, by.granularity)
-    draws = _uniform(f"{by.seed}/{by.granularity}", count)
+    draws = uniform(f"{by.seed}/{by.granularity}", count)
     values = torch.where(unit < 0, 0.0, draws[unit.clamp(min=0)]).split([c.size for c in found])
     return {c.name: part.view(c.shape) for c, part in zip(found, values, strict=True)}
-
-
-def _uniform(name: str, *shape: int) -> Tensor:
-    """Uniform in [0, 1), a function of the name."""
-    digest = hashlib.sha256(name.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.rand(shape, dtype=torch.float64, generator=generator)
 
 
 # score -> function(model, plan, span, seed of starts) -> saved name -> score of each value

@@ -11,6 +11,7 @@ from smidgen.recipe.recipe import Filter, Term
 
 SCORES = ("fisher", "gradient", "change", "movement", "scout", "magnitude", "random")
 SCOUT = "scout"
+SHUFFLED = "shuffled"
 TRAINED = ("change", "movement", "scout")  # a course of training is what they measure
 READY = ("magnitude", "random")  # of the start alone: no data
 GRANULARITIES = ("element", "tensor", "layer", "head")
@@ -39,11 +40,12 @@ class Select(Filter):
         keep: a share (0.1) or a whole number (998) of units; met exactly.
         granularity: the unit: "element", "tensor", "layer", or "head" (of attention).
         scope: where units compete: "global", or "term" (gains and biases apart) or "tensor", each with its share.
-        order: "top", or "bottom" for the worst-scored, a control.
+        order: "top"; or a control: "bottom" for the worst-scored, "shuffled" for as many of each tensor as "top" keeps,
+            drawn by `seed` (single values only), which tells the choice of values from the choice of tensors.
         examples, kind: of fisher and gradient: how many examples of train, and "empirical", "true" or "expected".
         warmup: training steps of the whole recipe before scoring; then everything goes back to its start. LoRA's A has
             no gradient while B is 0, so without a warm-up no value of A is chosen by fisher.
-        seed: of random, of the choice of examples and of the warm-up's batches.
+        seed: of random and shuffled, of the choice of examples and of the warm-up's batches.
 
     Departures: the papers mask gradients; here the kept values are leaves of their own, so that neither weight decay
     nor momentum moves the rest. After a warm-up the papers keep the trained head; here the head goes back too.
@@ -63,7 +65,7 @@ class Select(Filter):
         one_of("Select", "score", self.score, SCORES)
         one_of("Select", "granularity", self.granularity, GRANULARITIES)
         one_of("Select", "scope", self.scope, tuple(SCOPES))
-        one_of("Select", "order", self.order, ("top", "bottom"))
+        one_of("Select", "order", self.order, ("top", "bottom", SHUFFLED))
         one_of("Select", "kind", self.kind, ("empirical", "true", "expected"))
         at_least("Select", "examples", self.examples, 1)
         at_least("Select", "warmup", self.warmup, 0)
@@ -74,6 +76,8 @@ class Select(Filter):
                 f"Select: scope={self.scope!r} goes with granularity {' or '.join(SCOPES[self.scope])}, "
                 f"not {self.granularity!r}"
             )
+        if self.order == SHUFFLED and self.granularity != "element":
+            raise RecipeError(f"Select: order='shuffled' draws single values, not granularity={self.granularity!r}")
         if self.score in TRAINED and not self.warmup:
             raise RecipeError(
                 f"Select: {self.score!r} measures a course of training: give warmup= its steps, such as 50"

@@ -104,7 +104,7 @@ class ArmRuns:
         cell, recipe = self.cell, self.arm.parsed
         key = key_of(
             base=cell.content,
-            recipe=recipe.to_json(),
+            recipe=self.arm.drawn(seed).to_json(),
             scratch=self.arm.scratch,
             data=cell.tasks[seed].fingerprint,
             settings=asdict(self._settings(lr, seed)),
@@ -144,7 +144,7 @@ class ArmRuns:
         heads: Mapping[int, Mapping[str, Tensor]] = {} if seed is None else {seed: {}}
         return StudyWork(
             self._based(seed), self.arm.parsed, cell.source, TaskLoss(), cell.loaded[1], self.rate, epochs,
-            None, cell.tasks, heads or cell.heads,
+            None, cell.tasks, {seed: self.arm.drawn(seed) for seed in cell.study.seeds}, heads or cell.heads,
         )  # fmt: skip
 
     def _ended(self, place: Result, trial: Trial, delta: Delta | None) -> Result:

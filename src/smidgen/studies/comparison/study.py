@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -12,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from smidgen.common.errors import SmidgenError, StudyError, nearest
 from smidgen.data.task import Task
+from smidgen.planning.selection.select_term import Select
 from smidgen.recipe.recipe import Recipe, as_recipe
 from smidgen.training.run.settings import Settings
 
@@ -51,6 +53,15 @@ class StudyArm(_Part):
         """The recipe. Raises RecipeError if it is none."""
         return as_recipe(self.recipe)
 
+    def drawn(self, seed: int) -> Recipe:
+        """The recipe of a run: what its Selects draw (values, examples, a warm-up's batches) is drawn by its seed."""
+        recipe = self.parsed
+        spans = (
+            replace(span, by=replace(span.by, seed=span.by.seed + seed)) if isinstance(span.by, Select) else span
+            for span in recipe.narrowed
+        )
+        return replace(recipe, narrowed=tuple(spans))
+
 
 class Data(_Part):
     """A task: arguments of `Task.load`. `name`: in tables, by default the task's own."""
@@ -79,7 +90,7 @@ class Study(_Part):
         tasks: sources of data; a text is its path, name or hub id.
         reference: name of the arm that the others are compared with; by default the first.
         margin: of the metric; arms that differ by less count as equal (see `smidgen.studies.statistics`).
-        seeds: of a run: the draw of its examples, of heads, of the order, of dropout.
+        seeds: of a run: the draw of its examples, of heads, of the order, of dropout, of what Select draws.
         lr: rates that each arm tries, unless it has its own; None for `trials` rates around the recipe's own.
         tuning_seeds: so many of the seeds try every rate; the others run at the best.
         examples: sizes of the training split; "all" of it.

@@ -16,6 +16,7 @@ from smidgen.common.errors import SmidgenError
 from smidgen.data.task import Task
 from smidgen.delta.delta import Delta
 from smidgen.efficiency.prefix_cache.shared_caches import Kept
+from smidgen.recipe.recipe import Recipe
 from smidgen.studies.comparison.efficiency_meter import EfficiencyMeter
 from smidgen.studies.runners.local import Work
 from smidgen.studies.trial import Trial
@@ -30,10 +31,12 @@ class StudyWork(Work):
 
     Attributes:
         tasks: seed -> the task with that seed's examples.
+        recipes: seed -> the recipe with what that seed draws.
         heads: seed -> name of a parameter of the model -> what it starts from.
     """
 
     tasks: Mapping[int, Task]
+    recipes: Mapping[int, Recipe]
     heads: Mapping[int, Mapping[str, Tensor]]
 
     def run(
@@ -45,8 +48,8 @@ class StudyWork(Work):
             for name, value in self.heads[settings.seed].items():
                 self.model.get_parameter(name).copy_(value)
         own = Work(
-            self.model, self.recipe, self.tasks[settings.seed], self.objective, self.processor, self.rate, self.epochs,
-            self.folder,
+            self.model, self.recipes[settings.seed], self.tasks[settings.seed], self.objective, self.processor,
+            self.rate, self.epochs, self.folder,
         )  # fmt: skip
         try:
             with EfficiencyMeter() as meter:
