@@ -472,5 +472,5 @@ def test_what_a_selection_draws_is_drawn_by_the_seed_of_the_run(base, data, tmp_
     ]
     masks = [sm.selection_of(sm.load(base, task=sm.Task.load(data))[0], delta) for delta in kept]
     assert all(masks[i].overlap(masks[j]) < 0.5 for i, j in ((0, 1), (0, 2), (1, 2)))
-    assert {r.recipe for r in found.results if r.arm == "random"} == {arms["random"]}
+    assert {r.recipe for r in found.results if r.arm == "random"} == {str(sm.parse(arms["random"]))}
     assert len(reopened(tmp_path / "out").results) == 6
