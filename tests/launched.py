@@ -15,8 +15,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 
 import smidgen as sm
+from smidgen.methods.base import Method
+from smidgen.ports.attachment_record import trained_parameters
+from smidgen.recipe.recipe import Term
 from smidgen.steps.objectives import TaskLoss
 from tests import helpers as h
 
@@ -30,6 +34,19 @@ def talk(count, start=0):
         {"prompt": "the film was", "completion": " ".join(row["text"].split()[3:] * (1 + i % 3))}
         for i, row in enumerate(rows)
     ]
+
+
+def gpt2():
+    return h.causal("gpt2", embd_pdrop=0, attn_pdrop=0, resid_pdrop=0).double()
+
+
+def tied():
+    return h.causal("llama", tie_word_embeddings=True).double()
+
+
+def albert():
+    none = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob"), 0)
+    return h.build("albert", **none).double()
 
 
 def bert(**options):
@@ -76,6 +93,25 @@ class Notes(sm.Callback):
         self.references.append([reference if isinstance(reference, int) else None for reference in scores.references])
 
 
+class Resident(sm.Callback):
+    """How much of a base a process holds while it is in shards, behind a step."""
+
+    def __init__(self, base):
+        self.base, self.values = base, {}
+
+    def on_step(self, run):
+        trained = {id(p) for p in trained_parameters(run.model).values()}
+        shards = [p for p in run.model.parameters() if isinstance(p, DTensor)]
+        self.values = {
+            "in shards": sum(p.numel() for p in shards),
+            "of them here": sum(p.to_local().numel() for p in shards),
+            "whole": sum(p.numel() for p in run.model.parameters() if not isinstance(p, DTensor)),
+            "trained": sum(p.numel() for p in trained_parameters(run.model).values()),
+            "trained in shards": sum(id(p) in trained for p in shards),
+            "left in the base": sum(p.numel() for p in self.base.parameters()),
+        }
+
+
 class Fails(sm.Callback):
     """Raises after a step, in every process or in one alone."""
 
@@ -110,6 +146,11 @@ CASES = {
     "causal by length": {"recipe": "LN()", "model": llama, "batch_tokens": 32},
     "packed": {"recipe": "LN()", "model": llama, "batching": "pack", "batch_size": 3, "train": 22},
     "chosen": {"recipe": "LN() | Select('fisher', keep=0.5)"},
+    "close": {"recipe": "LN()", "objective": sm.StayClose(weight=0.3)},
+    "recomputed": {"recipe": "LoRA(rank=2) + LN()", "model": llama, "recompute": True},
+    "tied": {"recipe": "LoRA(rank=2) + LN()", "model": tied},
+    "gpt2": {"recipe": "LoRA(rank=2) + LN()", "model": gpt2},
+    "albert": {"recipe": "LoRA(rank=2) + LN()", "model": albert},
 }  # fmt: skip
 
 
@@ -117,15 +158,39 @@ def case(name, folder, **more):
     """One run of the table. Gives its delta, and what was told of it."""
     options = {**SETTINGS, **CASES[name], **more}
     build, recipe, notes = options.pop("model", bert), options.pop("recipe"), Notes()
+    model = build()
+    resident, before = Resident(model), h.twin(model).state_dict()
+    own = {key: id(parameter) for key, parameter in model.named_parameters()}
     counts = {"train": options.pop("train", 25), "held": options.pop("held", 7)}
-    kind = {"make": talk, "kind": "causal-lm"} if build is llama else {}
+    kind = {"make": talk, "kind": "causal-lm"} if build in CAUSAL else {}
     task = h.task(folder / f"{name}-data-{os.getpid()}", **counts, **kind)
     if options.pop("max_memory", False):
         options["max_memory"] = sm.plan(build(), recipe, batch_size=2, length=16).costs["peak_bytes"]
-    callbacks = [notes, *options.pop("callbacks", ())]
-    delta = sm.fit(build(), recipe, task, tokenizer=h.tokenizer(), callbacks=callbacks, **options)
-    return delta, {"losses": notes.losses, "examples": notes.examples, "scores": notes.scores,
-                   "references": notes.references, "info": dict(delta.info)}  # fmt: skip
+    callbacks = [notes, resident, *options.pop("callbacks", ())]
+    try:
+        delta = sm.fit(model, recipe, task, tokenizer=h.tokenizer(), callbacks=callbacks, **options)
+    finally:
+        values = model.state_dict()
+        LEFT[name] = all(torch.equal(values[key], value) for key, value in before.items())
+    LEFT[name] &= own == {key: id(parameter) for key, parameter in model.named_parameters()}
+    with sm.attached(model, delta):
+        wanted = h.logits(model)
+    merged = h.logits(sm.merge(model, delta)) if recipe in MERGED else wanted
+    return delta, {
+        "losses": notes.losses, "examples": notes.examples, "scores": notes.scores, "references": notes.references,
+        "best": delta.info["best_epoch"], "base": delta.base.to_json(), "left": LEFT[name],
+        "resident": resident.values, "merged": float((merged - wanted).abs().max()),
+    }  # fmt: skip
+
+
+def every(folder):
+    """Every method of the registry."""
+    methods = [cls(**FEW.get(name, {})) for name, cls in sorted(Term.registry.items()) if issubclass(cls, Method)]
+    found = {}
+    for method in methods:
+        delta, _ = case("LN", folder, recipe=str(method), train=5, held=2, epochs=1, batch_size=4)
+        found |= {f"{method}: {key}": tensor for key, tensor in delta.tensors.items()}
+    return found, {"left": LEFT["LN"], "methods": [str(method) for method in methods]}
 
 
 def tried(name, folder, **more):
@@ -133,7 +198,7 @@ def tried(name, folder, **more):
     try:
         case(name, folder, **more)
     except (Exception, KeyboardInterrupt) as error:
-        return [type(error).__name__, str(error)]
+        return [type(error).__name__, str(error), *getattr(error, "__notes__", ())]
     return None
 
 
@@ -152,7 +217,7 @@ def resumed(name, folder):
 
 def lost(folder):
     """A loss that is no number in one process alone."""
-    return None, {"error": tried("LN", folder, objective=LostAt())}
+    return None, {"error": tried("LN", folder, objective=LostAt()), "left": LEFT["LN"]}
 
 
 def fails(folder):
@@ -160,7 +225,11 @@ def fails(folder):
     case("LN", folder, callbacks=[Fails(2, rank=1)])
 
 
-SPECIAL = {"lost": lost, "fails": fails}
+SPECIAL = {"lost": lost, "fails": fails, "every method": every}
+CAUSAL = (llama, tied, gpt2)
+MERGED = ("LN()", "LoRA(rank=2) + LN()")
+FEW = {"MoS": {"rank": 3}}  # the default needs three layers
+LEFT = {}  # case -> whether its model was as before
 
 
 def run(name, folder):
@@ -183,7 +252,7 @@ def main(folder, names):
         delta, told = run(name, folder)
         path = folder / f"{name}.{Accelerator().process_index}"
         if delta is not None:
-            save_file(dict(delta.tensors), path.with_name(path.name + ".safetensors"))
+            save_file(dict(getattr(delta, "tensors", delta)), path.with_name(path.name + ".safetensors"))
         path.with_name(path.name + ".json").write_text(json.dumps(told, default=str))
 
 

@@ -16,7 +16,10 @@ _Model = TypeVar("_Model")
 
 SCRIPT = "is compiled by torch.jit, which runs no hooks; pass the model that it was made of"
 WRAPPED = "is wrapped by {name}, which knows the old parameters; attach to the model inside it first, then wrap it"
-MESHED = "is sharded over a device mesh ({first} is a DTensor), which is not supported; use one process or DDP"
+MESHED = (
+    "is sharded over a device mesh already ({first} is a DTensor); give the plain model to fit, which shards it under "
+    "accelerate launch --use_fsdp --fsdp_version 2"
+)
 PART = (
     "holds a part that torch.compile wrapped, {path}, whose tensors have other names than in the plain model; "
     "compile it in place ({path}.compile()), or the whole model"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 from accelerate.utils import set_seed
@@ -25,6 +25,7 @@ from smidgen.delta.saved_selection import Selection
 from smidgen.efficiency.activation_checkpointing import recomputing
 from smidgen.efficiency.packing.isolation_check import check_kind
 from smidgen.efficiency.prefix_cache.within_block import frozen_within_block
+from smidgen.efficiency.sharded_base import ShardedBase
 from smidgen.importance.selecting import select
 from smidgen.inference.evaluation import Scores, compute_scores, write_examples
 from smidgen.inference.forward_pass import run_examples
@@ -35,7 +36,7 @@ from smidgen.steps.divergence import remedy
 from smidgen.steps.gradient_checks import FEW, MANY, Watch, check_depends, snapshot
 from smidgen.steps.growth import assign
 from smidgen.steps.loss_computation import At, Beside, loss_of
-from smidgen.steps.micro_batches import MicroBatch, rows_in, split_batch
+from smidgen.steps.micro_batches import MicroBatch, first_row, rows_in, split_batch
 from smidgen.steps.objectives import BATCH, reduction_of
 from smidgen.steps.optimizer_groups import optimizer
 from smidgen.steps.other_batches import Source
@@ -56,6 +57,7 @@ from smidgen.training.run.run_folder import RunFolder
 from smidgen.training.run.run_record import asked, choices, outcome
 from smidgen.training.run.run_spec import RunSpec
 from smidgen.training.run.settings import PACK, Settings
+from smidgen.training.run.shard_limits import COMPUTE_TOGETHER, check_sharded
 
 
 class NoValidationWarning(UserWarning):
@@ -97,6 +99,9 @@ class Loop:
         self.folder = RunFolder(run.out, writer=self.processes.main)
         self.progress = Progress()
         check_reading(self.objective, self.kind, self.settings, self.processes.count)
+        self.shards: ShardedBase | None = None
+        if self.processes.sharded:
+            check_sharded(self.objective, self.task)
 
     def fit(self) -> Delta:
         """Open or resume the run, train, and give back the best state; the model is left as it came."""
@@ -117,19 +122,50 @@ class Loop:
         if (delta := self.processes.from_main(self._finished)) is not None:
             return delta
         self._encode(self.settings.max_length if earlier is None else earlier.max_length)
-        processes, device = self.processes, self.processes.device
-        self.feed = Feed(self.rows, self.collate, self.settings, processes.rank, processes.count, device)
+        processes = self.processes
+        self.feed = Feed(self.rows, self.collate, self.settings, processes.rank, processes.count, processes.device)
         self.total = self.feed.steps
         with borrowed(self.model):
             self.selection = self._selected()
             fitting, size = self._fit_memory(earlier)
+            with self._lent():
+                return self._fit_attached(wanted, fitting, size, earlier)
+
+    @contextmanager
+    def _lent(self) -> Iterator[None]:
+        """The recipe on the model; or on another of the same base, in shards until the run has come to its end."""
+        if not self.processes.sharded:
             self._attach()
-            self.feed = self.feed.ready(self.model.to(device))
-            source = Source(self.settings.seed, self.settings.batch_size, self.rows.max_length, device)
-            self.beside = Beside.of(self.objective, self.model, self.task, self.processor, source)
-            with recomputing(self.model) if self.settings.recompute else nullcontext():
-                self._decide(wanted, fitting, size, earlier)
-                return self._train()
+            self.model.to(self.processes.device)
+            yield
+            return
+        base, self.shards = self.model, ShardedBase(self.model, self.processes.device, self.processes.count)
+        self.model = self.shards.model
+        try:
+            self._attach()
+            self.shards.shard()
+            yield
+        except DivergedError:  # which every process raises, so that all are here to gather
+            self.shards.gather()
+            raise
+        except BaseException as error:
+            if self.shards.parted:
+                error.add_note("The base is left in shards, its own parameters empty: load it anew.")
+            raise
+        finally:
+            self.model, self.shards = base, None
+
+    def _fit_attached(
+        self, wanted: Mapping[str, object], fitting: Settings, size: int, earlier: Choices | None
+    ) -> Delta:
+        """With the recipe on."""
+        self.feed = self.feed.ready(self.model)
+        s, device = self.settings, self.processes.device
+        source = Source(s.seed, s.batch_size, self.rows.max_length, device)
+        self.beside = Beside.of(self.objective, self.model, self.task, self.processor, source)
+        with recomputing(self.model) if s.recompute else nullcontext():
+            self._decide(wanted, fitting, size, earlier)
+            return self._train()
 
     def _encode(self, limit: int | None) -> None:
         """The rows of both splits; `limit`: most tokens of an example, None for the model's own."""
@@ -150,6 +186,9 @@ class Loop:
         self.collate = self.task.collator(self.processor, model=self.model)
         self.held = held
         self.mine = self.processes.share(held) if held else []
+        self.own = len(self.mine)
+        if held and self.processes.sharded and self.own * self.processes.count < len(held):
+            self.mine = [*self.mine, held[0]]  # all run equally many passes
 
     def _attach(self) -> None:
         """Put the recipe on, where it starts or where the given start stands."""
@@ -164,6 +203,7 @@ class Loop:
         before = {} if earlier is None else {"cache": earlier.cache, "rows": earlier.rows}
         splits = (self.rows,) if self.held is None else (self.rows, self.mine)
         unsteered = self.kind.unsteered or (READS_OTHERS if self.beside.batches else None)
+        unsteered = COMPUTE_TOGETHER if self.processes.sharded else unsteered
         given = Conditions(self.collate, fitting, self.folder.path, self.run.shared)
         made, why = shortcuts(self.model, splits, given, before, unsteered)
         self.around, self.around_held = made[0], made[-1]
@@ -267,7 +307,7 @@ class Loop:
             for micro_batch in self._micro_batches(places, batch, part):
                 with self.around(micro_batch.places, micro_batch.batch):
                     loss = self._loss(self.prepared, micro_batch.batch, self._at(micro_batch))
-                    value += float(loss.detach())
+                    value += float(loss.detach()) if micro_batch.share else 0.0
                     if self.processes.count == 1:
                         self._check_loss(value, factor)
                     self.accelerator.backward(loss)
@@ -302,10 +342,16 @@ class Loop:
         """Whether to stop; several processes stop behind the same step."""
         return self.interrupts.seen if self.processes.count == 1 else self.interrupted_together
 
-    def _micro_batches(self, places: Sequence[int], batch: Batch, part: BatchShare) -> Iterator[MicroBatch]:
+    def _micro_batches(self, places: Sequence[int], batch: Batch, part: BatchShare) -> Iterable[MicroBatch]:
         """This process's share of a batch, as much at a time as memory allows."""
+        found: Iterable[MicroBatch] = ()
         if places:
-            yield from split_batch(places, batch, self.at_once, self.task.kind, self.reduction, part.total)
+            found = split_batch(places, batch, self.at_once, self.task.kind, self.reduction, part.total)
+        if not self.processes.sharded:
+            return found
+        found = list(found)
+        more = self.processes.most(len(found)) - len(found)  # for others, which need this process's part of the base
+        return [*found, *[first_row(places or (0,), batch)] * more]
 
     def _check_loss(self, value: float, factor: float) -> None:
         """Raises DivergedError if the loss of a step is not finite."""
@@ -367,7 +413,8 @@ class Loop:
             outputs = run_examples(self.model, self.mine, self.task, self.processor, size, self.around_held)
             new = self.chosen.max_new_tokens or 0
             written = write_examples(self.model, self.mine, self.task, self.processor, size, new)
-        return compute_scores(self.task, self.processes.joined(outputs), self.processes.joined(written))
+        joined = self.processes.joined
+        return compute_scores(self.task, joined(outputs[: self.own]), joined(written[: self.own]))
 
     def _write(self) -> None:
         tensors = pack(self.model, self.best, self.optimizer, self.accelerator)
@@ -407,6 +454,8 @@ class Loop:
         if self.total > 1:
             self.watch.moved(self.model, self.total)
             self.watch.report(self.model, self.total)
+        if self.shards is not None:
+            self.shards.gather()
         assign(self.model, self.best)
         said = outcome(self.run, self.chosen, self.progress, self.total, self.selection)
         delta = replace(detach(self.model), labels=tuple(self.task.labels)).with_info(**said)

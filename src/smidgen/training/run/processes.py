@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, distributed
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from smidgen.common.errors import SmidgenError, TrainError
 
@@ -24,12 +25,11 @@ Item = TypeVar("Item")
 BUCKET = 1 << 24  # values that are sent together: what is copied beside the gradients stays small
 INSTEAD = (
     "what is trained is small and the base has no gradient, so no optimiser state is worth sharding: use data "
-    "parallelism (accelerate launch --multi_gpu)"
+    "parallelism (accelerate launch --multi_gpu), or FSDP2 (--use_fsdp --fsdp_version 2) to shard the base"
 )
 REFUSED = {
     DistributedType.DEEPSPEED: ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"),
     DistributedType.MEGATRON_LM: ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM"),
-    DistributedType.FSDP: ("FSDP", "ACCELERATE_USE_FSDP"),
 }
 
 
@@ -39,12 +39,15 @@ class Processes:
     Attributes:
         rank, count: its number, from 0, and how many there are.
         main: whether it is the one that writes.
+        sharded: whether each is to keep a part of the base, so that they compute together; see `ShardedBase`.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
+        """Raises TrainError for a way to shard that `fit` does not have."""
         self.device = accelerator.device
         self.rank, self.count = accelerator.process_index, accelerator.num_processes
         self.main = accelerator.is_main_process
+        self.sharded = _asks_fsdp2(accelerator) and self.count > 1
 
     def from_main(self, make: Callable[[], Value]) -> Value:
         """What the main process makes, in all of them; also the error that it meets, so that none waits for it."""
@@ -67,6 +70,12 @@ class Processes:
         """The parts of all processes, in the order of the sequence that was shared."""
         numbered = gather_object([(self.rank + k * self.count, item) for k, item in enumerate(mine)])
         return [item for _, item in sorted(numbered, key=lambda pair: pair[0])]
+
+    def most(self, number: int) -> int:
+        """The largest of a number over all processes."""
+        found = torch.tensor(number, device=self.device)
+        distributed.all_reduce(found, distributed.ReduceOp.MAX)
+        return int(found)
 
     def total(self, *numbers: float) -> list[float]:
         """The sum of each number over all processes."""
@@ -109,12 +118,33 @@ def accelerator_of() -> Accelerator:
             Accelerate passes over some, and for others it wants packages that would be of no use.
     """
     for name, variable in REFUSED.values():
-        if os.environ.get(variable, "false").lower() == "true":
+        if _launched(variable):
             raise TrainError(f"{name} is not supported; {INSTEAD}")
     accelerator = Accelerator()
     if accelerator.distributed_type in REFUSED:
         raise TrainError(f"{REFUSED[accelerator.distributed_type][0]} is not supported; {INSTEAD}")
     return accelerator
+
+
+def _asks_fsdp2(accelerator: Accelerator) -> bool:
+    """Whether the base is to be sharded. On a CPU only the launcher's variables say so."""
+    plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
+    if plugin is None and not _launched("ACCELERATE_USE_FSDP"):
+        return False
+    version = int(os.environ.get("FSDP_VERSION", "1")) if plugin is None else plugin.fsdp_version
+    if version != 2:
+        raise TrainError(
+            f"FSDP of version {version} is not supported, as it joins what is trained and what is frozen into one flat "
+            "tensor; launch with --fsdp_version 2"
+        )
+    if _launched("FSDP_OFFLOAD_PARAMS") if plugin is None else isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise TrainError("FSDP2 with shards in the host's memory is not supported; leave --fsdp_offload_params out")
+    return True
+
+
+def _launched(variable: str) -> bool:
+    """Whether the launcher has set a variable to true."""
+    return os.environ.get(variable, "false").lower() == "true"
 
 
 def _tried(make: Callable[[], Value]) -> tuple[Value | None, SmidgenError | None]:
