@@ -139,7 +139,9 @@ def test_a_study_is_run_chosen_on_validation_and_tested_once(base, data, tmp_pat
         assert {run.rate for run in runs} == {"head_lr" if arm == "head" else "lr"}
     again, before = [], {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "runs").rglob("*")}
     same = compare(study(base, data), tmp_path / "out", told=again.append)
-    assert [r.key for r in same.results] == [r.key for r in found.results] == [r.key for r in again]
+    assert [r.key for r in same.results] == [r.key for r in found.results]
+    assert [r.key for r in told] == [r.key for r in again]
+    assert {r.key for r in told} == {r.key for r in found.results}
     assert same.results == found.results
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "runs").rglob("*")} == before
     more = compare(study(base, data, seeds=[0, 1, 2]), tmp_path / "out")

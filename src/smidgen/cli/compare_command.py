@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from smidgen.cli import advice_progress
-from smidgen.cli.options import Json, Label, Metric, Option, Out, Text
+from smidgen.cli.options import Json, Label, Metric, On, Option, Out, Text
 from smidgen.cli.views import comparisons, results
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def run_compare(
     batch_size: Annotated[int, Option(min=1)] = 32,
     max_length: Annotated[int | None, Option(min=1, help="tokens per text")] = None,
     jobs: Annotated[int, Option(min=1, help="so many runs at once, each in a process of its own")] = 1,
+    on: On = "local",
     budget: Annotated[str | None, Option(help="20min, 1h30m: find one recipe within it, by successive halving")] = None,
     tracker: Annotated[str | None, Option(help="tensorboard, trackio or wandb")] = None,
     as_json: Json = False,
@@ -77,7 +78,7 @@ def run_compare(
             advice_progress.run_advice(wanted, out, seconds, jobs, tracker, as_json)
             return
         with _progress(wanted) as told:
-            found = compare(wanted, out, jobs=jobs, told=told, tracker=tracker)
+            found = compare(wanted, out, jobs=jobs, on=on, told=told, tracker=tracker)
     except KeyboardInterrupt:
         results.note("stopped; the same command goes on from there")
         raise typer.Exit(130) from None

@@ -51,6 +51,7 @@ Precision = Annotated[TuneDtype, Option("--dtype", help="of the base, not of wha
 OnlyRead = Annotated[
     bool | None, Option("--only-read/--all-rows", help="last block for the token read; default: if exact")
 ]
+On = Annotated[str, Option("--on", help="local; ray: Ray on this machine; auto, ray://...: a cluster of Ray that runs")]
 Json = Annotated[bool, Option("--json", help="one JSON object on stdout")]
 
 

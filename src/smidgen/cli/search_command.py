@@ -20,6 +20,7 @@ from smidgen.cli.options import (  # fmt: skip
     Metric,
     Model,
     NewTokens,
+    On,
     OnlyRead,
     Option,
     Out,
@@ -39,6 +40,7 @@ def run_search(
     lr: Annotated[list[float] | None, Option(help="a rate to try; may be given again; default: around its own")] = None,
     trials: Annotated[int, Option(help="so many rates, where none is named")] = 10,
     jobs: Annotated[int, Option(min=1, help="so many trials at once, each in a process of its own")] = 1,
+    on: On = "local",
     seed: Annotated[list[int] | None, Option(help="each rate with each seed; may be given again; default: 0")] = None,
     epochs: Annotated[int, Option(min=1)] = 3,
     head_lr: Annotated[float | None, Option(help="learning rate of the head")] = None,
@@ -59,7 +61,7 @@ def run_search(
     try:
         found = sm.search(
             network, wanted, task, out=out, processor=processor, lr=lr or None, seeds=seeds, trials=trials, jobs=jobs,
-            say=results.note, progress=progress, epochs=epochs, head_lr=head_lr, batch_size=batch_size,
+            on=on, say=results.note, progress=progress, epochs=epochs, head_lr=head_lr, batch_size=batch_size,
             max_length=max_length, max_new_tokens=max_new_tokens, pooling=pooling, batching=batching.value, cache=cache,
             only_read=only_read,
         )  # fmt: skip

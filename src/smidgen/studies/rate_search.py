@@ -21,8 +21,8 @@ from smidgen.planning.resolution import resolve
 from smidgen.recipe.recipe import Recipe, Term, as_recipe
 from smidgen.steps.objectives import Objective, TaskLoss
 from smidgen.studies.rates import SPAN, rates_around
-from smidgen.studies.runners.local import Work
-from smidgen.studies.runners.local import trials as run_trials
+from smidgen.studies.runners.opening import LOCAL, opened
+from smidgen.studies.runners.work import Work
 from smidgen.studies.search_folder import FILE, Ledger
 from smidgen.studies.trial import Search, Trial
 from smidgen.training.run.run_folder import hashed_by
@@ -39,7 +39,8 @@ def search(  # noqa: PLR0913 - options by keyword
     model: nn.Module, recipe: str | Term | Recipe, task: Task, *, lr: Sequence[float] | None = None,
     seeds: Sequence[int] = (0,), trials: int = 10, jobs: int = 1, out: str | os.PathLike[str] | None = None,
     processor: Processor | None = None, tokenizer: Processor | None = None, objective: Objective | None = None,
-    progress: bool | None = None, say: Callable[[str], None] | None = None, **settings: Unpack[SharedOptions],
+    progress: bool | None = None, say: Callable[[str], None] | None = None, on: str = LOCAL,
+    **settings: Unpack[SharedOptions],
 ) -> Search:  # fmt: skip
     """Train one recipe at several rates, and with several seeds; the best by validation comes back with its delta.
 
@@ -55,6 +56,7 @@ def search(  # noqa: PLR0913 - options by keyword
         out: gets the best delta, search.json, and the run of each trial in `trials`.
         processor: as in `fit`; `tokenizer` is another name of it.
         say: gets a line per finished trial.
+        on: where trials run: "local"; "ray", "auto" or "ray://host:port" for Ray on this machine or a cluster.
         settings: fields of `Settings`, but seed and lr.
 
     Raises:
@@ -63,13 +65,11 @@ def search(  # noqa: PLR0913 - options by keyword
     """
     check_model(model)
     wanted = Trials.of(bare(model), as_recipe(recipe), task, (lr, seeds, trials), objective or TaskLoss(), settings)
-    if jobs < 1:
-        raise TrainError(f"jobs={jobs} must be at least 1")
-    with folder_lock_held(out):
+    with folder_lock_held(out), opened(on, jobs, progress) as runner:
         ledger = Ledger(out, {} if out is None else wanted.asked(hashed_by(Path(out) / FILE)))
         todo = [(each, ledger.folder(wanted.rate, each)) for each in wanted.settings[len(ledger.trials) :]]
         work = wanted.work(given_processor(processor, tokenizer), ledger.path)
-        for trial, delta in run_trials(work, todo, jobs, progress):
+        for trial, delta in runner.trials([(work, todo)]):
             ledger.add(trial, delta)
             if say is not None:
                 say(wanted.told(ledger.trials))

@@ -23,18 +23,69 @@ from smidgen.studies.comparison.scratch_models import from_scratch
 from smidgen.studies.comparison.study import StudyArm
 from smidgen.studies.comparison.study_work import StudyWork
 from smidgen.studies.rates import rates_around
-from smidgen.studies.runners.local import trials
+from smidgen.studies.runners.work import Todo
 from smidgen.studies.trial import Trial
 from smidgen.training.run.settings import Settings
 
 
+Asked = Sequence[tuple["ArmRuns", Sequence[tuple[float, int]]]]
+
+
 def run_cell(cell: StudyCell) -> list[Result]:
-    """All runs; those that are there are not repeated. Rates are chosen on validation, then the test split is read."""
-    return [result for name in cell.study.arms for result in _run_arm(cell, name)]
+    """All runs; those that are there are not repeated. Rates are chosen on validation, then the test split is read.
+
+    The tuning runs of all arms go to the runner together, and so do those with the other seeds.
+    """
+    arms = [arm_runs(cell, name) for name in cell.study.arms]
+    tuning, others = cell.study.seeds[: cell.study.tuning_seeds], cell.study.seeds[cell.study.tuning_seeds :]
+    tuned = _run(cell, [(arm, [(lr, seed) for lr in arm.rates for seed in tuning]) for arm in arms])
+    best = [chosen_rate(results) for results in tuned]
+    for lr, results in zip(best, tuned, strict=True):
+        _drop_large(cell, [result for result in results if result.lr != lr])
+    chosen = zip(arms, best, strict=True)
+    rest = _run(cell, [(arm, [] if lr is None else [(lr, seed) for seed in others]) for arm, lr in chosen])
+    found = []
+    for arm, lr, first, last in zip(arms, best, tuned, rest, strict=True):
+        results = [arm.tested(result) if cell.tested and result.lr == lr else result for result in (*first, *last)]
+        _drop_large(cell, results)
+        found += results
+    return found
 
 
-def _run_arm(cell: StudyCell, name: str) -> list[Result]:
-    """The runs of one arm; those at the chosen rate with their metrics on the test split."""
+def _run(cell: StudyCell, asked: Asked) -> list[list[Result]]:
+    """For each arm the results of its (rate, seed), in order."""
+    places = [[arm.place(lr, seed) for lr, seed in pairs] for arm, pairs in asked]
+    there = (cell.store.result(place.key) for row in places for place in row)
+    found = {result.key: result for result in there if result is not None and result.over}
+    for result in found.values():
+        cell.told(result)
+    arms = [arm for arm, _ in asked]
+    missing = [[place for place in row if place.key not in found] for row in places]
+    found |= {result.key: result for result in make(cell, list(zip(arms, missing, strict=True)))}
+    return [[found[place.key] for place in row] for row in places]
+
+
+def _drop_large(cell: StudyCell, results: Sequence[Result]) -> None:
+    for result in results:
+        cell.store.drop_large(result.key)
+
+
+def make(cell: StudyCell, missing: Sequence[tuple[ArmRuns, Sequence[Result]]]) -> Iterator[Result]:
+    """Make runs and keep what comes of each. An arm's runs that start from the same weights are one batch."""
+    groups = []
+    for each, places in missing:
+        if each.failure is None:
+            groups += [(each, group) for group in each.groups(places)]
+            continue
+        for place in places:
+            yield each.kept(replace(place, error=each.failure))
+    runs = cell.runner.trials((each.work(group), each.todo(group)) for each, group in groups)
+    for (each, place), (trial, delta) in zip(((e, p) for e, group in groups for p in group), runs, strict=True):
+        yield each.kept(each.ended(place, trial, delta))
+
+
+def arm_runs(cell: StudyCell, name: str) -> ArmRuns:
+    """The runs of one arm, with the rates that it tries."""
     study, arm, failure = cell.study, cell.study.arms[name], None
     model, _ = cell.loaded
     rate = "lr"
@@ -43,42 +94,24 @@ def _run_arm(cell: StudyCell, name: str) -> list[Result]:
     except SmidgenError as error:  # a recipe that does not fit this model: all its runs fail
         failure = f"{type(error).__name__}: {error}"
     rates = arm.lr or study.lr or tuple(rates_around(arm.parsed, rate, study.trials))
-    tuning, rest = study.seeds[: study.tuning_seeds], study.seeds[study.tuning_seeds :]
-    each = ArmRuns(cell, name, arm, rate, failure)
-    found = each.run([(lr, seed) for lr in rates for seed in tuning])
-    best = chosen_rate(found)
-    if best is not None:
-        found += each.run([(best, seed) for seed in rest])
-    done = [each.tested(result) if cell.tested and result.lr == best else result for result in found]
-    for result in done:
-        cell.store.drop_large(result.key)
-    return done
+    return ArmRuns(cell, name, arm, rate, tuple(rates), failure)
 
 
 @dataclass(frozen=True, eq=False)
 class ArmRuns:
-    """The runs of one arm in a cell. `failure`: why none of them can be made."""
+    """The runs of one arm in a cell.
+
+    Attributes:
+        rate: the setting that is tried, "lr" or "head_lr"; `rates`: its values.
+        failure: why none of the runs can be made.
+    """
 
     cell: StudyCell
     name: str
     arm: StudyArm
     rate: str
+    rates: tuple[float, ...]
     failure: str | None
-
-    def run(self, wanted: Sequence[tuple[float, int]]) -> list[Result]:
-        """The results of (rate, seed), in order."""
-        places = [self._place(lr, seed) for lr, seed in wanted]
-        known = [self.cell.store.result(place.key) for place in places]
-        missing = [place for place, old in zip(places, known, strict=True) if old is None or not old.over]
-        fresh = {result.key: result for result in self._made(missing)}
-        found = []
-        for place, old in zip(places, known, strict=True):
-            result = fresh.get(place.key) or old
-            assert result is not None
-            if place.key not in fresh:
-                self.cell.told(result)
-            found.append(result)
-        return found
 
     def tested(self, result: Result) -> Result:
         """A result with its metrics on the test split, read once."""
@@ -86,7 +119,7 @@ class ArmRuns:
         if result.error is not None or result.test is not None:
             return result
         if not (cell.store.folder(result.key) / FIT).is_dir():  # dropped, when another rate was the best
-            (result,) = self._made([self._place(result.lr, result.seed)])
+            (result,) = make(cell, [(self, [self.place(result.lr, result.seed)])])
         delta = Delta.load(cell.store.folder(result.key) / FIT)
         model, processor = self._based(result.seed), cell.loaded[1]
         scores = evaluate(model, cell.source, delta=delta, split="test", processor=processor)
@@ -99,7 +132,7 @@ class ArmRuns:
         own = {self.rate: lr, "seed": seed, "pooling": self.arm.pooling}
         return Settings.of({**self.cell.study.settings, **own})
 
-    def _place(self, lr: float, seed: int) -> Result:
+    def place(self, lr: float, seed: int) -> Result:
         """A result that has not come yet, with its key."""
         cell, recipe = self.cell, self.arm.parsed
         key = key_of(
@@ -114,20 +147,12 @@ class ArmRuns:
             key, cell.model, task.name, task.metric, cell.examples, self.name, str(recipe), seed, self.rate, lr
         )
 
-    def _made(self, missing: Sequence[Result]) -> Iterator[Result]:
-        """Make runs, group by group, and keep what comes of each."""
-        if self.failure is not None:
-            for place in missing:
-                yield self._kept(replace(place, error=self.failure))
-            return
-        for group in self._groups(missing):
-            seed = group[0].seed if self.arm.scratch else None
-            todo = [(self._settings(place.lr, place.seed), self.cell.store.folder(place.key) / FIT) for place in group]
-            runs = trials(self._work(seed, len(group)), todo, self.cell.jobs, False)
-            for place, (trial, delta) in zip(group, runs, strict=True):
-                yield self._kept(self._ended(place, trial, delta))
+    def todo(self, group: Sequence[Result]) -> Todo:
+        """Settings and folder of each run."""
+        store = self.cell.store
+        return [(self._settings(place.lr, place.seed), store.folder(place.key) / FIT) for place in group]
 
-    def _groups(self, missing: Sequence[Result]) -> list[list[Result]]:
+    def groups(self, missing: Sequence[Result]) -> list[list[Result]]:
         """Runs that start from the same weights: all of them, or those of a seed where weights are drawn by it."""
         if not self.arm.scratch:
             return [list(missing)] if missing else []
@@ -138,23 +163,26 @@ class ArmRuns:
         model, _ = self.cell.loaded
         return model if seed is None or not self.arm.scratch else from_scratch(model, seed)
 
-    def _work(self, seed: int | None, runs: int) -> StudyWork:
-        cell = self.cell
-        epochs = Settings.of(cell.study.settings).epochs * runs
+    def work(self, group: Sequence[Result]) -> StudyWork:
+        """What runs that start from the same weights have in common."""
+        cell, seed = self.cell, group[0].seed if self.arm.scratch else None
+        epochs = Settings.of(cell.study.settings).epochs * len(group)
         heads: Mapping[int, Mapping[str, Tensor]] = {} if seed is None else {seed: {}}
         return StudyWork(
             self._based(seed), self.arm.parsed, cell.source, TaskLoss(), cell.loaded[1], self.rate, epochs,
             None, cell.tasks, {seed: self.arm.drawn(seed) for seed in cell.study.seeds}, heads or cell.heads,
         )  # fmt: skip
 
-    def _ended(self, place: Result, trial: Trial, delta: Delta | None) -> Result:
+    def ended(self, place: Result, trial: Trial, delta: Delta | None) -> Result:
+        """What came of a run."""
         found = replace(
             place, validation=trial.value(place.metric), scores=trial.scores, best_epoch=trial.best_epoch,
             error=trial.error, diverged=trial.error is not None and not trial.failed,
         )  # fmt: skip
         return found if delta is None else replace(found, costs=run_costs(self.cell, self.arm, place.key, trial, delta))
 
-    def _kept(self, result: Result) -> Result:
+    def kept(self, result: Result) -> Result:
+        """The same, written down and told of."""
         self.cell.store.keep(result)
         self.cell.told(result)
         return result

@@ -18,6 +18,7 @@ from smidgen.sites.new_tensors import new_names
 from smidgen.sites.task_head import head_names
 from smidgen.studies.comparison.run_store import Result, RunStore
 from smidgen.studies.comparison.study import Study
+from smidgen.studies.runners.runner import Runner
 from smidgen.training.run.settings import Settings
 
 Told = Callable[[Result], None]
@@ -30,7 +31,7 @@ class StudyCell:
     Attributes:
         source: the task with all its examples.
         examples: to learn from; None for all.
-        jobs: so many runs at once.
+        runner: where the runs are made.
         told: is given each result as it comes, also those of earlier calls.
         tested: whether the best rates are tested.
     """
@@ -40,7 +41,7 @@ class StudyCell:
     model: str
     source: Task
     examples: int | None
-    jobs: int
+    runner: Runner
     told: Told
     tested: bool = True
 

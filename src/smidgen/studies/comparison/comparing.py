@@ -13,6 +13,7 @@ from smidgen.studies.comparison.arm_runs import run_cell
 from smidgen.studies.comparison.cell import StudyCell
 from smidgen.studies.comparison.run_store import Result, RunStore
 from smidgen.studies.comparison.study import Study
+from smidgen.studies.runners.opening import LOCAL, opened
 from smidgen.studies.trackers import StudyTracker
 
 
@@ -62,6 +63,7 @@ def compare(
     out: str | os.PathLike[str],
     *,
     jobs: int = 1,
+    on: str = LOCAL,
     told: Callable[[Result], None] | None = None,
     tested: bool = True,
     tracker: str | None = None,
@@ -70,6 +72,7 @@ def compare(
 
     Args:
         jobs: so many runs at once, in processes that share the base's pages and torch's threads.
+        on: where runs are made: "local"; "ray", "auto" or "ray://host:port" for Ray on this machine or a cluster.
         told: is given every result, also those that were there.
         tested: whether the best rates are tested; without it the test split is not read.
         tracker: "tensorboard", "trackio" or "wandb", which gets the runs too.
@@ -95,13 +98,13 @@ def compare(
         if tracked is not None:
             tracked.told(result)
 
-    with folder_lock_held(out):
+    with folder_lock_held(out), opened(on, jobs, False) as runner:
         store.begin(study.model_dump(mode="json"))
         for model in study.models:
             for task in tasks:
                 for examples in study.examples:
                     count = None if examples == "all" else int(examples)
-                    cell = StudyCell(study, store, model, task, count, jobs, tell, tested)
+                    cell = StudyCell(study, store, model, task, count, runner, tell, tested)
                     found = run_cell(cell)
                     results += found
                     if tracked is not None:

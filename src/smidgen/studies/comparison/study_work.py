@@ -18,7 +18,7 @@ from smidgen.delta.delta import Delta
 from smidgen.efficiency.prefix_cache.shared_caches import Kept
 from smidgen.recipe.recipe import Recipe
 from smidgen.studies.comparison.efficiency_meter import EfficiencyMeter
-from smidgen.studies.runners.local import Work
+from smidgen.studies.runners.work import Work
 from smidgen.studies.trial import Trial
 from smidgen.training.run.settings import Settings
 
@@ -61,3 +61,7 @@ class StudyWork(Work):
         if out is not None and not (out.parent / METER).is_file():  # a finished run that is read again took no time
             write_files(out.parent, {METER: json.dumps(meter.to_json()).encode()})
         return trial, delta
+
+    def lost(self, settings: Settings, why: str) -> Trial:
+        """A run that failed; the others go on."""
+        return Trial(getattr(settings, self.rate), settings.seed, (), None, 0.0, why, failed=True)

@@ -1,4 +1,4 @@
-"""The trials of a search: one after another, or several at once, each in a process of its own.
+"""Trials on this machine: one after another, or several at once, each in a process of its own.
 
 A step of a small model keeps several cores busy for half of its time at best: what lies between its matrix products is
 too small to share. One trial per core keeps all of them busy. Processes are loky's: scripts need no main guard for
@@ -8,101 +8,53 @@ them, and what is defined in a script or a notebook can be sent.
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from torch import nn
 
-from smidgen.common.errors import DivergedError, TrainError
-from smidgen.data.processor import Processor
-from smidgen.data.task import Task
+from smidgen.common.errors import TrainError
 from smidgen.delta.delta import Delta
 from smidgen.efficiency.prefix_cache.shared_caches import Kept
-from smidgen.recipe.recipe import Recipe
-from smidgen.steps.objectives import Objective
+from smidgen.studies.runners.counting import counted
+from smidgen.studies.runners.packing import sending
+from smidgen.studies.runners.runner import Batches, Runner
+from smidgen.studies.runners.work import Todo, Work
 from smidgen.studies.trial import Trial
-from smidgen.training.run.loop import Loop
-from smidgen.training.run.run_spec import RunSpec
 from smidgen.training.run.settings import Settings
 
-Todo = Sequence[tuple[Settings, Path | None]]
+
+@contextmanager
+def local_runner(on: str, jobs: int, progress: bool | None) -> Iterator[Runner]:
+    """So many trials at once on this machine. Raises TrainError if that is none."""
+    if jobs < 1:
+        raise TrainError(f"jobs={jobs} must be at least 1")
+    yield LocalRunner(jobs, progress)
 
 
-@dataclass(frozen=True, eq=False)
-class Work:
-    """What the trials of a search have in common.
+@dataclass(frozen=True)
+class LocalRunner:
+    """See `Runner`. Trials that have their work in common share what is frozen; batches come one after another."""
 
-    Attributes:
-        rate: the setting that is tried, "lr" or "head_lr".
-        epochs: of all trials together.
-        folder: for hidden states that are too large for memory.
-    """
+    jobs: int
+    progress: bool | None
 
-    model: nn.Module
-    recipe: Recipe
-    task: Task
-    objective: Objective
-    processor: Processor | None
-    rate: str
-    epochs: int
-    folder: Path | None
-
-    def kept(self) -> Kept:
-        """For hidden states that the trials of one process share."""
-        return Kept(self.epochs, self.folder)
-
-    def run(
-        self, settings: Settings, out: Path | None, progress: bool | None, kept: Kept
-    ) -> tuple[Trial, Delta | None]:
-        """One trial; a loss that is not finite any more ends it, not the search."""
-        start, delta, error = time.perf_counter(), None, None
-        spec = RunSpec(
-            self.model,
-            self.recipe,
-            self.task,
-            settings,
-            self.objective,
-            out=out,
-            processor=self.processor,
-            progress=progress,
-            shared=kept,
-        )
-        loop = Loop(spec)
-        try:
-            delta = loop.fit()
-        except DivergedError as diverged:
-            error = str(diverged)
-        scores = tuple(dict(entry.scores) for entry in loop.history())
-        best = None if delta is None else delta.info["best_epoch"]
-        lr, seconds = getattr(settings, self.rate), time.perf_counter() - start
-        return Trial(lr, settings.seed, scores, best, seconds, error), delta
-
-
-def trials(work: Work, todo: Todo, jobs: int, progress: bool | None) -> Iterator[tuple[Trial, Delta | None]]:
-    """Trials in order, each with its delta or None if it diverged.
-
-    Raises:
-        TrainError: what `fit` raises; or a process cannot be given its work, or was killed.
-    """
-    if jobs > 1 and len(todo) > 1:
-        shown = sys.stderr.isatty() if progress is None else progress
-        with closing(_at_once(work, todo, min(jobs, len(todo)))) as found:
-            label, console = f"{work.recipe}, trials", Console(stderr=True)
-            yield from track(found, label, total=len(todo), console=console, disable=not shown)
-        return
-    kept = work.kept()
-    for settings, out in todo:
-        yield work.run(settings, out, progress, kept)
+    def trials(self, batches: Batches) -> Iterator[tuple[Trial, Delta | None]]:
+        """See `Runner`."""
+        for work, todo in batches:
+            jobs = min(self.jobs, len(todo))
+            if jobs > 1:
+                yield from counted(_at_once(work, todo, jobs), str(work.recipe), len(todo), self.progress)
+                continue
+            kept = work.kept()
+            for settings, out in todo:
+                yield work.run(settings, out, self.progress, kept)
 
 
 def _at_once(work: Work, todo: Todo, jobs: int) -> Generator[tuple[Trial, Delta | None]]:
@@ -131,13 +83,8 @@ def _written(work: Work, jobs: int) -> Iterator[Path]:
 
     with tempfile.TemporaryDirectory(prefix="smidgen-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "work.pt"
-        try:
+        with sending(f"jobs={jobs}", "use jobs=1"):
             torch.save(work, path, pickle_module=cloudpickle)
-        except Exception as error:  # whatever a model, a processor or an objective raises when it is pickled
-            said = next(iter(str(error).splitlines()), type(error).__name__)
-            raise TrainError(
-                f"jobs={jobs} sends model, task and objective to other processes: {said}; use jobs=1"
-            ) from error
         yield path
 
 
