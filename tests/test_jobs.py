@@ -1,22 +1,29 @@
 """Several trials at once: the same trials, whoever dies."""
 
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+from datasets import Dataset
 
+from smidgen.common.atomic_files import write_files
 from smidgen.common.errors import SmidgenError, TrainError
 from smidgen.steps.objectives import TaskLoss
+from smidgen.studies.runners.packing import packed, unpacked
 from smidgen.studies.search_folder import FILE
 from tests import helpers as h
+from tests.test_cli import call
 from tests.test_search import RATES, TOP, command, results, searched, task, world  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
@@ -140,3 +147,63 @@ def test_the_command_takes_jobs(world):  # noqa: F811
     wrong = command(world, "--jobs", 0, out="never")
     assert wrong.code == 2
     assert "--jobs" in wrong.err
+
+
+# Where trials run
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--on", "ray"], "--on ray needs a further package: pip install 'smidgen[ray]'"),
+        (["--on", "ray://127.0.0.1:10001"], "pip install 'smidgen[ray]'"),
+        (["--on", "rai"], "--on rai: local, ray, auto, or the ray:// address of a cluster; did you mean 'ray'?"),
+        (["--on", "local://x"], "--on local://x: local, ray, auto,"),
+        (["--on", "ray", "--jobs", "2"], "--jobs 2 is for --on local; --on ray makes as many at once as Ray has"),
+    ],
+)
+def test_where_trials_cannot_run_is_one_line(world, tmp_path, monkeypatch, more, said):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "ray", None)
+    compared = ["compare", "--model", world / "base", "--data", world / "data", "--recipe", "LN()"]
+    for done in (command(world, *more, out="nowhere"), call(*compared, "--out", tmp_path / "out", *more)):
+        assert done.code == 2
+        assert said in done.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("on", "said"),
+    [
+        ("ray://127.0.0.1:{port}", "nothing answers at 127.0.0.1:.* `ray start --head` begins a cluster"),
+        ("ray://127.0.0.1:port", "is no address: Port could not be cast"),
+        ("ray://", "names no host; ray://host:port does"),
+    ],
+)
+def test_a_cluster_that_does_not_answer_is_one_line(task, monkeypatch, on, said):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(TrainError, match=said) as error:
+        searched(task, on=on.format(port=port))
+    assert "\n" not in str(error.value)
+
+
+def test_rows_are_sent_by_value(tmp_path):
+    """Another machine has none of the files that this one's data sets lie in."""
+    Dataset.from_dict({"text": ["a", "b", "c"]}).save_to_disk(str(tmp_path / "rows"))
+    rows = Dataset.load_from_disk(str(tmp_path / "rows")).select([2, 0])
+    assert rows.cache_files
+    content = packed({"rows": rows, "values": torch.ones(2)})
+    shutil.rmtree(tmp_path / "rows")
+    found = unpacked(content)
+    assert found["rows"][:] == {"text": ["c", "a"]}
+    assert torch.equal(found["values"], torch.ones(2))
+
+
+def test_a_write_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_files(tmp_path / "out", {"one": b"1"})
+    assert list((tmp_path / "out").iterdir()) == []

@@ -26,9 +26,10 @@ def write_files(folder: Path, data: Mapping[str, bytes]) -> Path:
         for path, target in temporary:
             os.replace(path, target)
     except OSError as error:
+        raise WriteError(f"cannot write to {folder}: {error.strerror or error}") from None
+    finally:
         for path, _ in temporary:
             Path(path).unlink(missing_ok=True)
-        raise WriteError(f"cannot write to {folder}: {error.strerror or error}") from None
     return folder
 
 
@@ -41,7 +42,7 @@ def _write_temporary(folder: Path, content: bytes) -> str:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(path, 0o644)
-    except OSError:
+    except BaseException:
         Path(path).unlink(missing_ok=True)
         raise
     return path

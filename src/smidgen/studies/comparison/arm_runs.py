@@ -27,7 +27,6 @@ from smidgen.studies.runners.work import Todo
 from smidgen.studies.trial import Trial
 from smidgen.training.run.settings import Settings
 
-
 Asked = Sequence[tuple["ArmRuns", Sequence[tuple[float, int]]]]
 
 

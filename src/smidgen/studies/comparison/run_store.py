@@ -100,7 +100,9 @@ class RunStore:
             raise StudyError(f"{self.path} is not empty and holds no study of smidgen; choose another --out")
 
     def begin(self, study: Mapping[str, object]) -> None:
-        """Write down what the study is."""
+        """Write down what the study is; what writes that were killed left half goes."""
+        for part in (self.path / RUNS).rglob(".part-*"):
+            part.unlink(missing_ok=True)
         self._write(self.path, {STUDY: {"format": FORMAT, "study": dict(study)}})
 
     def study(self) -> dict[str, object]:
