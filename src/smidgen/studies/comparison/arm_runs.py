@@ -35,7 +35,7 @@ def run_cell(cell: StudyCell) -> list[Result]:
 
     The tuning runs of all arms go to the runner together, and so do those with the other seeds.
     """
-    arms = [arm_runs(cell, name) for name in cell.study.arms]
+    arms = [runs_of_arm(cell, name) for name in cell.study.arms]
     tuning, others = cell.study.seeds[: cell.study.tuning_seeds], cell.study.seeds[cell.study.tuning_seeds :]
     tuned = _run(cell, [(arm, [(lr, seed) for lr in arm.rates for seed in tuning]) for arm in arms])
     best = [chosen_rate(results) for results in tuned]
@@ -83,7 +83,7 @@ def make(cell: StudyCell, missing: Sequence[tuple[ArmRuns, Sequence[Result]]]) -
         yield each.kept(each.ended(place, trial, delta))
 
 
-def arm_runs(cell: StudyCell, name: str) -> ArmRuns:
+def runs_of_arm(cell: StudyCell, name: str) -> ArmRuns:
     """The runs of one arm, with the rates that it tries."""
     study, arm, failure = cell.study, cell.study.arms[name], None
     model, _ = cell.loaded

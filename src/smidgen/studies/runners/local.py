@@ -31,7 +31,7 @@ from smidgen.training.run.settings import Settings
 
 
 @contextmanager
-def local_runner(on: str, jobs: int, progress: bool | None) -> Iterator[Runner]:
+def on_this_machine(on: str, jobs: int, progress: bool | None) -> Iterator[Runner]:
     """So many trials at once on this machine. Raises TrainError if that is none."""
     if jobs < 1:
         raise TrainError(f"jobs={jobs} must be at least 1")

@@ -7,13 +7,13 @@ from contextlib import AbstractContextManager
 from types import MappingProxyType
 
 from smidgen.common.errors import TrainError, nearest
-from smidgen.studies.runners.local import local_runner
-from smidgen.studies.runners.ray_runner import ray_runner
+from smidgen.studies.runners.local import on_this_machine
+from smidgen.studies.runners.ray_runner import on_ray
 from smidgen.studies.runners.runner import Runner
 
 LOCAL = "local"
 Opener = Callable[[str, int, bool | None], AbstractContextManager[Runner]]
-OPENERS: Mapping[str, Opener] = MappingProxyType({LOCAL: local_runner, "ray": ray_runner, "auto": ray_runner})
+OPENERS: Mapping[str, Opener] = MappingProxyType({LOCAL: on_this_machine, "ray": on_ray, "auto": on_ray})
 
 
 def opened(on: str, jobs: int, progress: bool | None) -> AbstractContextManager[Runner]:

@@ -56,7 +56,8 @@ def run_one(stored: tuple[Any, Any], settings: Settings, name: str | None, threa
     torch.set_num_threads(min(threads, os.cpu_count() or 1))
     here = _taken(stored)
     if name is None:
-        return Made(*here.work.run(settings, None, False, here.kept), {})
+        trial, delta = here.work.run(settings, None, False, here.kept)
+        return Made(trial, delta, {})
     with tempfile.TemporaryDirectory(prefix="smidgen-", ignore_cleanup_errors=True) as folder:
         out = Path(folder) / name
         trial, delta = here.work.run(settings, out, False, here.kept)

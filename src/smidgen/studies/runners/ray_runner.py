@@ -36,7 +36,7 @@ PATIENCE = 10.0  # seconds for a machine to answer at all
 
 
 @contextmanager
-def ray_runner(on: str, jobs: int, progress: bool | None) -> Iterator[Runner]:
+def on_ray(on: str, jobs: int, progress: bool | None) -> Iterator[Runner]:
     """Trials on Ray: "ray" begins one on this machine alone, which ends with the `with`; else a cluster that runs.
 
     A process that is connected to Ray already goes on with that.
