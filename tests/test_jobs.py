@@ -176,12 +176,14 @@ def test_where_trials_cannot_run_is_one_line(world, tmp_path, monkeypatch, more,
         ("ray://127.0.0.1:{port}", "nothing answers at 127.0.0.1:.* `ray start --head` begins a cluster"),
         ("ray://127.0.0.1:port", "is no address: Port could not be cast"),
         ("ray://", "names no host; ray://host:port does"),
+        ("auto", "on='127.0.0.1:.*': nothing answers at 127.0.0.1:"),
     ],
 )
 def test_a_cluster_that_does_not_answer_is_one_line(task, monkeypatch, on, said):  # noqa: F811
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False))
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     with pytest.raises(TrainError, match=said) as error:
         searched(task, on=on.format(port=port))
     assert "\n" not in str(error.value)

@@ -14,14 +14,19 @@ if TYPE_CHECKING:
     from smidgen.studies.comparison.study import Study
 
 
-def run_advice(study: Study, out: Path, budget: float, jobs: int, tracker: str | None, as_json: bool) -> None:
+def run_advice(
+    study: Study, out: Path, budget: float, place: tuple[str, int], tracker: str | None, as_json: bool
+) -> None:
     """Find one arm within a budget of seconds, and show it."""
     from smidgen.studies.advisor.advising import advise
     from smidgen.studies.comparison.comparing import reopened
     from smidgen.studies.reports.comparison import write_report
 
-    with RungProgress() as progress:
-        found = advise(study, out, budget=budget, jobs=jobs, told=progress.told, begun=progress.begun, tracker=tracker)
+    (on, jobs), progress = place, RungProgress()
+    with progress:
+        found = advise(
+            study, out, budget=budget, jobs=jobs, on=on, told=progress.told, begun=progress.begun, tracker=tracker
+        )
     write_report(reopened(out), out, f"smidgen compare --budget {budget:.0f}s --out {out}")
     results.show({"out": str(out), **found.to_json()}, recommended_arms.advised(found, out), as_json)
 

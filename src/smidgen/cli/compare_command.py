@@ -75,7 +75,7 @@ def run_compare(
         raise typer.BadParameter(f"--{'seed' if seed else 'examples'} is chosen by --budget; leave it out")
     try:
         if seconds is not None:
-            advice_progress.run_advice(wanted, out, seconds, jobs, tracker, as_json)
+            advice_progress.run_advice(wanted, out, seconds, (on, jobs), tracker, as_json)
             return
         with _progress(wanted) as told:
             found = compare(wanted, out, jobs=jobs, on=on, told=told, tracker=tracker)

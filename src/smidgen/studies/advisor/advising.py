@@ -20,6 +20,7 @@ from smidgen.studies.comparison.findings import Findings
 from smidgen.studies.comparison.run_store import Result
 from smidgen.studies.comparison.study import Study, StudyArm
 from smidgen.studies.rates import rates_around
+from smidgen.studies.runners.opening import LOCAL
 from smidgen.training.run.settings import Settings
 
 ARMS = ("LN()", "BitFit()", "LoRA(rank=8)", "Pfeiffer", "Head()", "Full()")
@@ -32,12 +33,13 @@ MOST_SEEDS = 6
 LAST_RATES = 2
 
 
-def advise(
+def advise(  # noqa: PLR0913 - options by keyword
     study: Study,
     out: str | os.PathLike[str],
     *,
     budget: float,
     jobs: int = 1,
+    on: str = LOCAL,
     told: Callable[[Result], None] | None = None,
     begun: Callable[[Rung], None] | None = None,
     tracker: str | None = None,
@@ -55,7 +57,7 @@ def advise(
         out: a study's folder; it holds the last rung, and the runs of all.
         budget: seconds.
         begun: is given each rung before it runs.
-        tracker: as in `compare`.
+        jobs, on, tracker: as in `compare`.
 
     Raises:
         StudyError: several models or tasks, fewer than two arms, a budget too short to begin with, or no arm whose runs
@@ -66,7 +68,7 @@ def advise(
             "a budget wants one model, one task and two recipes or more, found "
             f"{len(study.models)}, {len(study.tasks)} and {len(study.arms)}"
         )
-    return _Adviser(_capped(study), Path(out), budget, jobs, told, begun or (lambda rung: None), tracker).advice()
+    return _Adviser(_capped(study), Path(out), budget, (on, jobs), told, begun or (lambda rung: None), tracker).advice()
 
 
 def _capped(study: Study) -> Study:
@@ -92,7 +94,7 @@ class _Adviser:
     study: Study
     out: Path
     budget: float
-    jobs: int
+    place: tuple[str, int]  # where runs are made, and how many at once
     told: Callable[[Result], None] | None
     begun: Callable[[Rung], None]
     tracker: str | None
@@ -196,7 +198,8 @@ class _Adviser:
         self.begun(rung)
         before = time.perf_counter()
         wanted = self._study(rung)
-        runs = compare(wanted, self.out, jobs=self.jobs, told=self.told, tested=rung.last, tracker=self.tracker)
+        on, jobs = self.place
+        runs = compare(wanted, self.out, jobs=jobs, on=on, told=self.told, tested=rung.last, tracker=self.tracker)
         seconds = time.perf_counter() - before if rung.seconds is None else rung.seconds
         self.rungs.append(replace(rung, seconds=seconds))
         self._write()

@@ -7,6 +7,7 @@ another goes on.
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -62,8 +63,9 @@ def on_ray(on: str, jobs: int, progress: bool | None) -> Iterator[Runner]:
 
 def _connect(ray: Any, on: str) -> None:
     """Connect this process. Raises TrainError, saying why, if nothing answers."""
-    if on.startswith("ray://"):
-        _check_reachable(on)
+    address = os.environ.get("RAY_ADDRESS") if on == "auto" else on
+    if address not in (None, "ray", "auto", "local"):
+        _check_reachable(address)
     try:
         ray.init(address="local" if on == "ray" else on, log_to_driver=False, configure_logging=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -72,9 +74,9 @@ def _connect(ray: Any, on: str) -> None:
 
 
 def _check_reachable(on: str) -> None:
-    """Ray itself would try for half a minute, and leave its client in a state where it cannot try again."""
+    """Ray itself would try for minutes, and leave its client in a state where it cannot try again."""
     try:
-        address = urlsplit(on)
+        address = urlsplit(on if "://" in on else f"//{on}")
         host, port = address.hostname, address.port or PORT
     except ValueError as error:
         raise TrainError(f"on={on!r} is no address: {error}; ray://host:port is one") from None
