@@ -249,6 +249,9 @@ def test_bad_folders(base, data, tmp_path):
     with pytest.raises(StudyError, match="is not empty and holds no study"):
         compare(study(base, data), tmp_path / "other")
     (tmp_path / "file").write_text("x")
+    for url in ("s3://bucket/study", Path("s3://bucket/study")):
+        with pytest.raises(StudyError, match="s3:/.*is a URL; a study's --out is a folder of this machine"):
+            compare(study(base, data), url)
     with pytest.raises(StudyError, match="is a file"):
         compare(study(base, data), tmp_path / "file")
     (tmp_path / "old").mkdir()

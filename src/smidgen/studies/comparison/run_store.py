@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -89,6 +90,8 @@ class RunStore:
     def __init__(self, out: str | os.PathLike[str]) -> None:
         """Open or begin. Raises StudyError if the folder holds something else, or a study of another format."""
         self.path = Path(out)
+        if re.match(r"[a-z][a-z0-9+.-]+:/", os.fspath(out)):  # a path joins the slashes of a URL
+            raise StudyError(f"{out} is a URL; a study's --out is a folder of this machine, or one that is mounted here")
         if self.path.exists() and not self.path.is_dir():
             raise StudyError(f"{self.path} is a file, not a folder")
         record = self.path / STUDY
