@@ -91,7 +91,7 @@ class RunStore:
         """Open or begin. Raises StudyError if the folder holds something else, or a study of another format."""
         self.path = Path(out)
         if re.match(r"[a-z][a-z0-9+.-]+:/", os.fspath(out)):  # a path joins the slashes of a URL
-            raise StudyError(f"{out} is a URL; a study's --out is a folder of this machine, or one that is mounted here")
+            raise StudyError(f"{out} is a URL; a study's --out is a folder of this machine, or mounted there")
         if self.path.exists() and not self.path.is_dir():
             raise StudyError(f"{self.path} is a file, not a folder")
         record = self.path / STUDY
