@@ -30,6 +30,8 @@ from smidgen.studies.comparison.run_store import RESULT, Examples, Result, RunSt
 from smidgen.studies.comparison.scratch_models import from_scratch
 from smidgen.studies.comparison.study import Study
 from smidgen.studies.reports.comparison import comparison_report, results_csv, write_report
+from smidgen.studies.reports.errors import ReportError
+from smidgen.studies.reports.sections import Intervals
 from tests import helpers as h
 from tests.test_cli import call
 
@@ -479,3 +481,28 @@ def test_what_a_selection_draws_is_drawn_by_the_seed_of_the_run(base, data, tmp_
     assert all(masks[i].overlap(masks[j]) < 0.5 for i, j in ((0, 1), (0, 2), (1, 2)))
     assert {r.recipe for r in found.results if r.arm == "random"} == {str(sm.parse(arms["random"]))}
     assert len(reopened(tmp_path / "out").results) == 6
+
+
+def test_intervals_and_epochs_are_charts_of_the_report(tmp_path):
+    scores = {"ref": {"t": (0.5, 0.6, 0.7), "u": (0.5, 0.5, 0.6)}, "x": {"t": (0.9, 0.6, 0.75), "u": (0.5, 0.4, 0.7)}}
+    found = made(tmp_path, scores)
+    curves = ({"accuracy": 0.25}, {"accuracy": 0.5})
+    found = replace(found, results=[replace(r, scores=curves[: 1 + (r.seed > 0)]) for r in found.results])
+    sections = {section.title: section for section in comparison_report(found).sections}
+    forest = sections["Differences from ref"]
+    assert list(forest.intervals) == ["x, all tasks", "x, t", "x, u"]
+    mean, low, high = forest.intervals["x, all tasks"]
+    assert mean == pytest.approx(100 * found.against[0].difference.mean)
+    assert (low, high) == pytest.approx(tuple(100 * end for end in found.against[0].difference.interval))
+    assert forest.margin == 2.0
+    epochs = sections["Validation over epochs, t"]
+    assert list(epochs.x) == [1.0, 2.0]
+    assert epochs.series["x"][0] == [0.25, 0.5]  # one seed stopped after the first
+    page = comparison_report(found).html()
+    assert page.count("<svg") >= 4
+    alone = made(tmp_path / "one", {"ref": {"t": (0.5,)}, "x": {"t": (0.6,)}}, seeds=(0,))
+    sections = {section.title: section for section in comparison_report(alone).sections}
+    assert sections["Differences from ref"].intervals == {"x": (pytest.approx(10.0), None, None)}
+    comparison_report(alone).html()
+    with pytest.raises(ReportError, match="has one end of an interval"):
+        Intervals("t", intervals={"a": (1.0, None, 2.0)})

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from smidgen.studies.reports.errors import ReportError
 from smidgen.studies.reports.number_format import power, times
-from smidgen.studies.reports.sections import Bars, HeatMap, Lines, Number, Points, Section
+from smidgen.studies.reports.sections import Bars, HeatMap, Intervals, Lines, Number, Points, Section
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +28,7 @@ PAPER |= dict(zip(SERIES, ("#3b6fb6", "#c8553d", "#2e8b6f", "#8a5fb0", "#b8860b"
 PAGE |= {colour: f"var(--s{i})" for i, colour in enumerate(SERIES)}
 DRAWN = {colour: colour for colour in PAGE}
 WIDTH, DPI = 7.6, 160
+CLOSE = 0.06  # of a chart's height: names of points that are nearer would overlap
 Paint = Mapping[str, str]
 STYLE: dict[str, object] = {
     "svg.fonttype": "path", "svg.hashsalt": "smidgen", "font.family": "DejaVu Sans", "font.size": 9,
@@ -100,7 +101,9 @@ def _styled(paint: Paint) -> Iterator[None]:
 
 
 def _figure(section: Section, paint: Paint) -> Figure:
-    drawers: dict[type[Section], Callable[..., Figure]] = {Bars: _bars, Lines: _lines, HeatMap: _heat, Points: _points}
+    drawers: dict[type[Section], Callable[..., Figure]] = {
+        Bars: _bars, Lines: _lines, HeatMap: _heat, Points: _points, Intervals: _intervals,
+    }  # fmt: skip
     return drawers[type(section)](section, paint)
 
 
@@ -132,10 +135,38 @@ def _bars(section: Bars, paint: Paint) -> Figure:
     axes.grid(axis="x")
     axes.spines["left"].set_visible(False)
     axes.spines["bottom"].set_visible(False)
+    _legend(axes, groups, paint)
+    return figure
+
+
+def _legend(axes: Axes, groups: Sequence[str], paint: Paint) -> None:
+    """What the colours of several groups are."""
     if len(groups) > 1:
         from matplotlib.patches import Patch
 
         axes.legend(handles=[Patch(color=paint[GROUPS[i % 6]], label=name) for i, name in enumerate(groups)])
+
+
+def _intervals(section: Intervals, paint: Paint) -> Figure:
+    """A forest plot: one line for each label."""
+    figure, axes = _new(0.9 + 0.27 * len(section.intervals))
+    groups = list(dict.fromkeys(section.groups.values())) or [""]
+    if section.margin:
+        axes.axvspan(-section.margin, section.margin, color=paint[MUTED], alpha=0.15, linewidth=0)
+    axes.axvline(0.0, color=paint[MUTED], linewidth=1)
+    for place, (label, (mean, low, high)) in enumerate(section.intervals.items()):
+        shade = paint[GROUPS[groups.index(section.groups.get(label, groups[0])) % 6]]
+        around = None if low is None or high is None else [[max(0.0, mean - low)], [max(0.0, high - mean)]]
+        axes.errorbar(mean, place, xerr=around, fmt="o", color=shade, markersize=5, elinewidth=1.4, capsize=2.5)
+    axes.set_yticks(range(len(section.intervals)), list(section.intervals))
+    axes.invert_yaxis()
+    axes.margins(y=0.06)
+    axes.set_xlabel(section.unit)
+    axes.tick_params(length=0)
+    axes.grid(axis="x")
+    axes.spines["left"].set_visible(False)
+    axes.spines["bottom"].set_visible(False)
+    _legend(axes, groups, paint)
     return figure
 
 
@@ -176,12 +207,17 @@ def _points(section: Points, paint: Paint) -> Figure:
     def place(x: float) -> float:
         return max(x, least) if section.log_x else x
 
+    heights = [y for _, y, _ in section.points.values()]
+    span = max(heights, default=0.0) - min(heights, default=0.0)
     front = [section.points[name] for name in section.front]
     axes.step([place(x) for x, _, _ in front], [y for _, y, _ in front], where="post", color=paint[MUTED], linewidth=1)
     for i, (name, (x, y, spread)) in enumerate(section.points.items()):
         shade = paint[SERIES[i % 6]]
         axes.errorbar(place(x), y, yerr=spread, fmt="o", color=shade, markersize=5, elinewidth=1, capsize=2.5)
-        axes.annotate(name, (place(x), y), (6, 4), textcoords="offset points", fontsize=8, color=paint[INK])
+        below = any(place(x) == place(u) and 0 < v - y < CLOSE * span for u, v, _ in section.points.values())
+        axes.annotate(
+            name, (place(x), y), (6, -11 if below else 4), textcoords="offset points", fontsize=8, color=paint[INK]
+        )
     if section.log_x:
         axes.set_xscale("log")
     axes.margins(x=0.12, y=0.15)

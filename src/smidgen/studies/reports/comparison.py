@@ -12,7 +12,15 @@ from smidgen.common.atomic_files import write_files
 from smidgen.data.metrics import METRICS
 from smidgen.studies.comparison.comparing import StudyRuns
 from smidgen.studies.comparison.findings import Against, ArmFound, Findings, Size
-from smidgen.studies.reports.comparison_charts import cost_fronts, rate_curves, size_curves, size_name, where_name
+from smidgen.studies.reports.comparison_charts import (
+    cost_fronts,
+    difference_intervals,
+    epoch_curves,
+    rate_curves,
+    size_curves,
+    size_name,
+    where_name,
+)
 from smidgen.studies.reports.markdown_report import markdown
 from smidgen.studies.reports.parameter_changes import short_name
 from smidgen.studies.reports.report import Report
@@ -179,6 +187,7 @@ def _sections(found: Findings) -> Iterator[Section]:
     if len(found.sizes) > 1:
         yield from size_curves(found)
     yield from rate_curves(found)
+    yield from epoch_curves(found)
     yield Text("Rules", [RULES, *_notes(found)])
     failed = [(arm, line) for arm in found.arms for line in arm.failed]
     if failed:
@@ -217,37 +226,38 @@ def _score(arm: ArmFound) -> Cell:
 
 
 def _differences(found: Findings, model: str, size: Size, where: str) -> Iterator[Section]:
-    """Every arm against the reference: over all tasks, and task by task."""
+    """Every arm against the reference: over all tasks, and task by task; and what stands behind the verdicts."""
     rows: list[list[Cell]] = []
-    several = any(each.difference.tasks_interval for each in found.against)
-    for each in found.against:
-        if (each.model, each.size) != (model, size):
-            continue
+    behind: list[list[Cell]] = []
+    here = [each for each in found.against if (each.model, each.size) == (model, size)]
+    several = any(each.difference.tasks_interval for each in here)
+    for each in here:
         p = "–" if each.holm_p is None else f"{each.holm_p:.2g}"
         smallest = "–" if each.smallest is None else f"{100 * each.smallest:.1f}"
         task = "all" if each.task is None else each.task
         same = ", ".join("–" if value is None else f"{value:.2g}" for value in each.same_examples.values())
-        row: list[Cell] = [each.arm, task, _difference(each), p, _verdict(found, each), smallest, same or "–"]
-        rows.append([*row, _on_other_tasks(each)] if several else row)
-    if rows:
-        columns = [
-            "arm",
-            "tasks",
-            "points",
-            "p (Holm)",
-            "verdict",
-            "could have seen, points",
-            "p by seed, same examples",
-        ]
-        columns += ["points on tasks like these"] if several else []
-        note = (
-            f"Each arm minus {found.study.against}, paired by task and seed, in hundredths of the metric; 95 % "
-            "bootstrap intervals over seeds, the tasks being what they are; t-tests over seeds within tasks, corrected "
-            "by Holm over the arms; equality by two one-sided tests. "
-            "“Could have seen”: the true difference that so many pairs see with 80 % probability. “Same examples”: "
-            "McNemar's test of accuracy, else a permutation test. " + (LIKE_THESE if several else "")
-        )
-        yield Table(f"Against {found.study.against}{where}", columns=[Column(c) for c in columns], rows=rows, note=note)
+        rows.append([each.arm, task, _difference(each), p, _verdict(found, each)])
+        more: list[Cell] = [each.arm, task, str(each.difference.pairs), smallest, same or "–"]
+        behind.append([*more, _on_other_tasks(each)] if several else more)
+    if not rows:
+        return
+    columns = [Column(name) for name in ("arm", "tasks", "points", "p (Holm)", "verdict")]
+    note = (
+        f"Each arm minus {found.study.against}, paired by task and seed, in hundredths of the metric; 95 % bootstrap "
+        "intervals over seeds, the tasks being what they are; t-tests over seeds within tasks, corrected by Holm over "
+        "the arms; equality by two one-sided tests."
+    )
+    yield Table(f"Against {found.study.against}{where}", columns=columns, rows=rows, note=note)
+    yield from difference_intervals(found, model, size, where)
+    names = ["arm", "tasks", "pairs", "could have seen, points", "p by seed, same examples"]
+    note = (
+        "“Could have seen”: the true difference that so many pairs see with 80 % probability. “Same examples”: "
+        "McNemar's test of accuracy, else a permutation test. "
+    )
+    columns = [Column(name) for name in (*names, *(["points on tasks like these"] if several else []))]
+    yield Table(
+        f"Behind the verdicts{where}", columns=columns, rows=behind, note=note + (LIKE_THESE if several else "")
+    )
 
 
 def _on_other_tasks(each: Against) -> str:

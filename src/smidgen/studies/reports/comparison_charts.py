@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 
 from smidgen.data.metrics import METRICS
 from smidgen.studies.comparison.findings import ArmFound, Findings, Size
 from smidgen.studies.comparison.run_store import Result
 from smidgen.studies.reports.parameter_changes import short_name
-from smidgen.studies.reports.sections import Lines, Number, Points, Section
+from smidgen.studies.reports.sections import Intervals, Lines, Number, Points, Section
 
 
 def size_name(size: Size) -> str:
@@ -41,6 +42,41 @@ def cost_fronts(found: Findings, arms: Mapping[str, Sequence[ArmFound]], where: 
             higher, log = METRICS[metric].higher_is_better, cost == "trained_values"
             if len(points) > 1:
                 yield Points(title, points=points, across=across, unit=unit, log_x=log, more_is_better=higher)
+
+
+def difference_intervals(found: Findings, model: str, size: Size, where: str) -> Iterator[Section]:
+    """Each arm's difference from the reference, over all tasks and task by task, in hundredths of the metric."""
+    here = [each for each in found.against if (each.model, each.size) == (model, size)]
+    several = any(each.task is not None for each in here)
+    intervals: dict[str, tuple[float, Number, Number]] = {}
+    groups = {}
+    for arm in found.study.arms:
+        for each in (each for each in here if each.arm == arm):
+            label = f"{arm}, {each.task or 'all tasks'}" if several else arm
+            low, high = each.difference.interval or (None, None)
+            ends = (None, None) if low is None or high is None else (100 * low, 100 * high)
+            intervals[label] = (100 * each.difference.mean, *ends)
+            groups[label] = arm
+    if intervals:
+        yield Intervals(
+            f"Differences from {found.study.against}{where}", intervals=intervals, groups=groups,
+            margin=100 * found.study.margin, unit="points", note="95 % intervals; the band is the margin.",
+        )  # fmt: skip
+
+
+def epoch_curves(found: Findings) -> Iterator[Section]:
+    """Validation over epochs, at the rates that were chosen: mean over seeds."""
+    for model, task, size in dict.fromkeys(result.cell for result in found.results):
+        metric, series = found.metrics[task], dict[str, tuple[Sequence[Number], Sequence[Number]]]()
+        for name in found.study.arms:
+            curves = [[scores[metric] for scores in run.scores] for run in found.chosen(name, model, task, size)]
+            if any(curves):
+                series[name] = ([_mean(column) for column in zip_longest(*curves)], ())
+        epochs = max((len(values) for values, _ in series.values()), default=0)
+        if epochs > 1:
+            whole = {name: ([*values, *[None] * (epochs - len(values))], ()) for name, (values, _) in series.items()}
+            title = f"Validation over epochs, {task}{where_name(found, model, size)}"
+            yield Lines(title, x=list(map(float, range(1, epochs + 1))), series=whole, across="epoch", unit=metric)
 
 
 def size_curves(found: Findings) -> Iterator[Section]:

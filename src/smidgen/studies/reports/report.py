@@ -19,7 +19,7 @@ from smidgen.studies.reports.charts import colour, png, share_chart, svg
 from smidgen.studies.reports.column_layout import shown_columns
 from smidgen.studies.reports.errors import ReportError
 from smidgen.studies.reports.number_format import Format, brief
-from smidgen.studies.reports.sections import Bars, HeatMap, Lines, Points, Section, Table
+from smidgen.studies.reports.sections import Bars, HeatMap, Intervals, Lines, Points, Section, Table
 
 HTML, JSON, TEMPLATE = "report.html", "report.json", "report.html.jinja"
 CONTENTS = 4  # sections that need no table of contents
@@ -84,7 +84,7 @@ class Report:
         """
         data = {HTML: self.html().encode(), JSON: json.dumps(self.to_json(), indent=1, ensure_ascii=False).encode()}
         for section, slug in zip(self.sections, self._slugs(), strict=True):
-            if isinstance(section, Bars | Lines | HeatMap | Points):
+            if isinstance(section, Bars | Lines | HeatMap | Intervals | Points):
                 data[f"{slug}.png"] = png(section)
         return write_files(Path(folder), data)
 
@@ -115,7 +115,7 @@ def _view(section: Section, slug: str) -> dict[str, object]:
         return view | _table(section)
     if isinstance(section, HeatMap):
         return view | _heat_map(section)
-    if isinstance(section, Bars | Lines | Points):
+    if isinstance(section, Bars | Intervals | Lines | Points):
         return view | {"svg": svg(section, slug), "said": _said(section)}
     return view | {"paragraphs": getattr(section, "paragraphs", ())}
 
@@ -153,10 +153,13 @@ def _runs(words: Sequence[str]) -> list[tuple[str, int]]:
     return [(word, len(list(run))) for word, run in groupby(words)] if any(words) else []
 
 
-def _said(section: Bars | Lines | Points) -> str:
+def _said(section: Bars | Intervals | Lines | Points) -> str:
     """A chart in words, for those who cannot see it."""
     if isinstance(section, Points):
         return f"{section.title}: {', '.join(section.points)}; on the front {', '.join(section.front)}"
+    if isinstance(section, Intervals):
+        each = (f"{name} {brief(mean)}" for name, (mean, _, _) in section.intervals.items())
+        return f"{section.title}: {', '.join(each)}"
     if isinstance(section, Lines):
         return f"{section.title}: {', '.join(section.series)} over {section.across}"
     pairs = zip(section.labels, section.values, strict=True)

@@ -179,3 +179,25 @@ class Points(Section):
                 found.append(name)
                 best = sign * value
         return found
+
+
+@dataclass(frozen=True)
+class Intervals(Section):
+    """A mean with its interval for each label, over a line at zero and a band that counts as zero.
+
+    Attributes:
+        intervals: label -> (mean, low, high); low and high None where there is no interval.
+        groups: label -> group; a group has a colour and a legend.
+        margin: half the band's width, in the unit of the means.
+    """
+
+    kind: ClassVar[str] = "intervals"
+    intervals: Mapping[str, tuple[float, Number, Number]] = field(default_factory=dict)
+    groups: Mapping[str, str] = field(default_factory=dict)
+    margin: float = 0.0
+    unit: str = ""
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        wrong = [name for name, (_, low, high) in self.intervals.items() if (low is None) != (high is None)]
+        self.check(not wrong, f"{wrong[:1]} has one end of an interval")
