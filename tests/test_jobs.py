@@ -20,6 +20,7 @@ from datasets import Dataset
 from smidgen.common.atomic_files import write_files
 from smidgen.common.errors import SmidgenError, TrainError
 from smidgen.steps.objectives import TaskLoss
+from smidgen.studies.runners import ray_runner
 from smidgen.studies.runners.packing import packed, unpacked
 from smidgen.studies.search_folder import FILE
 from tests import helpers as h
@@ -187,6 +188,47 @@ def test_a_cluster_that_does_not_answer_is_one_line(task, monkeypatch, on, said)
     with pytest.raises(TrainError, match=said) as error:
         searched(task, on=on.format(port=port))
     assert "\n" not in str(error.value)
+
+
+def test_a_ray_that_refuses_is_one_line(task, monkeypatch):  # noqa: F811
+    def init(**options):
+        raise ConnectionError("no cluster\nlook at the logs")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=init))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(TrainError, match="^on='auto': no Ray can be reached: no cluster; .*RAY_AUTH_MODE=token here$"):
+        searched(task, on="auto")
+
+
+@pytest.mark.parametrize(
+    ("there", "trials", "wanted"),
+    [
+        ({"CPU": 8.0}, 3, (0, 2)),
+        ({"CPU": 8.0}, 20, (0, 1)),
+        ({"CPU": 8.0, "GPU": 2.0}, 1, (1, 8)),
+        ({"GPU": 0.5}, 2, (0, 1)),
+    ],
+)
+def test_a_trial_takes_a_gpu_where_there_are_some_and_idle_cpus_are_threads(monkeypatch, there, trials, wanted):
+    calls = []
+
+    class Task:
+        def options(self, **options):
+            calls.append(options)
+            return self
+
+        def remote(self, *arguments):
+            calls.append(arguments)
+
+    monkeypatch.setitem(
+        sys.modules, "ray", SimpleNamespace(cluster_resources=lambda: there, remote=lambda function: Task())
+    )
+    work = SimpleNamespace(base="base", rest="rest", settings="settings", out=Path("runs/key/fit"))
+    ray_runner._task(trials)(work)
+    options, arguments = calls
+    assert (options["num_cpus"], options["num_gpus"], arguments[-1]) == (1, *wanted)
+    assert arguments[:-1] == (("base", "rest"), "settings", "fit")
+    assert options["max_retries"] == ray_runner.RETRIES
 
 
 def test_rows_are_sent_by_value(tmp_path):

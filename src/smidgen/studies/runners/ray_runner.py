@@ -70,7 +70,9 @@ def _connect(ray: Any, on: str) -> None:
         ray.init(address="local" if on == "ray" else on, log_to_driver=False, configure_logging=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         said = next(iter(str(error).splitlines()), type(error).__name__)
-        raise TrainError(f"on={on!r}: no Ray can be reached: {said}") from None
+        raise TrainError(
+            f"on={on!r}: no Ray can be reached: {said}; one that asks for a token wants RAY_AUTH_MODE=token here"
+        ) from None
 
 
 def _check_reachable(on: str) -> None:
