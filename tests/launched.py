@@ -13,16 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers as T
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 import smidgen as sm
+from smidgen.efficiency.sharded_base import ShardedBase
 from smidgen.methods.base import Method
 from smidgen.ports.attachment_record import trained_parameters
 from smidgen.recipe.recipe import Term
 from smidgen.steps.objectives import TaskLoss
 from tests import helpers as h
+from tests.odd_layouts import odd, output
 
 SETTINGS = {"epochs": 2, "batch_size": 8, "lr": 1e-2, "max_length": 16, "progress": False}
 
@@ -193,6 +196,45 @@ def every(folder):
     return found, {"left": LEFT["LN"], "methods": [str(method) for method in methods]}
 
 
+def clip():
+    """Two towers, and a single number beside them."""
+    text = {**h.SIZES, "vocab_size": 61, "max_position_embeddings": 20, **h.TOKENS}
+    towers = {"text_config": text, "vision_config": {**h.SIZES, "image_size": 8, "patch_size": 4}}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = T.CLIPModel(T.CLIPConfig(**towers, projection_dim=8)).eval().double()
+    pixels = torch.arange(192.0, dtype=torch.float64).view(1, 3, 8, 8) / 192
+    return model, lambda model: model(input_ids=torch.tensor([[5, 6, 7, 3]]), pixel_values=pixels).logits_per_image
+
+
+def laid_out(name):
+    """A model with a layout of its own, and what runs it."""
+    return odd(name), lambda model: output(model, name)
+
+
+def gradients(model, run):
+    """Name -> gradient of what is trained, in a second pass over the same inputs."""
+    for _ in range(2):
+        model.zero_grad()
+        run(model).double().square().sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in trained_parameters(model).items()}
+
+
+def layouts(folder):
+    """The largest difference between gradients beside a base in shards and beside a whole one, for each layout."""
+    found = {}
+    for name in LAYOUTS:
+        model, run = clip() if name == "clip" else laid_out(name)
+        whole = sm.attach(h.twin(model), "LN() + LoRA(rank=2)")
+        base = ShardedBase(model, torch.device("cpu"), Accelerator().num_processes)
+        sm.attach(base.model, "LN() + LoRA(rank=2)")
+        base.shard()
+        one, other = gradients(whole, run), gradients(base.model, run)
+        base.gather()
+        found[name] = max(float((one[key] - other[key]).abs().max()) for key in one)
+    return None, found
+
+
 def tried(name, folder, **more):
     """The kind of error that a run ends with, and what it says."""
     try:
@@ -220,12 +262,22 @@ def lost(folder):
     return None, {"error": tried("LN", folder, objective=LostAt()), "left": LEFT["LN"]}
 
 
+def others(folder):
+    """Another base, or other rows, in one process alone."""
+    rank = Accelerator().process_index
+    return None, {
+        "base": tried("LN", folder, model=lambda: bert(seed=rank)),
+        "rows": tried("LN", folder, train=25 - rank),
+    }
+
+
 def fails(folder):
     """An error in one process alone, which nobody catches."""
     case("LN", folder, callbacks=[Fails(2, rank=1)])
 
 
-SPECIAL = {"lost": lost, "fails": fails, "every method": every}
+SPECIAL = {"lost": lost, "fails": fails, "every method": every, "others": others, "layouts": layouts}
+LAYOUTS = ("clip", "bloom", "dbrx", "t5gemma", "zamba", "deepseek")
 CAUSAL = (llama, tied, gpt2)
 MERGED = ("LN()", "LoRA(rank=2) + LN()")
 FEW = {"MoS": {"rank": 3}}  # the default needs three layers

@@ -51,13 +51,13 @@ def once(factory, name, names, *options):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    names = [*REPLICATED, "LN resumed", "growth resumed", "lost", "fails"]
+    names = [*REPLICATED, "LN resumed", "growth resumed", "lost", "others", "fails"]
     return once(tmp_path_factory, "replicated", names, "--multi_gpu")
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    names = [*SHARDED, "LN resumed", "lost", "every method"]
+    names = [*SHARDED, "LN resumed", "lost", "others", "every method", "layouts"]
     return once(tmp_path_factory, "sharded", names, "--use_fsdp", "--fsdp_version", "2")
 
 
@@ -121,6 +121,14 @@ def test_every_method_trains_beside_a_base_in_shards(shards, tmp_path):
             torch.testing.assert_close(tensor, wanted[key], rtol=0, atol=1e-8)
 
 
+def test_gradients_beside_a_base_in_shards_are_those_beside_a_whole_one(shards):
+    """Fused maps, experts, an encoder beside a decoder, shared blocks, two towers with a single number."""
+    for rank in (0, 1):
+        found = launched.found(shards, "layouts", rank)[1]
+        assert found.keys() == set(launched.LAYOUTS)
+        assert max(found.values()) < 1e-9, found
+
+
 def test_a_run_in_shards_that_stops_goes_on_bit_for_bit(shards):
     whole, _ = launched.found(shards, "LN", 0)
     for rank in (0, 1):
@@ -160,6 +168,16 @@ def test_a_loss_that_is_lost_in_one_process_ends_both(two):
         kind, said = launched.found(two, "lost", rank)[1]["error"]
         assert kind == "DivergedError"
         assert "the loss is nan at step 2" in said
+
+
+@pytest.mark.parametrize("folder", ["two", "shards"])
+def test_processes_that_differ_are_refused_in_each(folder, request):
+    for rank in (0, 1):
+        told = launched.found(request.getfixturevalue(folder), "others", rank)[1]
+        for what, name in (("base", "base"), ("rows", "task")):
+            kind, said = told[what]
+            assert kind == "TrainError"
+            assert said == f"process 1 has another {name} than process 0; load and draw the same in every process"
 
 
 def test_an_error_in_one_process_ends_the_launch(two):

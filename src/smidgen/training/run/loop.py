@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 import warnings
@@ -20,6 +21,7 @@ from smidgen.common.wrappers import bare
 from smidgen.data.encoded import Encoded
 from smidgen.data.kinds.base import Batch
 from smidgen.delta.attaching import attach, detach
+from smidgen.delta.content_hash import tensor_digests
 from smidgen.delta.delta import Delta
 from smidgen.delta.saved_selection import Selection
 from smidgen.efficiency.activation_checkpointing import recomputing
@@ -30,7 +32,7 @@ from smidgen.importance.selecting import select
 from smidgen.inference.evaluation import Scores, compute_scores, write_examples
 from smidgen.inference.forward_pass import run_examples
 from smidgen.inference.processors import processor_of
-from smidgen.ports.attachment_record import attachment, trained_parameters
+from smidgen.ports.attachment_record import attachment, base_tensors, trained_parameters
 from smidgen.sites.module_kinds import reversible_stacks
 from smidgen.steps.divergence import remedy
 from smidgen.steps.gradient_checks import FEW, MANY, Watch, check_depends, snapshot
@@ -136,6 +138,7 @@ class Loop:
         """The recipe on the model; or on another of the same base, in shards until the run has come to its end."""
         if not self.processes.sharded:
             self._attach()
+            self._check_same()
             self.model.to(self.processes.device)
             yield
             return
@@ -143,6 +146,7 @@ class Loop:
         self.model = self.shards.model
         try:
             self._attach()
+            self._check_same()
             self.shards.shard()
             yield
         except DivergedError:  # which every process raises, so that all are here to gather
@@ -154,6 +158,16 @@ class Loop:
             raise
         finally:
             self.model, self.shards = base, None
+
+    def _check_same(self) -> None:
+        """Raises TrainError if processes have not the same frozen tensors, recipe and rows."""
+        if self.processes.count > 1:
+            trained = trained_parameters(self.model)
+            frozen = {name: tensor for name, tensor in base_tensors(self.run.model).items() if name not in trained}
+            digests = tensor_digests(frozen, attachment(self.model).dtype)
+            base = hashlib.sha256(b"".join(name.encode() + digest for name, digest in sorted(digests.items())))
+            said = {"recipe": str(self.run.recipe), "base": base.hexdigest(), "task": self.task.fingerprint}
+            self.processes.check_same(said)
 
     def _fit_attached(
         self, wanted: Mapping[str, object], fitting: Settings, size: int, earlier: Choices | None

@@ -8,7 +8,7 @@ of them did not reach counts as zeros, and growth puts other tensors in the plac
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -61,6 +61,17 @@ class Processes:
         if error is not None:
             raise error
         return value  # type: ignore[return-value]
+
+    def check_same(self, said: Mapping[str, str]) -> None:
+        """Raises TrainError, in every process, if what they say of themselves differs: name -> something that tells."""
+        if self.count == 1:
+            return
+        first, *others = gather_object([dict(said)])
+        for rank, other in enumerate(others, 1):
+            if wrong := [name for name in first if first[name] != other.get(name)]:
+                raise TrainError(
+                    f"process {rank} has another {wrong[0]} than process 0; load and draw the same in every process"
+                )
 
     def share(self, items: Sequence[Item]) -> list[Item]:
         """This process's part of a sequence."""
