@@ -68,7 +68,11 @@ def test_an_arm_is_recommended_that_is_better_or_smaller(tmp_path):
     assert "beats a by 10.3 points" in why
     worse = made(tmp_path / "2", {"a": {"t": usual}, "longer": {"t": (0.60, 0.62, 0.60)}})
     assert recommended(worse)[0].arm == "a"
-    unclear = made(tmp_path / "3", {"longer": {"t": usual}, "a": {"t": (0.70, 0.95, 0.80)}})
+    ahead = made(tmp_path / "6", {"a": {"t": usual}, "longer": {"t": (0.80, 0.99, 0.95)}})
+    arm, why = recommended(ahead)
+    assert arm.arm == "longer"
+    assert "longer is 11.3 points ahead of a on the test split, which 3 pairs of runs do not make certain" in why
+    unclear = made(tmp_path / "3", {"longer": {"t": usual}, "a": {"t": (0.70, 0.95, 0.78)}})
     arm, why = recommended(unclear)
     assert arm.arm == "a"  # the smaller one
     assert "cannot be told apart by so few runs" in why

@@ -44,8 +44,8 @@ def advised(found: Recommendation, out: Path) -> RenderableType:
     without = [Text(f"left out for time: {', '.join(found.left_out)}", style="dim")] if found.left_out else []
     return Group(
         comparisons.compared(found.findings, out),
-        Text(f"{arm.arm}, {found.why}.", style="bold"),
+        Text(f"Take {arm.arm}: {found.why}.", style="bold"),
         Text(f"{took}; what was run: {out / 'advice.json'}", style="dim"),
         *without,
-        Text(shlex.join(found.command), style="cyan"),
+        Text(shlex.join(found.command), style="cyan", no_wrap=True, overflow="ignore"),  # to be copied
     )

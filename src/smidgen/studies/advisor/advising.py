@@ -31,6 +31,7 @@ BATCHES = 2  # that a run is timed on
 SEEDS = 3  # of the last rung; more if all examples fit
 MOST_SEEDS = 6
 LAST_RATES = 2
+SPARE = 0.9  # of what is left is planned for the last rung, because predicted times are rough
 
 
 def advise(  # noqa: PLR0913 - options by keyword
@@ -178,9 +179,10 @@ class _Adviser:
     def _last(self, found: Sequence[Result], arms: Sequence[str], rates: int, previous: Rung) -> Rung:
         """The last two, with all that is left; more seeds where all examples fit."""
         seeds = SEEDS
-        examples = self.times.examples(list(arms) * (rates + seeds - 1), self.left)
+        left = SPARE * self.left
+        examples = self.times.examples(list(arms) * (rates + seeds - 1), left)
         while examples >= self.total and seeds < MOST_SEEDS:
-            more = self.times.examples(list(arms) * (rates + seeds), self.left)
+            more = self.times.examples(list(arms) * (rates + seeds), left)
             if more < self.total:
                 break
             seeds, examples = seeds + 1, more

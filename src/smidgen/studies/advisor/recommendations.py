@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from smidgen.data.metrics import METRICS
 from smidgen.studies.advisor.rungs import Rung
 from smidgen.studies.comparison.findings import Against, ArmFound, Findings
 from smidgen.studies.comparison.study import Data, Study
@@ -47,7 +48,8 @@ class Recommendation:
 
 
 def recommended(found: Findings) -> tuple[ArmFound, str]:
-    """The better of two arms if the test split tells them apart; else the one with fewer trained values.
+    """The better of two arms; where the test split shows no difference beyond the margin, the one with fewer trained
+    values. A difference that so few runs do not make certain is said so.
 
     An arm of which no run came to its end is left out.
     """
@@ -68,6 +70,11 @@ def _chosen(one: ArmFound, other: ArmFound, against: Against, study: Study) -> t
         best, rest = (one, other) if verdict == "better" else (other, one)
         ahead = f"{100 * abs(against.difference.mean):.1f} points"
         return best, f"{best.arm} beats {rest.arm} by {ahead} on the test split ({seeds}, 95 %)"
+    if verdict != "equivalent" and abs(against.difference.mean) > study.margin:
+        higher = METRICS[one.metric].higher_is_better
+        best, rest = (one, other) if (against.difference.mean > 0) == higher else (other, one)
+        ahead = f"{100 * abs(against.difference.mean):.1f} points"
+        return best, f"{best.arm} is {ahead} ahead of {rest.arm} on the test split, which {seeds} do not make certain"
     small, large = sorted((one, other), key=lambda arm: arm.costs.get("trained_values") or 0.0)
     told = (
         f"are equal within {100 * study.margin:g} points" if verdict == "equivalent"
