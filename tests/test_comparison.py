@@ -19,7 +19,7 @@ import torch
 from scipy import stats
 
 import smidgen as sm
-from smidgen.common.errors import DataError, StudyError
+from smidgen.common.errors import DataError, StudyError, WriteError
 from smidgen.data.resplitting import with_examples, with_test
 from smidgen.studies.comparison.arm_runs import chosen_rate
 from smidgen.studies.comparison.comparing import compare, reopened
@@ -32,6 +32,7 @@ from smidgen.studies.comparison.study import Study
 from smidgen.studies.reports.comparison import comparison_report, results_csv, write_report
 from smidgen.studies.reports.errors import ReportError
 from smidgen.studies.reports.sections import Intervals
+from smidgen.training.run.run_folder import RunFolder
 from tests import helpers as h
 from tests.test_cli import call
 
@@ -229,6 +230,34 @@ def test_a_run_that_fails_is_shown_and_the_rest_goes_on(base, data, tmp_path):
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Runs that failed" in page
     assert "3 of 8 runs failed" in page
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_line_that_does_not_fit_on_the_disk_is_an_error_with_the_file(tmp_path):
+    folder = RunFolder(tmp_path)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(WriteError, match=r"cannot write to .*metrics.jsonl: No space left on device"):
+        folder.log({"step": 1})
+
+
+def test_a_full_disk_ends_the_study_and_nothing_is_lost(base, data, tmp_path, monkeypatch):
+    wanted, out, folders = study(base, data, arms={"LN": "LN()"}), tmp_path / "out", set()
+
+    def full(self, entry):
+        folders.add(self.path)
+        if len(folders) > 1:
+            raise WriteError("cannot write: No space left on device")
+        real(self, entry)
+
+    real = RunFolder.log
+    monkeypatch.setattr(RunFolder, "log", full)
+    with pytest.raises(WriteError, match="No space left"):
+        compare(wanted, out)
+    assert [result.error for result in RunStore(out).results()] == [None]  # the first run, whole
+    monkeypatch.setattr(RunFolder, "log", real)
+    found = compare(wanted, out)
+    assert len(found.results) == wanted.runs
+    assert not found.failed
 
 
 def test_a_large_delta_is_dropped_and_made_again_if_it_is_needed(base, data, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from smidgen.common.atomic_files import write_files
-from smidgen.common.errors import SmidgenError
+from smidgen.common.errors import SmidgenError, WriteError
 from smidgen.data.task import Task
 from smidgen.delta.delta import Delta
 from smidgen.efficiency.prefix_cache.shared_caches import Kept
@@ -42,7 +42,7 @@ class StudyWork(Work):
     def run(
         self, settings: Settings, out: Path | None, progress: bool | None, kept: Kept
     ) -> tuple[Trial, Delta | None]:
-        """One run, measured; whatever ends it but an interrupt ends it alone."""
+        """One run, measured; whatever ends it but an interrupt or a full disk ends it alone."""
         begun = time.perf_counter()
         with torch.no_grad():
             for name, value in self.heads[settings.seed].items():
@@ -54,6 +54,8 @@ class StudyWork(Work):
         try:
             with EfficiencyMeter() as meter:
                 trial, delta = own.run(settings, out, progress, kept)
+        except WriteError:  # a full disk is no fault of this run, and would be one of all to come
+            raise
         except (SmidgenError, RuntimeError, MemoryError, NotImplementedError) as error:
             said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             seconds = time.perf_counter() - begun

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from smidgen.common.atomic_files import read_json, write_files
-from smidgen.common.errors import RecipeError, TrainError
+from smidgen.common.errors import RecipeError, TrainError, WriteError
 from smidgen.delta.delta import META
 from smidgen.delta.fingerprint import SHA256, XXH3
 from smidgen.delta.saved_selection import FILE as SELECTION
@@ -100,10 +100,13 @@ class RunFolder:
         return self.path is not None and (self.path / META).is_file()
 
     def log(self, entry: Mapping[str, object]) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl. Raises WriteError if the disk is full."""
         if self.writer and self.path:
-            with open(self.path / METRICS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+            try:
+                with open(self.path / METRICS, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(entry) + "\n")
+            except OSError as error:
+                raise WriteError(f"cannot write to {self.path / METRICS}: {error.strerror or error}") from None
 
     def history(self) -> list[Validation]:
         """The validations that metrics.jsonl tells of, in order."""
