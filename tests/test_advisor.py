@@ -65,7 +65,7 @@ def test_an_arm_is_recommended_that_is_better_or_smaller(tmp_path):
     better = made(tmp_path / "1", {"a": {"t": usual}, "longer": {"t": (0.90, 0.91, 0.90)}})
     arm, why = recommended(better)
     assert arm.arm == "longer"
-    assert "beats a by 10.3 points" in why
+    assert "longer is 10.3 points ahead of a on the test split, certain by 3 pairs of runs" in why
     worse = made(tmp_path / "2", {"a": {"t": usual}, "longer": {"t": (0.60, 0.62, 0.60)}})
     assert recommended(worse)[0].arm == "a"
     ahead = made(tmp_path / "6", {"a": {"t": usual}, "longer": {"t": (0.80, 0.99, 0.95)}})

@@ -64,17 +64,13 @@ def recommended(found: Findings) -> tuple[ArmFound, str]:
 def _chosen(one: ArmFound, other: ArmFound, against: Against, study: Study) -> tuple[ArmFound, str]:
     """Of the last two arms."""
     verdict = None if against.equivalence is None else against.equivalence.verdict
-    points = f"{100 * against.difference.mean:+.1f}".replace("-", "−")
-    seeds = f"{against.difference.pairs} pairs of runs"
-    if verdict in ("better", "worse"):
-        best, rest = (one, other) if verdict == "better" else (other, one)
-        ahead = f"{100 * abs(against.difference.mean):.1f} points"
-        return best, f"{best.arm} beats {rest.arm} by {ahead} on the test split ({seeds}, 95 %)"
-    if verdict != "equivalent" and abs(against.difference.mean) > study.margin:
-        higher = METRICS[one.metric].higher_is_better
-        best, rest = (one, other) if (against.difference.mean > 0) == higher else (other, one)
-        ahead = f"{100 * abs(against.difference.mean):.1f} points"
-        return best, f"{best.arm} is {ahead} ahead of {rest.arm} on the test split, which {seeds} do not make certain"
+    mean, seeds = against.difference.mean, f"{against.difference.pairs} pairs of runs"
+    certain = verdict in ("better", "worse")
+    if certain or (verdict != "equivalent" and abs(mean) > study.margin):
+        best, rest = (one, other) if (mean > 0) == METRICS[one.metric].higher_is_better else (other, one)
+        ahead = f"{best.arm} is {100 * abs(mean):.1f} points ahead of {rest.arm} on the test split"
+        return best, f"{ahead}, certain by {seeds} (95 %)" if certain else f"{ahead}, which {seeds} do not make certain"
+    points = f"{100 * mean:+.1f}".replace("-", "−")
     small, large = sorted((one, other), key=lambda arm: arm.costs.get("trained_values") or 0.0)
     told = (
         f"are equal within {100 * study.margin:g} points" if verdict == "equivalent"
