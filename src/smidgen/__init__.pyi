@@ -100,5 +100,7 @@ from .training import TrainerCallback as TrainerCallback
 from .training import fit as fit
 from .training import largest_batch as largest_batch
 from .training import plan as plan
+from .training import reference_model as reference_model
+from .training import shared_reference as shared_reference
 
 __version__: str

@@ -15,13 +15,17 @@ from smidgen.sites.new_tensors import MARK
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def shared_copy(model: Model) -> Model:
+def shared_copy(model: Model, same: bool = False) -> Model:
     """A copy whose base parameters and buffers are the model's own in memory; what is attached is copied.
 
-    The Parameter objects are others, so that freezing them or attaching to the copy leaves the model alone.
+    The Parameter objects are others, so that freezing them or attaching to the copy leaves the model alone; `same`
+    lets the copy have the very objects, which go with the model when that is moved to a device.
     """
     memo: dict[int, Tensor] = {}
     for parameter in base_tensors(model).values():
+        if same:
+            memo[id(parameter)] = parameter
+            continue
         memo[id(parameter)] = twin = nn.Parameter(parameter.detach(), requires_grad=False)
         if getattr(parameter, MARK, False):
             setattr(twin, MARK, True)
