@@ -26,12 +26,13 @@ from smidgen.studies.comparison.comparing import compare, reopened
 from smidgen.studies.comparison.efficiency_meter import EfficiencyMeter, time_average
 from smidgen.studies.comparison.findings import Findings
 from smidgen.studies.comparison.forgetting import feature_drift
-from smidgen.studies.comparison.run_store import RESULT, Examples, Result, RunStore, key_of
+from smidgen.studies.comparison.run_store import RESULT, Examples, Result, RunStore
 from smidgen.studies.comparison.scratch_models import from_scratch
 from smidgen.studies.comparison.study import Study
 from smidgen.studies.reports.comparison import comparison_report, results_csv, write_report
 from smidgen.studies.reports.errors import ReportError
 from smidgen.studies.reports.sections import Intervals
+from smidgen.studies.run_folders import key_of
 from smidgen.training.run.run_folder import RunFolder
 from tests import helpers as h
 from tests.test_cli import call
@@ -225,7 +226,7 @@ def test_a_run_that_fails_is_shown_and_the_rest_goes_on(base, data, tmp_path):
     assert [r.diverged for r in by_arm["wild"] if r.lr == 1e30] == [True]
     assert [r.lr for r in by_arm["wild"] if r.test is not None] == [1e-3, 1e-3]
     assert all(r.error is None for r in by_arm["LN"])
-    findings = write_report(found, tmp_path / "out")
+    findings = write_report(found)
     assert {arm.arm: bool(arm.failed) for arm in findings.arms} == {"LN": False, "no such layer": True, "wild": True}
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Runs that failed" in page
@@ -280,9 +281,10 @@ def test_bad_folders(base, data, tmp_path):
     with pytest.raises(StudyError, match="is not empty and holds no study"):
         compare(study(base, data), tmp_path / "other")
     (tmp_path / "file").write_text("x")
-    for url in ("s3://bucket/study", Path("s3://bucket/study")):
-        with pytest.raises(StudyError, match="s3:/.*is a URL; a study's --out is a folder of this machine"):
-            compare(study(base, data), url)
+    with pytest.raises(StudyError, match="s3:/bucket/study is a URL that a path has joined; give it as text"):
+        compare(study(base, data), Path("s3://bucket/study"))
+    with pytest.raises(StudyError, match="no-such://x cannot be opened: Protocol not known: no-such"):
+        compare(study(base, data), "no-such://x")
     with pytest.raises(StudyError, match="is a file"):
         compare(study(base, data), tmp_path / "file")
     (tmp_path / "old").mkdir()
@@ -322,7 +324,16 @@ def made(tmp_path, scores, metric="accuracy", seeds=(0, 1, 2), **more):
         for task, values in by_task.items():
             for seed, value in zip(seeds, values, strict=True):
                 place = Result(
-                    key_of(arm=arm, task=task, seed=seed), "m", task, metric, None, arm, arms[arm], seed, "lr", 1e-3
+                    key_of({"arm": arm, "task": task, "seed": seed}),
+                    "m",
+                    task,
+                    metric,
+                    None,
+                    arm,
+                    arms[arm],
+                    seed,
+                    "lr",
+                    1e-3,
                 )
                 costs = {"trained_values": 10.0 ** len(arm), "seconds": 1.0}
                 came = (
@@ -413,7 +424,7 @@ def test_the_files_of_a_report(tmp_path):
     assert rows[0]["examples"] == "all"
     from smidgen.studies.comparison.comparing import StudyRuns
 
-    write_report(StudyRuns(found.study, tuple(found.results), found.store), tmp_path)
+    write_report(StudyRuns(found.study, tuple(found.results), found.store))
     page = (tmp_path / "report.html").read_text()
     assert "x against ref: +13.3 (−1.0 to +27.7) points" in page
     assert "http://" not in page.replace("http://www.w3.org", "")

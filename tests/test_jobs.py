@@ -125,7 +125,7 @@ def test_a_killed_search_leaves_no_processes(tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     running = subprocess.Popen([sys.executable, tmp_path / "script.py", tmp_path], env=environment)
     try:
-        wait_for(lambda: len(list((tmp_path / "out" / "trials").glob("*/metrics.jsonl"))) == 2)
+        wait_for(lambda: len(list((tmp_path / "out" / "runs").glob("*/fit/metrics.jsonl"))) == 2)
         children = psutil.Process(running.pid).children(recursive=True)
         assert len(children) >= 2
     finally:

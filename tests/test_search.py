@@ -18,7 +18,7 @@ from smidgen.efficiency.prefix_cache.cache import PrefixCache
 from smidgen.efficiency.prefix_cache.shared_caches import Kept
 from smidgen.ports.attachment_record import attachment
 from smidgen.studies.rate_search import SearchWarning
-from smidgen.studies.search_folder import FILE, FOLDER
+from smidgen.studies.search_folder import FILE, TRIAL
 from smidgen.studies.trial import Search, Trial
 from smidgen.training.run.loop import Loop
 from tests import helpers as h
@@ -65,6 +65,16 @@ def fills(monkeypatch):
     return seen
 
 
+def trial_folder(out, trial):
+    """Where the run of a trial lies."""
+    (found,) = (
+        path.parent / "fit"
+        for path in (out / "runs").glob(f"*/{TRIAL}")
+        if Trial.from_json(json.loads(path.read_text())) == trial
+    )
+    return found
+
+
 def same_as_fit(task, recipe, folder, **more):
     """Every trial of a search is bit for bit what fit alone gives."""
     model = h.bert(dropout=0.2)
@@ -73,7 +83,7 @@ def same_as_fit(task, recipe, folder, **more):
     assert [(t.lr, t.seed) for t in found.trials] == [(lr, seed) for lr in RATES for seed in (0, 1)]
     for trial in found.trials:
         alone = fitted(task, recipe, seed=trial.seed, **{found.rate: trial.lr}, **more)
-        h.same(Delta.load(folder / FOLDER / f"{found.rate}-{trial.lr!r}-seed-{trial.seed}"), alone)
+        h.same(Delta.load(trial_folder(folder, trial)), alone)
         assert alone.info["best_epoch"] == trial.best_epoch
         assert alone.info["scores"] == {f"validation {k}": v for k, v in trial.scores[trial.best_epoch - 1].items()}
     return found
@@ -248,7 +258,7 @@ def test_a_killed_search_goes_on_with_the_trials_that_are_left(task, tmp_path, m
 
 def test_another_search_in_the_folder_is_refused(task, tmp_path):
     searched(task, out=tmp_path / "out")
-    for more in ({"lr": [1e-3, 1e-2]}, {"epochs": 1}, {"seeds": (1,)}, {"recipe": "LN()"}):
+    for more in ({"epochs": 1}, {"recipe": "LN()"}):
         with pytest.raises(TrainError, match="holds another run") as error:
             searched(task, out=tmp_path / "out", **more)
         assert "\n" not in str(error.value)
@@ -256,6 +266,29 @@ def test_another_search_in_the_folder_is_refused(task, tmp_path):
     (tmp_path / "full" / "letter.txt").write_text("dear")
     with pytest.raises(TrainError, match="holds no search"):
         searched(task, out=tmp_path / "full")
+
+
+def test_a_search_of_an_earlier_version_is_refused(task, tmp_path):
+    (tmp_path / "out" / "trials" / "lr-0.001-seed-0").mkdir(parents=True)
+    (tmp_path / "out" / FILE).write_text(json.dumps({"asked": {}, "trials": []}))
+    with pytest.raises(TrainError, match="of an earlier version of smidgen; choose another --out"):
+        searched(task, out=tmp_path / "out")
+
+
+def test_further_rates_and_seeds_are_added_to_a_search(task, tmp_path, monkeypatch):
+    """What is there is not made again, and the whole is what a search for all of it at once finds."""
+    fit, begun = Loop.fit, []
+    first = searched(task, lr=RATES[:1], out=tmp_path / "out")
+    monkeypatch.setattr(Loop, "fit", lambda self: begun.append((self.settings.lr, self.settings.seed)) or fit(self))
+    grown = searched(task, lr=RATES[:2], seeds=(0, 1), out=tmp_path / "out")
+    assert begun == [(RATES[0], 1), (RATES[1], 0), (RATES[1], 1)]
+    whole = searched(task, lr=RATES[:2], seeds=(0, 1))
+    assert results(grown) == results(whole)
+    h.same(grown.delta, whole.delta)
+    h.same(sm.Delta.load(tmp_path / "out"), whole.delta)
+    begun.clear()
+    assert results(searched(task, lr=RATES[:1], out=tmp_path / "out")) == results(first)
+    assert begun == []
 
 
 def trial(lr, *values, seed=0, error=None):

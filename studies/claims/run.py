@@ -8,6 +8,7 @@ machine, versions and commit are written to `results/NAME.md`, a line for each r
 """
 
 import argparse
+import csv
 import shlex
 import sys
 from pathlib import Path
@@ -36,12 +37,26 @@ def run(name, jobs):
     out = HERE / "runs" / name
     command = shlex.join(["python", "studies/claims/run.py", name])
     found = sm.compare(sm.Study.read(HERE / f"{name}.toml"), out, jobs=jobs, told=told)
-    write_report(found, out, command)
+    write_report(found, command)
     results = HERE / "results"
     results.mkdir(exist_ok=True)
     page = (out / "report.md").read_text().rstrip()
     (results / f"{name}.md").write_text(f"{page}\n\n---\n\n`{command}`\n\n{environment()}\n")
     (results / f"{name}.csv").write_text((out / "results.csv").read_text())
+
+
+def written(name, title, text, columns, rows):
+    """results/NAME.md and .csv of a script that reads the runs of a study; the command is the one that was typed."""
+    results = HERE / "results"
+    results.mkdir(exist_ok=True)
+    shown = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *shown))
+    command = shlex.join(["python", f"studies/claims/{name}.py", *sys.argv[1:]])
+    page = f"# {title}\n\n{text}\n\n{table}\n\n---\n\n`{command}`\n\n{environment()}\n"
+    (results / f"{name}.md").write_text(page)
+    with open(results / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([columns, *rows])
+    print(text)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def run_advice(
         found = advise(
             study, out, budget=budget, jobs=jobs, on=on, told=progress.told, begun=progress.begun, tracker=tracker
         )
-    write_report(reopened(out), out, f"smidgen compare --budget {budget:.0f}s --out {out}")
+    write_report(reopened(out), f"smidgen compare --budget {budget:.0f}s --out {out}")
     results.show({"out": str(out), **found.to_json()}, recommended_arms.advised(found, out), as_json)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from smidgen.cli import advice_progress
-from smidgen.cli.options import Json, Label, Metric, On, Option, Out, Text
+from smidgen.cli.options import Json, Label, Metric, On, Option, Text
 from smidgen.cli.views import comparisons, results
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ Many = list[str] | None
 
 
 def run_compare(
-    out: Out,
+    out: Annotated[str, Option(help="folder to write, or a URL of fsspec: s3://, gs://, ...")],
     study: Annotated[Path | None, typer.Argument(help="a study.toml; or name its parts by options")] = None,
     model: Annotated[Many, Option(help="may be given again; default: minilm")] = None,
     data: Annotated[Many, Option(help="a task's data; may be given again")] = None,
@@ -50,6 +50,7 @@ def run_compare(
     from smidgen.studies.advisor.budgets import seconds_of
     from smidgen.studies.comparison.comparing import compare
     from smidgen.studies.comparison.study import Study
+    from smidgen.studies.study_place import URL
 
     if study is not None:
         parts = {"model": model, "data": data, "recipe": recipe, "lr": lr, "seed": seed, "examples": examples,
@@ -64,7 +65,7 @@ def run_compare(
         arms = recipe or (ARMS if budget is not None else [])
         columns = {"text": text, "label": label, "metric": metric}
         wanted = Study.of({
-            "name": out.name, "models": model or ["minilm"], "arms": {r: r for r in arms},
+            "name": out.rstrip("/").rpartition("/")[2], "models": model or ["minilm"], "arms": {r: r for r in arms},
             "tasks": [{"data": d, **columns} for d in data or []],
             "lr": lr, "trials": trials, "seeds": seed or [0, 1, 2], "margin": margin,
             "examples": [e if e == "all" else _number(e) for e in examples or ["all"]],
@@ -73,9 +74,11 @@ def run_compare(
     seconds = None if budget is None else seconds_of(budget)
     if seconds is not None and (seed or examples):
         raise typer.BadParameter(f"--{'seed' if seed else 'examples'} is chosen by --budget; leave it out")
+    if seconds is not None and URL.match(out):
+        raise typer.BadParameter(f"--out {out}: with --budget it is a folder of this machine")
     try:
         if seconds is not None:
-            advice_progress.run_advice(wanted, out, seconds, (on, jobs), tracker, as_json)
+            advice_progress.run_advice(wanted, Path(out), seconds, (on, jobs), tracker, as_json)
             return
         with _progress(wanted) as told:
             found = compare(wanted, out, jobs=jobs, on=on, told=told, tracker=tracker)
@@ -86,7 +89,7 @@ def run_compare(
 
 
 def run_report(
-    folder: Annotated[Path, typer.Argument(help="of a study that compare made")],
+    folder: Annotated[str, typer.Argument(help="of a study that compare made, or its URL")],
     as_json: Json = False,
 ) -> None:
     """Write the report of a study again, from its runs; nothing is trained."""
@@ -95,11 +98,11 @@ def run_report(
     _show(reopened(folder), folder, as_json)
 
 
-def _show(found: StudyRuns, out: Path, as_json: bool) -> None:
+def _show(found: StudyRuns, out: str, as_json: bool) -> None:
     from smidgen.studies.reports.comparison import write_report
 
-    findings = write_report(found, out, f"smidgen compare --out {out}")
-    report = {"out": str(out), "runs": len(found.results), "failed": len(found.failed), "findings": findings.to_json()}
+    findings = write_report(found, f"smidgen compare --out {out}")
+    report = {"out": out, "runs": len(found.results), "failed": len(found.failed), "findings": findings.to_json()}
     results.show(report, comparisons.compared(findings, out), as_json)
     if found.failed:
         raise typer.Exit(1)

@@ -23,9 +23,8 @@ from smidgen.steps.objectives import Objective, TaskLoss
 from smidgen.studies.rates import SPAN, rates_around
 from smidgen.studies.runners.opening import LOCAL, opened
 from smidgen.studies.runners.work import Work
-from smidgen.studies.search_folder import FILE, Ledger
+from smidgen.studies.search_folder import Ledger
 from smidgen.studies.trial import Search, Trial
-from smidgen.training.run.run_folder import hashed_by
 from smidgen.training.run.run_record import asked
 from smidgen.training.run.run_spec import RunSpec
 from smidgen.training.run.settings import Settings, SharedOptions
@@ -46,14 +45,14 @@ def search(  # noqa: PLR0913 - options by keyword
 
     Each trial is a run of `fit`, bit for bit where both come to the same choice of `cache` and run on as many threads.
     Hidden states below the lowest edit are computed once for all trials of a process. With `out`, a search that was
-    killed goes on by the same call.
+    killed goes on by the same call, and a call with further rates or seeds makes only those.
 
     Args:
         lr: rates to try; None for `trials` rates, log-spaced from a tenth of the recipe's own to ten times it. Where
             only the head is trained, the rates are the head's.
         seeds: each rate is tried with each of them; all heads start as the model's does.
         jobs: so many trials run at once, in processes that share torch's threads; the progress bar counts trials.
-        out: gets the best delta, search.json, and the run of each trial in `trials`.
+        out: gets the best delta, search.json, and the run of each trial in `runs`.
         processor: as in `fit`; `tokenizer` is another name of it.
         say: gets a line per finished trial.
         on: where trials run: "local"; "ray", "auto" or "ray://host:port" for Ray on this machine or a cluster.
@@ -66,16 +65,18 @@ def search(  # noqa: PLR0913 - options by keyword
     check_model(model)
     wanted = Trials.of(bare(model), as_recipe(recipe), task, (lr, seeds, trials), objective or TaskLoss(), settings)
     with folder_lock_held(out), opened(on, jobs, progress) as runner:
-        ledger = Ledger(out, {} if out is None else wanted.asked(hashed_by(Path(out) / FILE)))
-        todo = [(each, ledger.folder(wanted.rate, each)) for each in wanted.settings[len(ledger.trials) :]]
+        ledger = Ledger(out, wanted.asked(), wanted.rate)
+        missing = [each for each in wanted.settings if ledger.trial(each) is None]
         work = wanted.work(given_processor(processor, tokenizer), ledger.path)
-        for trial, delta in runner.trials([(work, todo)]):
-            ledger.add(trial, delta)
+        made = runner.trials([(work, [(each, ledger.folder(each)) for each in missing])])
+        for each, (trial, delta) in zip(missing, made, strict=True):
+            ledger.add(each, trial, delta)
+            done = wanted.done(ledger)
+            ledger.written(done)
             if say is not None:
-                say(wanted.told(ledger.trials))
-        found = wanted.found(ledger.trials)
-        place = found.trials.index(found.best)
-        return _warned(ledger.finish(found, ledger.folder(wanted.rate, wanted.settings[place])))
+                say(wanted.told(trial, len(done)))
+        found = wanted.found(wanted.done(ledger))
+        return _warned(ledger.finish(found, wanted.settings[found.trials.index(found.best)]))
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,17 @@ class Trials:
         epochs = sum(each.epochs for each in self.settings)
         return Work(self.model, self.recipe, self.task, self.objective, processor, self.rate, epochs, folder)
 
-    def asked(self, algorithm: str) -> dict[str, object]:
-        """What has to be the same for a search to go on; `algorithm`: by which the base's content is told."""
+    def asked(self) -> dict[str, object]:
+        """What all trials have in common, plain data."""
         spec = RunSpec(self.model, self.recipe, self.task, self.settings[0], self.objective)
-        same = asked(spec, algorithm)
-        return {**same, "settings": [asdict(each) for each in self.settings]}
+        tried = ("seed", self.rate)
+        settings = {name: value for name, value in asdict(self.settings[0]).items() if name not in tried}
+        return {**asked(spec), "settings": settings}
+
+    def done(self, ledger: Ledger) -> list[Trial]:
+        """The trials that came to an end, in order."""
+        found = (ledger.trial(each) for each in self.settings)
+        return [trial for trial in found if trial is not None]
 
     def found(self, trials: Sequence[Trial]) -> Search:
         """The result. Raises TrainError if every trial diverged."""
@@ -129,12 +136,11 @@ class Trials:
             raise TrainError(f"every trial diverged, the lowest {self.rate} being {rates[0]:g}; try lower ones")
         return Search(self.recipe, self.task.name, self.task.metric, self.rate, tuple(trials))
 
-    def told(self, trials: Sequence[Trial]) -> str:
+    def told(self, last: Trial, done: int) -> str:
         """A line about the last trial."""
-        last = trials[-1]
         value = last.value(self.task.metric)
         came = last.error or f"{self.task.metric} {value:.4f} at epoch {last.best_epoch}"
-        return f"{self.rate} {last.lr:g}, seed {last.seed}: {came} ({len(trials)} of {len(self.settings)})"
+        return f"{self.rate} {last.lr:g}, seed {last.seed}: {came} ({done} of {len(self.settings)})"
 
 
 def _warned(found: Search) -> Search:

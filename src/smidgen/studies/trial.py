@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
+from smidgen.common.json_numbers import restored
 from smidgen.data.metrics import METRICS
 from smidgen.delta.delta import Delta
 from smidgen.recipe.recipe import Recipe
@@ -43,7 +44,8 @@ class Trial:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Trial:
         """The inverse of `dataclasses.asdict`, also after JSON."""
-        return cls(**{**data, "scores": tuple(data["scores"])})
+        scores = tuple({name: restored(value) for name, value in entry.items()} for entry in data["scores"])
+        return cls(**{**data, "scores": scores})
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console, Group, RenderableType
@@ -54,7 +53,7 @@ class RunsBar:
         self._bar.update(self._task, advance=1, description=f"{best.task}: best {value}, {best.arm}")
 
 
-def compared(found: Findings, out: Path) -> RenderableType:
+def compared(found: Findings, out: str) -> RenderableType:
     """Scores, differences, and where the report is."""
     from smidgen.studies.reports.comparison import difference_cells, score_cells
 
@@ -66,5 +65,5 @@ def compared(found: Findings, out: Path) -> RenderableType:
             for row in rows:
                 table.add_row(*row)
             parts += [Text(title, style="bold"), table]
-    parts.append(Text(f"report: {out / 'report.html'}", style="dim"))
+    parts.append(Text(f"report: {out.rstrip('/')}/report.html", style="dim"))
     return Group(*parts)

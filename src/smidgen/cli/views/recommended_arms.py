@@ -43,7 +43,7 @@ def advised(found: Recommendation, out: Path) -> RenderableType:
     took = f"{found.seconds / 60:.1f} of {found.budget / 60:.1f} minutes"
     without = [Text(f"left out for time: {', '.join(found.left_out)}", style="dim")] if found.left_out else []
     return Group(
-        comparisons.compared(found.findings, out),
+        comparisons.compared(found.findings, str(out)),
         Text(f"Take {arm.arm}: {found.why}.", style="bold"),
         Text(f"{took}; what was run: {out / 'advice.json'}", style="dim"),
         *without,

@@ -18,11 +18,12 @@ from smidgen.steps.objectives import TaskLoss
 from smidgen.studies.comparison.cell import StudyCell
 from smidgen.studies.comparison.costs import run_costs
 from smidgen.studies.comparison.forgetting import feature_drift
-from smidgen.studies.comparison.run_store import FIT, Examples, Result, key_of
+from smidgen.studies.comparison.run_store import Examples, Result
 from smidgen.studies.comparison.scratch_models import from_scratch
 from smidgen.studies.comparison.study import StudyArm
 from smidgen.studies.comparison.study_work import StudyWork
 from smidgen.studies.rates import rates_around
+from smidgen.studies.run_folders import key_of
 from smidgen.studies.runners.work import Todo
 from smidgen.studies.trial import Trial
 from smidgen.training.run.settings import Settings
@@ -117,9 +118,9 @@ class ArmRuns:
         cell = self.cell
         if result.error is not None or result.test is not None:
             return result
-        if not (cell.store.folder(result.key) / FIT).is_dir():  # dropped, when another rate was the best
+        if not cell.store.fit(result.key).is_dir():  # dropped, when another rate was the best
             (result,) = make(cell, [(self, [self.place(result.lr, result.seed)])])
-        delta = Delta.load(cell.store.folder(result.key) / FIT)
+        delta = Delta.load(cell.store.fit(result.key))
         model, processor = self._based(result.seed), cell.loaded[1]
         scores = evaluate(model, cell.source, delta=delta, split="test", processor=processor)
         costs = {**result.costs, "feature_drift": None if self.arm.scratch else feature_drift(model, delta, processor)}
@@ -134,13 +135,14 @@ class ArmRuns:
     def place(self, lr: float, seed: int) -> Result:
         """A result that has not come yet, with its key."""
         cell, recipe = self.cell, self.arm.parsed
-        key = key_of(
-            base=cell.content,
-            recipe=self.arm.drawn(seed).to_json(),
-            scratch=self.arm.scratch,
-            data=cell.tasks[seed].fingerprint,
-            settings=asdict(self._settings(lr, seed)),
-        )
+        determines = {
+            "base": cell.content,
+            "recipe": self.arm.drawn(seed).to_json(),
+            "scratch": self.arm.scratch,
+            "data": cell.tasks[seed].fingerprint,
+            "settings": asdict(self._settings(lr, seed)),
+        }
+        key = key_of(determines)
         task = cell.source
         return Result(
             key, cell.model, task.name, task.metric, cell.examples, self.name, str(recipe), seed, self.rate, lr
@@ -149,7 +151,7 @@ class ArmRuns:
     def todo(self, group: Sequence[Result]) -> Todo:
         """Settings and folder of each run."""
         store = self.cell.store
-        return [(self._settings(place.lr, place.seed), store.folder(place.key) / FIT) for place in group]
+        return [(self._settings(place.lr, place.seed), store.fit(place.key)) for place in group]
 
     def groups(self, missing: Sequence[Result]) -> list[list[Result]]:
         """Runs that start from the same weights: all of them, or those of a seed where weights are drawn by it."""

@@ -71,6 +71,7 @@ def compare(
     """Make the runs of a study in a folder. Killed at any point, the same call goes on; done runs are not repeated.
 
     Args:
+        out: a folder, or a URL of fsspec: s3://, gs://, ... (see `StudyPlace`).
         jobs: so many runs at once, in processes that share the base's pages and torch's threads.
         on: where runs are made: "local"; "ray", "auto" or "ray://host:port" for Ray on this machine or a cluster.
         told: is given every result, also those that were there.
@@ -98,7 +99,7 @@ def compare(
         if tracked is not None:
             tracked.told(result)
 
-    with folder_lock_held(out), opened(on, jobs, False) as runner:
+    with folder_lock_held(store.path), opened(on, jobs, False) as runner:
         store.begin(study.model_dump(mode="json"))
         for model in study.models:
             for task in tasks:

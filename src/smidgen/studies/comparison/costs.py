@@ -5,9 +5,9 @@ from __future__ import annotations
 from smidgen.common.atomic_files import read_json
 from smidgen.delta.delta import Delta
 from smidgen.studies.comparison.cell import StudyCell
-from smidgen.studies.comparison.run_store import FIT
 from smidgen.studies.comparison.study import StudyArm
 from smidgen.studies.comparison.study_work import METER
+from smidgen.studies.run_folders import FIT
 from smidgen.studies.trial import Trial
 from smidgen.training.memory.estimate import plan
 

@@ -1,24 +1,20 @@
-"""A study's folder: a run under the hash of all that determines it, each written whole or not at all."""
+"""A study's folder: what the study is, and the results and answers of its runs."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Self
 
-from smidgen.common.atomic_files import read_json, write_files
+from smidgen.common.atomic_files import read_json
 from smidgen.common.errors import StudyError
-from smidgen.common.json_numbers import plain
+from smidgen.studies.run_folders import FIT, FORMAT, RUNS, RunFolders, write_json
+from smidgen.studies.study_place import StudyPlace
 
-FORMAT = 1
 LARGE = 2**24  # bytes of a delta
-STUDY, RUNS, RESULT, TEST, FIT = "study.json", "runs", "result.json", "test.json", "fit"
+STUDY, RESULT, TEST = "study.json", "result.json", "test.json"
 
 
 @dataclass(frozen=True)
@@ -84,14 +80,14 @@ class Examples:
         return [said == right for said, right in zip(self.predictions, self.references, strict=True)]
 
 
-class RunStore:
-    """Runs of a study in a folder."""
+class RunStore(RunFolders):
+    """Runs of a study in a folder, or behind a URL (see `StudyPlace`)."""
 
     def __init__(self, out: str | os.PathLike[str]) -> None:
         """Open or begin. Raises StudyError if the folder holds something else, or a study of another format."""
-        self.path = Path(out)
-        if re.match(r"[a-z][a-z0-9+.-]+:/", os.fspath(out)):  # a path joins the slashes of a URL
-            raise StudyError(f"{out} is a URL; a study's --out is a folder of this machine, or mounted there")
+        self.place = StudyPlace(out)
+        super().__init__(self.place.folder)
+        self.place.fetch(STUDY)
         if self.path.exists() and not self.path.is_dir():
             raise StudyError(f"{self.path} is a file, not a folder")
         record = self.path / STUDY
@@ -104,58 +100,43 @@ class RunStore:
 
     def begin(self, study: Mapping[str, object]) -> None:
         """Write down what the study is; what writes that were killed left half goes."""
-        for part in (self.path / RUNS).rglob(".part-*"):
-            part.unlink(missing_ok=True)
-        self._write(self.path, {STUDY: {"format": FORMAT, "study": dict(study)}})
+        self.tidy()
+        write_json(self.path, {STUDY: {"format": FORMAT, "study": dict(study)}})
+        done = [key for key in self.keys() if (self.folder(key) / RESULT).is_file()]
+        self.place.send([STUDY, *(f"{RUNS}/{key}" for key in done)])  # also what was kept and not sent any more
 
     def study(self) -> dict[str, object]:
         """What the study is. Raises StudyError if the folder holds none."""
         if not (self.path / STUDY).is_file():
-            raise StudyError(f"{self.path} holds no study; smidgen compare makes one")
+            raise StudyError(f"{self.place.said} holds no study; smidgen compare makes one")
         found: dict[str, object] = read_json(self.path / STUDY)["study"]
         return found
 
-    def folder(self, key: str) -> Path:
-        """A run's folder."""
-        return self.path / RUNS / key
-
     def result(self, key: str) -> Result | None:
         """What came of a run; None if it has not come to an end."""
-        path = self.folder(key) / RESULT
-        return Result.from_json(read_json(path)) if path.is_file() else None
+        found = self.read(key, RESULT)
+        return None if found is None else Result.from_json(found)
 
     def keep(self, result: Result, said: Examples | None = None) -> None:
         """Write down what came of a run, and what it said of the test split."""
-        folder = self.folder(result.key)
         if said is not None:
-            self._write(folder, {TEST: asdict(said)})
-        self._write(folder, {RESULT: asdict(result)})
+            self.write(result.key, {TEST: asdict(said)})
+        self.write(result.key, {RESULT: asdict(result)})
+        self.place.send([f"{RUNS}/{result.key}"])
 
     def examples(self, key: str) -> Examples | None:
         """What a run said of each example of the test split."""
-        path = self.folder(key) / TEST
-        if not path.is_file():
-            return None
-        found = read_json(path)
-        return Examples(found["predictions"], found["references"])
+        found = self.read(key, TEST)
+        return None if found is None else Examples(found["predictions"], found["references"])
 
     def drop_large(self, key: str) -> None:
         """Remove the delta of a run that is over if it is large (full fine-tuning); its results stay."""
-        file = self.folder(key) / FIT / "delta.safetensors"
+        file = self.fit(key) / "delta.safetensors"
         if file.is_file() and file.stat().st_size > LARGE:
-            shutil.rmtree(self.folder(key) / FIT)
+            shutil.rmtree(self.fit(key))
+            self.place.remove(f"{RUNS}/{key}/{FIT}")
 
     def results(self) -> list[Result]:
         """All runs that came to an end, also such as an earlier form of the study asked for."""
-        found = (self.result(path.name) for path in sorted((self.path / RUNS).glob("*")))
+        found = (self.result(key) for key in self.keys())
         return [result for result in found if result is not None]
-
-    @staticmethod
-    def _write(folder: Path, files: Mapping[str, Mapping[str, object]]) -> None:
-        write_files(folder, {name: json.dumps(plain(value), indent=1).encode() for name, value in files.items()})
-
-
-def key_of(**determines: object) -> str:
-    """Sixteen hexadecimal digits of all that determines a run, plain data."""
-    text = json.dumps({"format": FORMAT, **determines}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

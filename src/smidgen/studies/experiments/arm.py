@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 from torch import nn
 
-from smidgen.common.atomic_files import read_json, write_files
-from smidgen.common.errors import DataError
 from smidgen.data.processor import Processor
 from smidgen.data.task import Task
+from smidgen.delta.fingerprint import Fingerprint
 from smidgen.delta.saved_selection import Selection
 from smidgen.inference.evaluation import evaluate
 from smidgen.recipe.recipe import Recipe
+from smidgen.studies.run_folders import RunFolders, key_of
 from smidgen.training.fitting import fit
 from smidgen.training.run.settings import SettingsOptions, UnseededOptions
+
+RESULT = "result.json"
 
 
 class Outcome(TypedDict):
@@ -53,28 +55,28 @@ class Bench:
     folder: Path | None = None
 
     def run(self, arm: str, recipe: Recipe, selection: Selection | None = None) -> Outcome:
-        """Train and score, or read the numbers of an earlier, equal run.
-        Raises:
-            DataError: the folder holds a run of other settings.
-        """
-        asked = self._asked(arm, recipe, selection)
-        path = None if self.folder is None else self.folder / f"{slug(self.task.name)}-{slug(arm)}-{self.seed}.json"
-        if path is not None and path.is_file():
-            saved = read_json(path)
-            if saved.get("asked") != json.loads(json.dumps(asked)):
-                raise DataError(f"{path} is of other data or settings; choose another folder, or remove it")
-            found: Outcome = saved["outcome"]
-            return found
+        """Train and score, or read the numbers of an earlier, equal run."""
+        kept = None if self.folder is None else RunFolders(self.folder)
+        key = self._key(recipe, selection)
+        record = None if kept is None else kept.read(key, RESULT)
+        if record is not None:
+            return cast(Outcome, {**record["outcome"], "arm": arm})
         outcome = self._train(arm, recipe, selection)
-        if path is not None:
-            content = json.dumps({"asked": asked, "outcome": outcome}, indent=1)
-            write_files(path.parent, {path.name: content.encode()})
+        if kept is not None:
+            kept.write(key, {RESULT: {"outcome": outcome}})
         return outcome
 
-    def _asked(self, arm: str, recipe: Recipe, selection: Selection | None) -> dict[str, object]:
-        kept = None if selection is None else selection.digest
-        asked = {"arm": arm, "recipe": recipe.to_json(), "selection": kept, "data": self.task.fingerprint}
-        return {**asked, "settings": dict(self.settings), "seed": self.seed, "split": self.split}
+    @cached_property
+    def _base(self) -> str:
+        """Digest of all weights, those of a fresh head too."""
+        found = Fingerprint.of(self.model, ())
+        return found.content + found.buffers
+
+    def _key(self, recipe: Recipe, selection: Selection | None) -> str:
+        chosen = None if selection is None else selection.digest
+        same = {"settings": dict(self.settings), "seed": self.seed, "split": self.split}
+        data = {"task": self.task.name, "data": self.task.fingerprint, "metric": self.task.metric}
+        return key_of({"base": self._base, "recipe": recipe.to_json(), "selection": chosen, **data, **same})
 
     def _train(self, arm: str, recipe: Recipe, selection: Selection | None) -> Outcome:
         """One training run and its scores, as a record of plain values."""
@@ -94,8 +96,3 @@ class Bench:
             "head_values": delta.head_values,
             "seconds": round(seconds, 2),
         }
-
-
-def slug(text: str) -> str:
-    """Text as part of a file's name."""
-    return "".join(c if c.isalnum() or c in "-._" else "-" for c in text)

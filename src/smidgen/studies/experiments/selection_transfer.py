@@ -91,7 +91,7 @@ def measure_transfer(  # noqa: PLR0913 - options by keyword
     """
     recipe, names = as_recipe(recipe), [task.name for task in tasks]
     wanted = _checked(recipe, names, names if targets is None else list(targets))
-    folder = None if out is None else Path(out) / "runs"
+    folder = None if out is None else Path(out)
     setting = _Setting(model_name, tuple(tasks), recipe, how, split, folder, settings, say or (lambda line: None))
     return setting.run(wanted, seeds)
 

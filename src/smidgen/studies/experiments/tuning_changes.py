@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Unpack
 
 import torch
 from torch import nn
 
-from smidgen.common.atomic_files import read_json, write_files
 from smidgen.common.errors import ModelError
 from smidgen.common.wrappers import bare
 from smidgen.data.task import Task
 from smidgen.delta.delta import Delta
+from smidgen.delta.fingerprint import Fingerprint
 from smidgen.delta.merging import RoundingWarning, merge
 from smidgen.inference.loading import load
 from smidgen.recipe.recipe import Recipe, Term, as_recipe
 from smidgen.studies.experiments.parameter_changes import Changes, Run, RunInfo, compare_changes, join_changes
+from smidgen.studies.run_folders import RunFolders, key_of
 from smidgen.training.fitting import fit
 from smidgen.training.run.settings import Settings, SettingsOptions, UnseededOptions
 
 Recipes = str | Term | Recipe
+RESULT = "result.json"
 
 
 def analyze_changes(
@@ -49,7 +49,7 @@ def analyze_changes(
         settings: fields of `Settings`, as in `fit`, but the seed.
 
     Raises:
-        ModelError: no tasks or seeds, two tasks of one name, or `out` holds a run of other settings.
+        ModelError: no tasks or seeds, or two tasks of one name.
     """
     chosen = range(seeds) if isinstance(seeds, int) else seeds
     names = [task.name for task in tasks]
@@ -57,10 +57,9 @@ def analyze_changes(
         raise ModelError(f"there is nothing to train on: {len(names)} tasks, {len(list(chosen))} seeds")
     if len(set(names)) < len(names):
         raise ModelError(f"two tasks have one name ({', '.join(names)}); give each its own with Task.load(..., name=)")
-    found = []
+    found, kept = [], None if out is None else RunFolders(out)
     for task in tasks:
         for seed in chosen:
-            kept = None if out is None else Path(out) / "runs" / f"{task.name.replace('/', '-')}-{seed}.json"
             one = _run(model_name, task, as_recipe(recipe), {**settings, "seed": seed}, kept)
             found.append(one)
             if say is not None:
@@ -102,21 +101,20 @@ def lr_steps(delta: Delta) -> float | None:
 
 
 def _run(
-    name: str | os.PathLike[str], task: Task, recipe: Recipe, settings: SettingsOptions, kept: Path | None
+    name: str | os.PathLike[str], task: Task, recipe: Recipe, settings: SettingsOptions, out: RunFolders | None
 ) -> Changes:
     """One run, or its numbers where they are kept already."""
-    asked = {"model": os.fspath(name), "recipe": recipe.to_json(), "data": task.fingerprint, "settings": settings}
-    if kept is not None and kept.is_file():
-        saved = read_json(kept)
-        if saved.get("asked") != json.loads(json.dumps(asked)):
-            raise ModelError(f"{kept} is of another model, data or settings; choose another folder, or remove it")
-        return Changes.from_json(saved["changes"])
     model, processor = load(name, task=task, seed=settings["seed"])
+    base = Fingerprint.of(model, ())
+    said = {"base": base.content + base.buffers, "model": os.fspath(name), "recipe": recipe.to_json()}
+    key = key_of({**said, "task": task.name, "data": task.fingerprint, "settings": dict(settings)})
+    record = None if out is None else out.read(key, RESULT)
+    if record is not None:
+        return Changes.from_json(record["changes"])
     delta = fit(model, recipe, task, processor=processor, **settings)
     found = change_of(model, delta)
-    if kept is not None:
-        data = {"asked": asked, "changes": found.to_json()}
-        write_files(kept.parent, {kept.name: json.dumps(data, allow_nan=False).encode()})
+    if out is not None:
+        out.write(key, {RESULT: {"changes": found.to_json()}})
     return found
 
 

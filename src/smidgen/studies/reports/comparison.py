@@ -6,7 +6,6 @@ import csv
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 from smidgen.common.atomic_files import write_files
 from smidgen.data.metrics import METRICS
@@ -61,7 +60,7 @@ def comparison_report(found: Findings, command: str = "") -> Report:
     )
 
 
-def write_report(found: StudyRuns, out: Path, command: str = "") -> Findings:
+def write_report(found: StudyRuns, command: str = "") -> Findings:
     """Write report.html, report.json, report.md, results.csv and the charts into the study's folder.
 
     Raises:
@@ -70,9 +69,11 @@ def write_report(found: StudyRuns, out: Path, command: str = "") -> Findings:
     """
     findings = Findings(found.study, found.results, found.store)
     report = comparison_report(findings, command)
+    out = found.store.path
     report.write(out)
     text = {"report.md": markdown(report) + "\n", "results.csv": results_csv(findings)}
     write_files(out, {name: content.encode() for name, content in text.items()})
+    found.store.place.send(path.name for path in out.iterdir() if path.is_file())
     return findings
 
 
