@@ -377,7 +377,7 @@ def test_other_kinds_say_why(kind, said, tmp_path):
     row = {"tokens": ["good", "film"], "tags": ["B-X", "O"]} if kind == "tokens" else None
     task = h.task(tmp_path, make=(lambda count, start=0: [row] * count) if row else h.rows)
     assert task.kind == kind
-    with pytest.raises(TrainError, match=f"batching='pack' is for causal-lm, not {kind}: {said}"):
+    with pytest.raises(TrainError, match=f"batching='pack' is for causal-lm and chat, not {kind}: {said}"):
         fit(task, h.bert())
 
 

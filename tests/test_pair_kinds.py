@@ -230,7 +230,7 @@ def test_what_a_pair_cannot_have_is_refused_in_a_line(similar, found):
         TrainError, match="cache=True, but a pair is two texts, and states are kept of one; leave it out"
     ):
         sm.fit(encoder(), "LN()", similar, cache=True, **OPTIONS)
-    with pytest.raises(TrainError, match="batching='pack' is for causal-lm, not pairs"):
+    with pytest.raises(TrainError, match="batching='pack' is for causal-lm and chat, not pairs"):
         sm.fit(encoder(), "LN()", similar, batching="pack", **OPTIONS)
     with pytest.raises(
         DataError, match="needs the probability of an example's labels, and the loss of a retrieval task"

@@ -279,7 +279,7 @@ def test_answers_are_learned(answered, tmp_path):
         model, ["the film was"], pairs=["the film was awful and so it is"], delta=delta, tokenizer=tokenizer
     )
     assert rows[0].answer == "awful"
-    with pytest.raises(TrainError, match="batching='pack' is for causal-lm, not span-qa"):
+    with pytest.raises(TrainError, match="batching='pack' is for causal-lm and chat, not span-qa"):
         sm.fit(model, "LN()", answered, tokenizer=tokenizer, batching="pack", **OPTIONS)
 
 

@@ -12,6 +12,7 @@ from .common import parse_bytes as parse_bytes
 from .data import Processor as Processor
 from .data import Task as Task
 from .data import TaskKind as TaskKind
+from .data import mix_tasks as mix_tasks
 from .delta import Delta as Delta
 from .delta import Deltas as Deltas
 from .delta import RoundingWarning as RoundingWarning

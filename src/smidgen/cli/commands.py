@@ -20,7 +20,6 @@ from smidgen.cli.options import (  # fmt: skip
     Batching,
     BatchSize,
     BatchTokens,
-    Data,
     DeltaFolder,
     Dtype,
     Format,
@@ -40,8 +39,10 @@ from smidgen.cli.options import (  # fmt: skip
     Pooling,
     Precision,
     RecipeText,
+    SeveralData,
     Text,
     TuneDtype,
+    Weights,
     data_options,
     dtype_of,
     open_delta,
@@ -122,7 +123,7 @@ def doctor_command(
 
 @app.command()
 def tune(
-    model: Model, data: Data, out: Out, recipe: RecipeText = "LN()", seed: int = 0,
+    model: Model, data: SeveralData, out: Out, weight: Weights = None, recipe: RecipeText = "LN()", seed: int = 0,
     epochs: Annotated[int, Option(min=1)] = 3,
     lr: Annotated[float | None, Option(help="default: the method's own")] = None,
     head_lr: Annotated[float | None, Option(help="learning rate of the head")] = None,
@@ -140,7 +141,7 @@ def tune(
     from smidgen.delta.mergeable import folds
     from smidgen.training.run.run_folder import RunFolder
 
-    wanted, task = sm.parse(recipe), open_task(data, text, label, kind, metric, limit)
+    wanted, task = sm.parse(recipe), open_task(data, text, label, kind, metric, limit, weight)
     network, processor = sm.load(model, task=task, dtype=dtype_of(dtype, out), seed=seed)
     kept = open_selection(selection, network) if selection else None
     already = RunFolder(out).finished
@@ -169,7 +170,7 @@ app.command("report")(compare_command.run_report)
 
 @app.command("evaluate")
 def evaluate_command(
-    delta: DeltaFolder, data: Data, model: Base = None,
+    delta: DeltaFolder, data: SeveralData, model: Base = None,
     split: Annotated[str, Option(help="train, validation or test")] = "test",
     text: Text = None, label: Label = None, kind: Kind = None, metric: Metric = None, limit: Most = None,
     batch_size: BatchSize = 64, max_length: Length = None, max_new_tokens: NewTokens = None, dtype: OwnDtype = None,
@@ -182,7 +183,8 @@ def evaluate_command(
         network, task, delta=trained, split=split, processor=processor, batch_size=batch_size, max_length=max_length,
         max_new_tokens=max_new_tokens,
     )  # fmt: skip
-    report = {"delta": delta, "data": data, "split": split, "metric": result.metric, "scores": result.values,
+    named: object = data[0] if len(data) == 1 else data
+    report = {"delta": delta, "data": named, "split": split, "metric": result.metric, "scores": result.values,
               "examples": len(result.references), "truncated": result.truncated}  # fmt: skip
     results.show(report, results.evaluated(result, trained, task.name, split), as_json)
 

@@ -30,6 +30,8 @@ Base = Annotated[str | None, Option("--model", help="the delta's base, if it is 
 RecipeText = Annotated[str, Option("--recipe", help="what to train, such as 'LN() + LoRA(rank=8)'")]
 AnyRecipe = Annotated[str | None, Option("--recipe", help="default: every method at its defaults")]
 Data = Annotated[str, Option("--data", help="bbc-news, a file, a folder of split files, images or sounds, or hub id")]
+SeveralData = Annotated[list[str], Option("--data", help="as above; given again, the data are mixed")]
+Weights = Annotated[list[float] | None, Option("--weight", help="proportion of each --data, in their order")]
 AnyData = Annotated[str | None, Option("--data", help="data that shapes the head")]
 DeltaFolder = Annotated[str, Option("--delta", help="folder of a delta, or hub id")]
 Out = Annotated[Path, Option("--out", help="folder to write")]
@@ -56,21 +58,26 @@ Json = Annotated[bool, Option("--json", help="one JSON object on stdout")]
 
 
 def open_task(
-    data: str, text: list[str] | None = None, label: str | None = None, kind: str | None = None,
-    metric: str | None = None, limit: DataLimit = None,
+    data: str | list[str], text: list[str] | None = None, label: str | None = None, kind: str | None = None,
+    metric: str | None = None, limit: DataLimit = None, weights: list[float] | None = None,
 ) -> sm.Task:  # fmt: skip
-    """The task that the options name, described in one line on stderr."""
-    task = sm.Task.load(data, text=text or None, label=label, kind=kind, metric=metric, limit=limit)
+    """The task that the options name, one of several --data mixed, described in one line on stderr."""
+    names = [data] if isinstance(data, str) else data
+    if len(names) == 1 and not weights:
+        task = sm.Task.load(names[0], text=text or None, label=label, kind=kind, metric=metric, limit=limit)
+    else:
+        each = [sm.Task.load(name, text=text or None, label=label, kind=kind, metric=metric) for name in names]
+        task = sm.mix_tasks(each, weights or None, limit=limit)
     results.note(results.described(task))
     return task
 
 
 def data_options(
-    data: str, text: list[str] | None, label: str | None, kind: str | None, metric: str | None
+    data: list[str], text: list[str] | None, label: str | None, kind: str | None, metric: str | None
 ) -> list[str]:
-    """The options that open the same task in another command."""
+    """The options that open the same task, its training examples apart, in another command."""
     single = {"--label": label, "--kind": kind, "--metric": metric}
-    given = [("--data", data), *(("--text", name) for name in text or ()), *single.items()]
+    given = [*(("--data", name) for name in data), *(("--text", name) for name in text or ()), *single.items()]
     return [word for option, value in given if value is not None for word in (option, value)]
 
 

@@ -19,6 +19,7 @@ KINDS = (
     "regression",
     "tokens",
     "causal-lm",
+    "chat",
     "image-classification",
     "audio-classification",
     "pairs",

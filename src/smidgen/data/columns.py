@@ -35,13 +35,15 @@ COUNTED = " (rows are counted from 0)"
 class Columns:
     """What the columns of a task are: kind, input columns, label column (None where there is none).
 
-    `note` says how the label column was read where that could be doubted.
+    `note` says how the label column was read where that could be doubted. `source`: the columns of the source that the
+    input columns are made of, where they are others.
     """
 
     kind: str
     text: tuple[str, ...]
     label: str | None
     note: str = ""
+    source: tuple[str, ...] = ()
 
 
 class LabelType(Enum):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -28,6 +28,20 @@ from smidgen.data.validation_cut import cut_validation
 Limit = Mapping[str, int] | int | None
 
 
+@dataclass(frozen=True)
+class MixedSource:
+    """One of the tasks that a task was mixed of.
+
+    Attributes:
+        weight: in what proportion its training examples stand; None if all were taken.
+        rows: split -> how many of its rows were taken.
+    """
+
+    name: str
+    weight: float | None
+    rows: Mapping[str, int]
+
+
 @dataclass(frozen=True, eq=False)
 class Task:
     """Data of one task.
@@ -36,13 +50,14 @@ class Task:
         name: short name.
         kind: name of a registered `TaskKind`: "classification", "regression", "tokens", "causal-lm", ...
         text: input columns: of one or two texts; of lists of words for tokens; for causal-lm one of plain text, two
-            of prompt and completion, or ("messages",).
+            of prompt and completion, or ("messages",); for chat ("messages",) whatever the source has.
         label: the label column; None where there is none.
         labels: label names in id order; () where labels are no names.
         metric: name of the metric that counts.
         splits: "train", "validation", "test" as far as they exist, with the input columns and the label
             column, which holds ids (classification), floats (regression) or lists of ids (tokens).
         notes: what the source had and the task has not, such as a split without labels -> why.
+        sources: of a mixture (see `mix_tasks`), what came from where.
     """
 
     name: str
@@ -53,6 +68,7 @@ class Task:
     metric: str
     splits: Mapping[str, Dataset] = field(repr=False)
     notes: Mapping[str, str] = field(default_factory=dict)
+    sources: tuple[MixedSource, ...] = ()
 
     @classmethod
     def load(  # noqa: PLR0913 - options by keyword
@@ -123,7 +139,11 @@ class Task:
         plain = {key: getattr(self, key) for key in ("name", "kind", "label", "metric")}
         lists = {"text": list(self.text), "labels": list(self.labels), "notes": dict(self.notes)}
         rows = {split: len(data) for split, data in self.splits.items()}
-        return {**plain, **lists, "rows": rows, "fingerprint": self.fingerprint}
+        return {**plain, **lists, "rows": rows, "fingerprint": self.fingerprint, **self.mixed_from()}
+
+    def mixed_from(self) -> dict[str, object]:
+        """`sources` as plain data under that name; nothing for a task that is no mixture."""
+        return {"sources": [asdict(source) for source in self.sources]} if self.sources else {}
 
     def split(self, name: str) -> Dataset:
         """The rows of a split. Raises DataError, saying which there are, if the task has not got it."""
@@ -194,9 +214,7 @@ def _rows(
             splits[split] = _prepared(rows, split, columns, labels)
     if "train" in splits and "validation" not in splits and validation:
         splits = cut_validation(splits, columns, validation, seed)
-    for split, most in _limits(limit, splits).items():
-        splits[split] = splits[split].select(first(len(splits[split]), most, seed))
-    return _task(columns, labels.names, splits, notes)
+    return _task(columns, labels.names, limited(splits, limit, seed), notes)
 
 
 def _prepared(rows: Dataset, split: str, columns: Columns, labels: Labels) -> Dataset:
@@ -208,6 +226,14 @@ def _prepared(rows: Dataset, split: str, columns: Columns, labels: Labels) -> Da
     ids = kind.label_ids(rows, split, columns, labels)
     with quiet():
         return kept.add_column(columns.label, ids, feature=kind.label_feature())
+
+
+def limited(splits: Mapping[str, Dataset], limit: Limit, seed: int) -> dict[str, Dataset]:
+    """Splits with at most so many rows, the first after a shuffle by the seed. Raises DataError for no such split."""
+    found = dict(splits)
+    for split, most in _limits(limit, splits).items():
+        found[split] = found[split].select(first(len(found[split]), most, seed))
+    return found
 
 
 def _limits(limit: Limit, splits: Mapping[str, Dataset]) -> dict[str, int]:

@@ -111,7 +111,8 @@ def write_examples(
         return []
     with evaluating(model):
         texts = written_texts(task.task_kind, model, encoded, processor, batch_size, max_new_tokens)
-    return [(text, example["right_texts"]) for text, example in zip(texts, encoded, strict=True)]
+    kind = task.task_kind
+    return [(text, kind.right_texts(example, processor)) for text, example in zip(texts, encoded, strict=True)]
 
 
 def compute_scores(task: Task, outputs: Sequence[Pair], written: Sequence[Pair] = (), truncated: int = 0) -> Scores:

@@ -105,7 +105,9 @@ def described(task: Task) -> str:
     rows = ", ".join(f"{len(split):,} {name}" for name, split in task.splits.items())
     labels = f", {len(task.labels)} labels" if task.labels else ""
     notes = "".join(f"; {name} {why}" for name, why in task.notes.items())
-    return f"{task.name}: {task.kind} of {' and '.join(task.text)}{labels}; {rows}{notes}"
+    taken = ", ".join(f"{source.rows.get('train', 0):,} of {source.name}" for source in task.sources)
+    mixed = f"; train is {taken}" if taken else ""
+    return f"{task.name}: {task.kind} of {' and '.join(task.text)}{labels}; {rows}{mixed}{notes}"
 
 
 def scores_view(values: Mapping[str, float]) -> Table:

@@ -19,7 +19,7 @@ from smidgen.data.columns import Columns, check_inputs
 from smidgen.data.encoded import Cells, Column, Encoded, Example, tokens_of
 from smidgen.data.labels import IGNORED, LabelPlace, Labels
 from smidgen.data.metrics import METRICS, Metric
-from smidgen.data.processor import Processor
+from smidgen.data.processor import Processor, tokenizer_in
 from smidgen.data.readers import Raw
 
 Batch = dict[str, Tensor]
@@ -101,6 +101,7 @@ class TaskKind:
         reads_prose, reads_tagged: running text, and words with their tags line by line, are of this kind.
         unpackable: why examples cannot share a row; None if they can.
         general: claims whatever has a label, so that it is asked last.
+        samples: how many examples a run's report shows with what is written of them, before and after.
         plain_cells: `encode` reads slices of columns and nothing else of a Dataset, so new inputs need not be one.
     """
 
@@ -125,6 +126,7 @@ class TaskKind:
     reads_tagged: ClassVar[bool] = False
     unpackable: ClassVar[str | None] = "its examples are no runs of tokens"
     general: ClassVar[bool] = False
+    samples: ClassVar[int] = 0
     plain_cells: ClassVar[bool] = False
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: object) -> None:
@@ -275,6 +277,14 @@ class TaskKind:
     def write(self, model: nn.Module, batch: Batch, processor: Processor, max_new_tokens: int) -> list[str]:
         """The text that a model writes for each example of a batch, greedily or by the beams of its own settings."""
         raise DataError(f"a {self.name} task has its model write nothing")
+
+    def right_texts(self, example: Mapping[str, object], processor: Processor) -> list[str]:
+        """The right texts of an example, which metrics of `written` compare with what the model writes."""
+        return cast("list[str]", example["right_texts"])
+
+    def asked_text(self, example: Mapping[str, object], processor: Processor) -> str:
+        """What the model reads of an example before it writes."""
+        return str(tokenizer_in(processor, self.name).decode(list(tokens_of(example)), skip_special_tokens=True))
 
     def aligned(self, values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Values, such as logits (B, [T,] C), and labels so that both are (B, N, ...) and position n is of label n."""

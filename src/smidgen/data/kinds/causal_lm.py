@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch.nn.functional as F
 from datasets import Dataset
@@ -13,7 +13,7 @@ from smidgen.data.columns import TARGETS, Columns, check_text_types, known_colum
 from smidgen.data.encoded import Encoded
 from smidgen.data.kinds.base import Answer, Collate, Outputs, Pair, Question, TaskKind, generated
 from smidgen.data.labels import IGNORED, LabelPlace
-from smidgen.data.metrics import LOSS, PERPLEXITY
+from smidgen.data.metrics import LOSS, PERPLEXITY, Metric
 from smidgen.data.processor import Processor, tokenizer_in
 from smidgen.data.text.causal_lm import Message, language
 from smidgen.data.text.collate import Collator
@@ -28,7 +28,7 @@ class CausalLM(TaskKind):
 
     name = "causal-lm"
     model_class = "AutoModelForCausalLM"
-    metrics = (PERPLEXITY, LOSS)
+    metrics: ClassVar[tuple[Metric, ...]] = (PERPLEXITY, LOSS)
     usual = ("perplexity", "loss")
     labels_at = LabelPlace.NEXT
     uncountable = "a vocabulary's continuations"

@@ -36,7 +36,7 @@ def language(rows: Dataset, tokenizer: PreTrainedTokenizerBase, text: tuple[str,
             speaks; nothing is left to learn.
     """
     if text == ("messages",):
-        return _cut(_conversations(rows["messages"][:], tokenizer), length)
+        return _cut(conversation_tokens(rows["messages"][:], tokenizer), length)
     if len(text) == 2:
         return _cut(_completions(rows[text[0]][:], rows[text[1]][:], tokenizer), length)
     stream = _stream(rows[text[0]][:], tokenizer)
@@ -98,11 +98,16 @@ def _completions(prompts: list[str], completions: list[str], tokenizer: PreTrain
         yield before + after, [IGNORED] * len(before) + after
 
 
-def _conversations(rows: list[list[Message]], tokenizer: PreTrainedTokenizerBase) -> Iterable[Pair]:
-    """Token ids and labels of each conversation by the chat template; labels of assistant turns alone count."""
+def conversation_tokens(rows: list[list[Message]], tokenizer: PreTrainedTokenizerBase) -> Iterable[Pair]:
+    """Token ids and labels of each conversation by the chat template; labels of assistant turns alone count.
+
+    Raises:
+        DataError: the tokenizer lacks a chat template, the template refuses a conversation or rewrites earlier turns.
+    """
     if not tokenizer.chat_template:
-        raise DataError("the tokenizer has no chat template, which messages need; use one that has, or give "
-                        "the data as prompt and completion")  # fmt: skip
+        raise DataError("the tokenizer has no chat template, which messages need; use the model's chat version, put a "
+                        "chat_template.jinja beside the tokenizer, or give the data as prompt and completion with "
+                        "kind='causal-lm'")  # fmt: skip
     if not tokenizer.is_fast:
         raise DataError(f"messages need a fast tokenizer; {type(tokenizer).__name__} is not one")
     marked = _GENERATION.search(tokenizer.get_chat_template()) is not None

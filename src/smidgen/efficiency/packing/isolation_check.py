@@ -23,7 +23,7 @@ def check_kind(kind: str) -> None:
     """Raises TrainError for tasks whose examples cannot share a row."""
     why = kind_named(kind).unpackable
     if why is not None:
-        raise TrainError(f"batching='pack' is for causal-lm, not {kind}: {why}; use batching='length'")
+        raise TrainError(f"batching='pack' is for causal-lm and chat, not {kind}: {why}; use batching='length'")
 
 
 def packer_for(model: nn.Module, rows: Rows, lengths: Sequence[int], collate: Collate, capacity: int) -> Packer:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from smidgen.data.encoded import Encoded, tokens_of
+from smidgen.data.labels import IGNORED
 from smidgen.delta.fingerprint import SHA256, XXH3, Fingerprint
 from smidgen.delta.saved_selection import Selection
 from smidgen.methods.base import renewed
@@ -33,6 +34,7 @@ def asked(run: RunSpec, algorithm: str = XXH3) -> dict[str, object]:
         "recipe": recipe.to_json(),
         "task": run.task.name,
         "data": run.task.fingerprint,
+        **run.task.mixed_from(),
         "objective": run.objective.identity,
         "selection": selection and selection.digest,
         "start": start and start.digest,
@@ -64,7 +66,7 @@ def outcome(
     """What a delta records of the run that it comes from, plain data. Without a validation the last epoch counts."""
     task, start = run.task, run.start
     best = next((entry for entry in progress.history if entry.epoch == progress.best_epoch), None)
-    about = {"name": task.name, "kind": task.kind, "metric": task.metric, "text": list(task.text)}
+    about = {"name": task.name, "kind": task.kind, "metric": task.metric, "text": list(task.text), **task.mixed_from()}
     settings = asdict(run.settings)
     return {
         "task": about,
@@ -80,4 +82,5 @@ def outcome(
 
 def new_tokens(rows: Encoded, given: int | None) -> int:
     """How many tokens a model may write: what is given, else those of the longest right text and a quarter more."""
-    return given or math.ceil(1.25 * max(len(tokens_of(row, "labels")) for row in rows))
+    longest = max(sum(label != IGNORED for label in tokens_of(row, "labels")) for row in rows)
+    return given or math.ceil(1.25 * longest)
