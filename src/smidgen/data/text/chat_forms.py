@@ -118,6 +118,7 @@ def _turns(given: object, where: str) -> list[Turn]:
 
 
 def _turn(given: object, where: str) -> Turn:
+    """One turn with a known role and a text. Raises DataError where it has none."""
     if not isinstance(given, Mapping):
         raise DataError(f"{where} is {str(given)[:60]!r}, not {{role, content}}")
     rest = {key: value for key, value in given.items() if value is not None}  # None: a field of other turns
