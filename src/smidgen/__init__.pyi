@@ -36,7 +36,9 @@ from .importance import select as select
 from .importance import selection_of as selection_of
 from .inference import Prediction as Prediction
 from .inference import evaluate as evaluate
+from .inference import known_shapes as known_shapes
 from .inference import load as load
+from .inference import load_shapes as load_shapes
 from .inference import predict as predict
 from .methods import IA3 as IA3
 from .methods import LN as LN
@@ -96,8 +98,10 @@ from .studies import compare as compare
 from .studies import doctor as doctor
 from .studies import search as search
 from .training import Callback as Callback
+from .training import DeviceFit as DeviceFit
 from .training import RunStatus as RunStatus
 from .training import TrainerCallback as TrainerCallback
+from .training import device_fits as device_fits
 from .training import fit as fit
 from .training import largest_batch as largest_batch
 from .training import plan as plan

@@ -54,6 +54,8 @@ from smidgen.common.argument_spelling import FIELDS, as_options
 from smidgen.common.errors import DataError, DeltaError, SmidgenError
 from smidgen.common.folder_lock import folder_lock_held
 from smidgen.common.version import __version__
+from smidgen.inference.model_shapes import needs_shapes_only
+from smidgen.training.memory.device_fits import RECIPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,13 +98,31 @@ def plan_command(
     kind: Kind = None, pooling: Pooling = None, batch_size: BatchSize = 32, max_length: Length = None,
     dtype: Annotated[Dtype, Option("--dtype", help="of the base")] = Dtype.float32,
     every: Annotated[bool, Option("--all", help="every tensor on its own line")] = False,
+    recompute: Annotated[bool, Option("--recompute", help="activations computed twice, not kept")] = False,
+    fits: Annotated[bool, Option("--fits", help="which methods and dtypes fit into which card")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Show what a recipe would train, and what it costs; nothing is trained."""
     wanted = sm.parse(recipe)
     task = None if data is None else open_task(data, text, label, kind)
-    network, _ = sm.load(model, task=task, dtype=dtype.value)
-    result = sm.plan(network, wanted, pooling=pooling, batch_size=batch_size, length=max_length)
+    if fits:
+        recipes = list(dict.fromkeys((*RECIPES, str(wanted))))
+        rows: list[sm.DeviceFit] = []
+        for precision in (Dtype.float32, Dtype.bfloat16):
+            network = sm.load_shapes(model, task, dtype=precision.value)
+            counted = sm.device_fits(network, recipes, batch_size=batch_size, length=max_length, recompute=recompute)
+            for row in counted:
+                results.note(plans.fit_line(row))
+                rows.append(row)
+        report = {"model": model, "batch_size": batch_size, "length": max_length, "recompute": recompute,
+                  "fits": [row.to_json() for row in rows]}  # fmt: skip
+        results.show(report, plans.fits_view(model, rows, batch_size, max_length), as_json)
+        return
+    if needs_shapes_only(model):
+        network = sm.load_shapes(model, task, dtype=dtype.value)
+    else:
+        network, _ = sm.load(model, task=task, dtype=dtype.value)
+    result = sm.plan(network, wanted, pooling=pooling, batch_size=batch_size, length=max_length, recompute=recompute)
     results.show(result.to_json(), plans.plan_view(result, every), as_json)
 
 

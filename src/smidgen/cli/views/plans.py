@@ -10,10 +10,13 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from smidgen.cli.views.results import facts, number, size, table
+from smidgen.training.memory.device_fits import CARDS
+from smidgen.training.memory.estimate import TOKENS
 
 if TYPE_CHECKING:
     from smidgen.planning.entry import Entry
     from smidgen.planning.plans import Plan
+    from smidgen.training.memory.device_fits import DeviceFit
 
 
 def plan_view(result: Plan, every: bool = False) -> RenderableType:
@@ -37,6 +40,32 @@ def plan_view(result: Plan, every: bool = False) -> RenderableType:
     }
     title = Text(f"{result.recipe} on {result.model}", style="bold")
     return Group(title, sites, facts({k: v for k, v in sums.items() if v is not None}))
+
+
+def fit_line(row: DeviceFit) -> str:
+    """One recipe, as it is counted."""
+    return f"{row.recipe}, {row.dtype}: {row.why or size(row.peak_bytes or 0)}"
+
+
+def fits_view(model: str, rows: Sequence[DeviceFit], batch_size: int, length: int | None) -> RenderableType:
+    """Peak memory of a step for each recipe and dtype, and the smallest card that holds it."""
+    cells = [
+        (
+            row.recipe,
+            row.dtype,
+            f"{row.trained:,}" if row.trained else "–",
+            "–" if row.peak_bytes is None else size(row.peak_bytes),
+            row.why or ("none of these" if row.card is None else f"{row.card} GB"),
+        )
+        for row in rows
+    ]
+    title = Text(f"{model}: a training step of {batch_size} x {length or TOKENS} tokens", style="bold")
+    foot = Text(
+        f"smallest card of {', '.join(map(str, CARDS))} GB that holds the tensors of a step (attention by SDPA, AdamW "
+        "with float32 masters) and 1 GiB beside them",
+        style="dim",
+    )
+    return Group(title, table(("recipe", "dtype", "#trained", "#peak memory", "card"), cells), foot)
 
 
 def _left_out(result: Plan) -> Iterator[str]:
