@@ -35,11 +35,13 @@ from .importance import score as score
 from .importance import select as select
 from .importance import selection_of as selection_of
 from .inference import Prediction as Prediction
+from .inference import WrittenSample as WrittenSample
 from .inference import evaluate as evaluate
 from .inference import known_shapes as known_shapes
 from .inference import load as load
 from .inference import load_shapes as load_shapes
 from .inference import predict as predict
+from .inference import write_samples as write_samples
 from .methods import IA3 as IA3
 from .methods import LN as LN
 from .methods import SSF as SSF
@@ -69,6 +71,7 @@ from .recipe import Recipe as Recipe
 from .recipe import Term as Term
 from .recipe import parse as parse
 from .serving import Bank as Bank
+from .serving import ChatSession as ChatSession
 from .serving import Completion as Completion
 from .serving import Limits as Limits
 from .serving import Sampling as Sampling

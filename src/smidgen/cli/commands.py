@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 import smidgen as sm
-from smidgen.cli import analyze_commands, compare_command, search_command, serve_command
+from smidgen.cli import analyze_commands, chat_command, compare_command, search_command, serve_command
 from smidgen.cli.options import (  # fmt: skip
     AnyData,
     AnyRecipe,
@@ -49,6 +49,7 @@ from smidgen.cli.options import (  # fmt: skip
     open_selection,
     open_task,
 )
+from smidgen.cli.run_report import write_report
 from smidgen.cli.views import diagnoses, plans, results
 from smidgen.common.argument_spelling import FIELDS, as_options
 from smidgen.common.errors import DataError, DeltaError, SmidgenError
@@ -156,6 +157,7 @@ def tune(
     batching: Annotated[Batching, Option(help="less padding: rows of like length, or packed")] = Batching.shuffle,
     cache: Annotated[bool | None, Option("--cache/--no-cache", help="of what lies below; default: if it pays")] = None,
     selection: Annotated[str | None, Option(help="keep what this selection, or this delta, keeps")] = None,
+    samples: Annotated[int | None, Option(min=0, help="of what is written, for report.md; chat: 4 by default")] = None,
 ) -> None:  # fmt: skip
     """Train a recipe on a task. Stopped at any moment, the same command goes on from there."""
     from smidgen.delta.mergeable import folds
@@ -177,12 +179,14 @@ def tune(
         step = state.progress.step if state else 0
         results.note(f"stopped at step {step}; the same command goes on from there")
         raise typer.Exit(130) from None
+    write_report(out, network, processor, task, delta, samples)
     report = {**_summary(delta), "out": str(out), "already_finished": already, "files": results.sizes(out)}
     told = data_options(data, text, label, kind, metric)
     results.show(report, results.tuned(delta, out, task, told, already, folds(delta.recipe, delta.pooling)), as_json)
 
 
 app.command("search")(search_command.run_search)
+app.command("chat")(chat_command.run_chat)
 app.command("serve")(serve_command.run_serve)
 app.command("compare")(compare_command.run_compare)
 app.command("report")(compare_command.run_report)

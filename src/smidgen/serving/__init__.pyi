@@ -1,4 +1,5 @@
 from .bank import Bank as Bank
+from .chat_session import ChatSession as ChatSession
 from .decoding import Completion as Completion
 from .engine import Limits as Limits
 from .sampling import Sampling as Sampling

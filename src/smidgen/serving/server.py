@@ -222,10 +222,18 @@ class Server:
             prompt: a text, or messages of a chat.
             pieces: where pieces of text are put as they come, and None behind the last one; by default a queue.
         """
+        return self._begin(self._writer(name), prompt, sampling or Sampling(), pieces)
+
+    def check_chat(self, name: str | None) -> None:
+        """Raises as `begin` does for messages: nothing writes texts there, or its tokenizer has no chat template."""
+        render_chat(self._writer(name).model, [{"role": "user", "content": "hello"}])
+
+    def _writer(self, name: str | None) -> Recipient:
+        """Whom a text is asked of. Raises ServingError if it writes none."""
         asked = self._asked(name)
         if asked.kind.model_class != CAUSAL_LM:
             raise ServingError(f"{name or BASE!r} answers {asked.kind.name} tasks and writes no text; use predict")
-        return self._begin(asked, prompt, sampling or Sampling(), pieces)
+        return asked
 
     def _written(
         self, asked: Recipient, prompts: Sequence[object], sampling: Sampling, timeout: float | None

@@ -130,11 +130,12 @@ def tuned(delta: Delta, out: Path, task: Task, data: Sequence[str], already: boo
     split = [] if held == "test" else ["--split", held]
     merge = [("merge", "--delta", str(out), "--out", f"{out}-merged")] if can_merge else []
     pair = len(task.task_kind.asked(task.text)) == 2
+    tried = ("chat", "--delta", str(out)) if task.task_kind.converses else _predict(out, pair)
     return Group(
         Text(f"{delta.recipe} {done}: {delta.trained:,} values{head}", style="bold"),
         scores_view(delta.info.get("scores", {})),
         listing(out),
-        _next(("evaluate", "--delta", str(out), *data, *split), _predict(out, pair), *merge),
+        _next(("evaluate", "--delta", str(out), *data, *split), tried, *merge),
     )
 
 

@@ -101,6 +101,7 @@ class TaskKind:
         reads_prose, reads_tagged: running text, and words with their tags line by line, are of this kind.
         unpackable: why examples cannot share a row; None if they can.
         general: claims whatever has a label, so that it is asked last.
+        converses: an input may be a conversation, which `smidgen chat` goes on with.
         samples: how many examples a run's report shows with what is written of them, before and after.
         plain_cells: `encode` reads slices of columns and nothing else of a Dataset, so new inputs need not be one.
     """
@@ -126,6 +127,7 @@ class TaskKind:
     reads_tagged: ClassVar[bool] = False
     unpackable: ClassVar[str | None] = "its examples are no runs of tokens"
     general: ClassVar[bool] = False
+    converses: ClassVar[bool] = False
     samples: ClassVar[int] = 0
     plain_cells: ClassVar[bool] = False
 

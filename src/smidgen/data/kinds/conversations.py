@@ -36,6 +36,7 @@ class Chat(CausalLM):
     metrics = (PERPLEXITY, LOSS, *written)
     usual = ("perplexity", "loss")
     reads_prose = False
+    converses = True
     samples = 4
 
     def claims(self, rows: Dataset, text: Sequence[str] | None, label: str | None) -> Columns | None:

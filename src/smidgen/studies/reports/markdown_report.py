@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from smidgen.studies.reports.column_layout import shown_columns
 from smidgen.studies.reports.number_format import Format
 from smidgen.studies.reports.report import Report
-from smidgen.studies.reports.sections import HeatMap, Section, Table, Text
+from smidgen.studies.reports.sections import HeatMap, Quotes, Section, Table, Text
 
 
 def markdown(report: Report, titles: Sequence[str] | None = None) -> str:
@@ -25,6 +26,12 @@ def _section(section: Section) -> Iterator[str]:
     if isinstance(section, Text):
         yield f"## {section.title}"
         yield from section.paragraphs
+    elif isinstance(section, Quotes):
+        yield f"## {section.title}"
+        for name, text in section.quotes.items():
+            yield f"{name}:"
+            yield _fenced(text)
+        yield section.note
     elif isinstance(section, Table):
         columns = shown_columns(section)
         heads = [f"{column.name} {column.unit}".strip() for column in columns]
@@ -42,6 +49,12 @@ def _section(section: Section) -> Iterator[str]:
             [name, *map(style.show, line)] for name, line in zip(section.rows, section.values, strict=True)
         ])  # fmt: skip
         yield section.note
+
+
+def _fenced(text: str) -> str:
+    """A text word for word, between fences that are longer than any within it."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

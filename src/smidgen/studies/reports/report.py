@@ -19,7 +19,7 @@ from smidgen.studies.reports.charts import colour, png, share_chart, svg
 from smidgen.studies.reports.column_layout import shown_columns
 from smidgen.studies.reports.errors import ReportError
 from smidgen.studies.reports.number_format import Format, brief
-from smidgen.studies.reports.sections import Bars, HeatMap, Intervals, Lines, Points, Section, Table
+from smidgen.studies.reports.sections import Bars, HeatMap, Intervals, Lines, Points, Quotes, Section, Table
 
 HTML, JSON, TEMPLATE = "report.html", "report.json", "report.html.jinja"
 CONTENTS = 4  # sections that need no table of contents
@@ -115,6 +115,8 @@ def _view(section: Section, slug: str) -> dict[str, object]:
         return view | _table(section)
     if isinstance(section, HeatMap):
         return view | _heat_map(section)
+    if isinstance(section, Quotes):
+        return view | {"quotes": section.quotes}
     if isinstance(section, Bars | Intervals | Lines | Points):
         return view | {"svg": svg(section, slug), "said": _said(section)}
     return view | {"paragraphs": getattr(section, "paragraphs", ())}

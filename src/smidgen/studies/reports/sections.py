@@ -47,6 +47,15 @@ class Text(Section):
 
 
 @dataclass(frozen=True)
+class Quotes(Section):
+    """Texts word for word, with their breaks, each under a name."""
+
+    kind: ClassVar[str] = "quotes"
+    quotes: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Column:
     """A column of a table.
 
