@@ -160,14 +160,18 @@ def main():
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--blocks", type=int, default=None, help="keep so many of the model's first blocks")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--arms", default="", help="only arms whose name contains this")
+    parser.add_argument("--arms", default="", help="only arms whose name contains one of these, by commas")
     parser.add_argument("--out", default="benchmarks/results/chat.json")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     task = sm.Task.load(options.data, kind="chat", limit={"train": options.limit, "validation": 2})
     model, tokenizer = sm.load("smollm2", task=task, dtype=options.dtype)
-    arms = [name for name in ARMS if options.arms in name]
+    if options.blocks:
+        model.model.layers = model.model.layers[: options.blocks]
+        model.config.num_hidden_layers = options.blocks
+    arms = [name for name in ARMS if any(part in name for part in options.arms.split(","))]
     other = peft_model(copy.deepcopy(model)) if TRL in arms else None
     own = sm.plan(model, "LoRA(rank=8)").trained
     runs = {arm: [] for arm in arms}
