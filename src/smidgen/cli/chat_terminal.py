@@ -69,6 +69,7 @@ class Terminal:
                 results.note("Ctrl-D or /exit leaves")
 
     def _command(self, text: str) -> None:
+        """A line that begins with a slash."""
         if text == "/reset":
             self.session.reset()
             results.note("what was said is forgotten")

@@ -49,7 +49,7 @@ from smidgen.cli.options import (  # fmt: skip
     open_selection,
     open_task,
 )
-from smidgen.cli.run_report import write_report
+from smidgen.cli.sample_report import report_samples
 from smidgen.cli.views import diagnoses, plans, results
 from smidgen.common.argument_spelling import FIELDS, as_options
 from smidgen.common.errors import DataError, DeltaError, SmidgenError
@@ -179,7 +179,7 @@ def tune(
         step = state.progress.step if state else 0
         results.note(f"stopped at step {step}; the same command goes on from there")
         raise typer.Exit(130) from None
-    write_report(out, network, processor, task, delta, samples)
+    report_samples(out, network, processor, task, delta, samples)
     report = {**_summary(delta), "out": str(out), "already_finished": already, "files": results.sizes(out)}
     told = data_options(data, text, label, kind, metric)
     results.show(report, results.tuned(delta, out, task, told, already, folds(delta.recipe, delta.pooling)), as_json)

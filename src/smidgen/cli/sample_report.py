@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MARKDOWN = "report.md"
 
 
-def write_report(
+def report_samples(
     out: Path, network: PreTrainedModel, processor: Processor, task: sm.Task, delta: sm.Delta, samples: int | None
 ) -> None:
     """Put a run's report into its folder, unless it is there. samples: how many; None for what the kind shows.
