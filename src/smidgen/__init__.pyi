@@ -42,6 +42,7 @@ from .inference import load as load
 from .inference import load_shapes as load_shapes
 from .inference import predict as predict
 from .inference import write_samples as write_samples
+from .methods import BAT as BAT
 from .methods import IA3 as IA3
 from .methods import LN as LN
 from .methods import SSF as SSF
@@ -51,9 +52,11 @@ from .methods import Compacter as Compacter
 from .methods import DoRA as DoRA
 from .methods import Full as Full
 from .methods import Head as Head
+from .methods import Hydra as Hydra
 from .methods import LoFiT as LoFiT
 from .methods import LoRA as LoRA
 from .methods import Method as Method
+from .methods import MiSS as MiSS
 from .methods import MoS as MoS
 from .methods import PiSSA as PiSSA
 from .methods import Prefix as Prefix

@@ -6,8 +6,11 @@ from .in_place.bitfit import BitFit as BitFit
 from .in_place.full import Full as Full
 from .in_place.head import Head as Head
 from .in_place.ln import LN as LN
+from .low_rank.bat import BAT as BAT
 from .low_rank.dora import DoRA as DoRA
+from .low_rank.hydra import Hydra as Hydra
 from .low_rank.lora import LoRA as LoRA
+from .low_rank.miss import MiSS as MiSS
 from .low_rank.mos import MoS as MoS
 from .low_rank.pissa import PiSSA as PiSSA
 from .low_rank.triadapt import TriAdaptLoRA as TriAdaptLoRA

@@ -27,10 +27,11 @@ class LowRank(Method[MapLike], abstract=True):
     dropout: float = 0.0
 
     lr: ClassVar[float] = 3e-3
+    least_rank: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        at_least(name, "rank", self.rank, 1)
+        at_least(name, "rank", self.rank, self.least_rank)
         if self.alpha is not None:
             above(name, "alpha", self.alpha, 0)
         names_field(name, "target", self.target)
