@@ -34,9 +34,11 @@ from .importance import mean_gradients as mean_gradients
 from .importance import score as score
 from .importance import select as select
 from .importance import selection_of as selection_of
+from .inference import Exported as Exported
 from .inference import Prediction as Prediction
 from .inference import WrittenSample as WrittenSample
 from .inference import evaluate as evaluate
+from .inference import export as export
 from .inference import known_shapes as known_shapes
 from .inference import load as load
 from .inference import load_shapes as load_shapes

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 import smidgen as sm
-from smidgen.cli import analyze_commands, chat_command, compare_command, search_command, serve_command
+from smidgen.cli import (
+    analyze_commands,
+    chat_command,
+    compare_command,
+    export_command,
+    search_command,
+    serve_command,
+)
 from smidgen.cli.options import (  # fmt: skip
     AnyData,
     AnyRecipe,
@@ -188,6 +195,7 @@ def tune(
 app.command("search")(search_command.run_search)
 app.command("chat")(chat_command.run_chat)
 app.command("serve")(serve_command.run_serve)
+app.command("export")(export_command.run_export)
 app.command("compare")(compare_command.run_compare)
 app.command("report")(compare_command.run_report)
 

@@ -24,6 +24,7 @@ Option = typer.Option
 Dtype = StrEnum("Dtype", "float32 bfloat16 float16 float64")
 TuneDtype = StrEnum("TuneDtype", "auto float32 bfloat16 float16 float64")
 Format = StrEnum("Format", "peft smidgen")
+Exports = StrEnum("Exports", "safetensors peft gguf onnx")
 Batching = StrEnum("Batching", "shuffle length pack")
 Model = Annotated[str, Option("--model", help="built-in name (minilm, smollm2), folder, or hub id")]
 Base = Annotated[str | None, Option("--model", help="the delta's base, if it is not where it was")]

@@ -1,4 +1,6 @@
 from .evaluation import evaluate as evaluate
+from .exporters.exporting import Exported as Exported
+from .exporters.exporting import export as export
 from .loading import load as load
 from .model_shapes import known_shapes as known_shapes
 from .model_shapes import load_shapes as load_shapes

@@ -17,6 +17,8 @@ def _locate(name: str) -> tuple[str, Options]:
     """Folder or hub id to load from, with further arguments."""
     if name in BUILTIN:
         return BUILTIN[name]()
+    if name.endswith(".gguf") and Path(name).is_file():
+        return str(Path(name).parent), {"gguf_file": Path(name).name}
     if Path(name).is_dir() or ("/" in name and not name.startswith((".", "/", "~"))) or "/" not in name:
         return name, {}
     raise ModelError(f"no model at {name}: not a folder")

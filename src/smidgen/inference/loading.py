@@ -56,7 +56,7 @@ def load(
     A new head is drawn from `seed`, the global generator is left alone.
 
     Args:
-        name: built-in name ("minilm", "smollm2"), folder, or hub id.
+        name: built-in name ("minilm", "smollm2"), folder, .gguf file, or hub id.
         task: shapes the head: class of model, number and names of labels.
         delta: shapes the head for a trained delta instead.
         dtype: of the base; trained values are float32 masters in any case. "auto" is bfloat16 where its matrix

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from smidgen.data.task import Task
     from smidgen.delta.delta import Delta
     from smidgen.inference.evaluation import Scores
+    from smidgen.inference.exporters.exporting import Exported
     from smidgen.inference.prediction import Prediction
 
 WIDTH = 120  # of output that goes to a file or a pipe
@@ -158,6 +159,11 @@ def listing(folder: Path) -> Table:
     """The files of a folder."""
     rows = [(name, size(count)) for name, count in sizes(folder).items()]
     return table((f"files in {folder}", "#size"), rows)
+
+
+def exported(done: Exported) -> RenderableType:
+    """What was exported, and the comparison that it passed."""
+    return Group(Text(f"checked: {done.equality}"), listing(done.out))
 
 
 def inspected(delta: Delta, folder: Path) -> RenderableType:
