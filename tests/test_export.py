@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import smidgen as sm
 from smidgen.common.errors import AttachError, DeltaError, WriteError
 from smidgen.inference.exporters import gguf_convert, onnx_file, output_folder, plain_folder
-from smidgen.inference.exporters.equality import check_batches, compare
+from smidgen.inference.exporters.equality import check_batches, compare_outputs
 from smidgen.ports.attachment_record import trained_parameters
 from smidgen.testing.cases import shake
 from tests import helpers as h
@@ -263,14 +263,25 @@ def test_onnx_takes_any_batch_and_length(kind, tmp_path):
     assert done.equality.difference < 1e-4
     assert done.equality.tolerance == 1e-4
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
-    names = {entry.name for entry in session.get_inputs()}
+    assert {entry.name for entry in session.get_inputs()} == {"input_ids", "attention_mask"}
     for count, length in ((1, 1), (7, 3), (2, 19)):
         inputs = h.ids(count, length, mask=count > 1 and length > 5)
-        if "token_type_ids" in names:
-            inputs["token_type_ids"] = (torch.arange(length) > 1).long().repeat(count, 1) * (kind == "bert")
         (found,) = session.run(["logits"], {k: v.numpy() for k, v in inputs.items()})
         torch.testing.assert_close(torch.from_numpy(found), attached(model, delta, inputs), rtol=0, atol=1e-4)
     assert {"config.json", "tokenizer.json", "model.onnx"} <= set(done.files)
+
+
+def test_onnx_tells_two_texts_where_the_processor_does(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, tokenizer = h.bert(), h.tokenizer()
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    delta = trained(model, "LN()")
+    sm.export(model, tmp_path / "out", "onnx", delta, tokenizer)
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    batch = tokenizer(["good film", "a bad plot"], ["it was", "fine"], padding=True, return_tensors="pt")
+    assert set(batch["token_type_ids"].flatten().tolist()) == {0, 1}
+    (found,) = session.run(["logits"], {k: v.numpy() for k, v in batch.items()})
+    torch.testing.assert_close(torch.from_numpy(found), attached(model, delta, batch), rtol=0, atol=1e-4)
 
 
 class Choosy(BertForSequenceClassification):
@@ -385,13 +396,13 @@ def test_a_disk_that_fills_up_is_one_line(tmp_path, monkeypatch):
 def test_a_difference_that_is_no_number_is_too_large():
     batch, value = {"x": torch.zeros(2, 3)}, torch.ones(2, 3)
     for found in (torch.full((2, 3), float("nan")), torch.full((2, 3), 1.1)):
-        result = compare(lambda _, found=found: {"y": found}, [{"y": value}], [batch], "outputs", 1e-2)
+        result = compare_outputs(lambda _, found=found: {"y": found}, [{"y": value}], [batch], "outputs", 1e-2)
         with pytest.raises(DeltaError, match="not exported"):
             result.check()
     with pytest.raises(DeltaError, match="'y' is missing"):
-        compare(lambda _: {}, [{"y": value}], [batch], "outputs", 1e-2)
+        compare_outputs(lambda _: {}, [{"y": value}], [batch], "outputs", 1e-2)
     with pytest.raises(DeltaError, match=r"\(2, 2\), not \(2, 3\)"):
-        compare(lambda _: {"y": value[:, :2]}, [{"y": value}], [batch], "outputs", 1e-2)
+        compare_outputs(lambda _: {"y": value[:, :2]}, [{"y": value}], [batch], "outputs", 1e-2)
 
 
 def test_padding_is_not_compared():
@@ -399,9 +410,9 @@ def test_padding_is_not_compared():
     batch = {"attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
     other = value.clone()
     other[1, 2] = 9
-    assert compare(lambda _: {"y": other}, [{"y": value}], [batch], "outputs", 1e-2).difference == 0
+    assert compare_outputs(lambda _: {"y": other}, [{"y": value}], [batch], "outputs", 1e-2).difference == 0
     other[1, 1, 3] = 2
-    assert compare(lambda _: {"y": other}, [{"y": value}], [batch], "outputs", 1e-2).difference == 1
+    assert compare_outputs(lambda _: {"y": other}, [{"y": value}], [batch], "outputs", 1e-2).difference == 1
 
 
 # The command line

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from smidgen.common.errors import DeltaError, ModelError
 from smidgen.common.module_modes import evaluating
+from smidgen.data.processor import Processor
 from smidgen.inference.sample_inputs import fitting_inputs, input_candidates
 
 SHAPES = ((2, 8), (1, 5), (3, 12))  # rows and tokens of the batches
@@ -46,8 +47,11 @@ class Equality:
             )
 
 
-def check_batches(model: nn.Module) -> list[Inputs]:
+def check_batches(model: nn.Module, processor: Processor | None = None) -> list[Inputs]:
     """Made-up inputs of several shapes, with padding where the model knows a mask.
+
+    Args:
+        processor: whose inputs they are; without one, a model that tells two texts gets their types.
 
     Raises:
         DeltaError: nothing could be made that the model runs on.
@@ -57,7 +61,8 @@ def check_batches(model: nn.Module) -> list[Inputs]:
     except ModelError as error:
         raise DeltaError(f"an export of {type(model).__name__} cannot be checked: {str(error).split(';')[0]}") from None
     found = [next((c for c in input_candidates(model, r, n) if set(c) == set(first)), first) for r, n in SHAPES]
-    if "token_type_ids" in inspect.signature(model.forward).parameters and "input_ids" in first:
+    names = getattr(processor, "model_input_names", ["token_type_ids"])
+    if "token_type_ids" in {*names} & {*inspect.signature(model.forward).parameters} and "input_ids" in first:
         found = [{**batch, "token_type_ids": _types(model, batch["input_ids"])} for batch in found]
     dtype = next(model.parameters()).dtype
     return [_padded({k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}) for batch in found]
@@ -78,7 +83,7 @@ def _padded(batch: Inputs) -> Inputs:
     return {**batch, "attention_mask": mask}
 
 
-def outputs(model: nn.Module, batches: Iterable[Inputs]) -> list[Outputs]:
+def tensor_outputs(model: nn.Module, batches: Iterable[Inputs]) -> list[Outputs]:
     """Every floating tensor that the model gives for each batch, in eval mode."""
     device = next(model.parameters()).device
     with evaluating(model), torch.no_grad():
@@ -90,7 +95,7 @@ def _tensors(output: object) -> Outputs:
     return {k: v.float().cpu() for k, v in items if isinstance(v, Tensor) and v.is_floating_point()}
 
 
-def compare(
+def compare_outputs(
     run: Callable[[Inputs], Outputs], wanted: Sequence[Outputs], batches: Sequence[Inputs], on: str,
     tolerance: float, rounding: float = 0.0,
 ) -> Equality:  # fmt: skip

@@ -21,7 +21,14 @@ from smidgen.delta.delta import Delta
 from smidgen.delta.hf_peft.conversion import from_peft, to_peft
 from smidgen.delta.merging import merge
 from smidgen.inference.exporters import gguf_convert, gguf_file, gguf_patch, onnx_file, plain_folder
-from smidgen.inference.exporters.equality import Equality, Inputs, Outputs, check_batches, compare, outputs
+from smidgen.inference.exporters.equality import (
+    Equality,
+    Inputs,
+    Outputs,
+    check_batches,
+    compare_outputs,
+    tensor_outputs,
+)
 from smidgen.inference.exporters.gguf_types import written_type
 from smidgen.inference.exporters.output_folder import RECORD, new_folder
 from smidgen.inference.processors import processor_of
@@ -107,9 +114,9 @@ def export(
     base, delta = _parted(bare(model), delta)
     for refuse in REFUSALS.get(to, ()):
         refuse(base)
-    batches = check_batches(base)
+    batches = check_batches(base, processor)
     with attached(base, delta):
-        wanted = outputs(base, batches)
+        wanted = tensor_outputs(base, batches)
     prepared = FORMATS[to](_Work(base, delta, processor, gguf_type, converter, batches, wanted))
     out = Path(out)
     with new_folder(out, prepared.needed) as folder:
@@ -136,21 +143,25 @@ def _safetensors(work: _Work) -> _Prepared:
 
     def write(folder: Path) -> Equality:
         plain_folder.write_plain(merged, folder, work.processor)
-        return plain_folder.check_plain(merged, folder, work.wanted, work.batches)
+        return plain_folder.check_folder(merged, folder, work.wanted, work.batches)
 
     return _Prepared(plain_folder.parameter_bytes(merged), write)
 
 
 def _peft(work: _Work) -> _Prepared:
+    """An adapter, read again as `convert` reads one."""
+
     def write(folder: Path) -> Equality:
         to_peft(work.delta, work.base, folder)
         again = from_peft(folder, work.base)
 
         def run(batch: Inputs) -> Outputs:
             with attached(work.base, again):
-                return outputs(work.base, [batch])[0]
+                return tensor_outputs(work.base, [batch])[0]
 
-        return compare(run, work.wanted, work.batches, "outputs with the adapter, read again", ADAPTER_TOLERANCE)
+        return compare_outputs(
+            run, work.wanted, work.batches, "outputs with the adapter, read again", ADAPTER_TOLERANCE
+        )
 
     return _Prepared(sum(tensor.nbytes for tensor in work.delta.tensors.values()), write)
 
@@ -172,7 +183,7 @@ def _gguf(work: _Work) -> _Prepared:
         elif converter is not None:
             plain = folder / "plain"
             plain_folder.write_plain(merged, plain, work.processor or processor_of(work.base))
-            gguf_convert.convert(converter, plain, target, kind)
+            gguf_convert.run_converter(converter, plain, target, kind)
             shutil.rmtree(plain)
         return gguf_file.check_gguf(merged, folder, kind, work.wanted, work.batches)
 

@@ -39,7 +39,7 @@ def find_converter(given: str | os.PathLike[str] | None) -> Path:
     raise DeltaError(HOW)
 
 
-def convert(converter: Path, plain: Path, target: Path, kind: str) -> None:
+def run_converter(converter: Path, plain: Path, target: Path, kind: str) -> None:
     """Run it on a folder of a plain model and its tokenizer. Raises DeltaError with its last line if it fails."""
     command = [sys.executable, str(converter), str(plain), "--outfile", str(target), "--outtype", kind.lower()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)

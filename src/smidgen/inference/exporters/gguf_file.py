@@ -12,7 +12,7 @@ from torch import nn
 
 from smidgen.common.errors import DeltaError
 from smidgen.inference.builtin_models import _locate
-from smidgen.inference.exporters.equality import ROUNDING, Equality, Inputs, Outputs, compare, outputs
+from smidgen.inference.exporters.equality import ROUNDING, Equality, Inputs, Outputs, compare_outputs, tensor_outputs
 from smidgen.inference.exporters.gguf_types import WRITTEN
 from smidgen.inference.exporters.onnx_file import writes_text
 
@@ -52,7 +52,7 @@ def check_gguf(merged: nn.Module, folder: Path, kind: str, wanted: list[Outputs]
         except (ValueError, KeyError, NotImplementedError) as error:
             line = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise DeltaError(f"not exported: transformers cannot read the file to check it ({line[:200]})") from error
-    return compare(
-        lambda batch: outputs(loaded, [batch])[0], wanted, batches, "outputs of the file, loaded by transformers",
-        TOLERANCE, ROUNDING[WRITTEN[kind]],
+    return compare_outputs(
+        lambda batch: tensor_outputs(loaded, [batch])[0], wanted, batches,
+        "outputs of the file, loaded by transformers", TOLERANCE, ROUNDING[WRITTEN[kind]],
     )  # fmt: skip

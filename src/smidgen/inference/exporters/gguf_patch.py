@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from smidgen.common.errors import DeltaError
-from smidgen.inference.exporters.gguf_types import packed
+from smidgen.inference.exporters.gguf_types import packed_tensor
 
 Way = Callable[[Tensor], Tensor]
 
@@ -115,7 +115,7 @@ def _in_file(
                 raise DeltaError(
                     f"{name} has rows of {values.shape[-1]} values, and Q8_0 needs a multiple of 32; try F16"
                 )
-            return packed(values.numpy(), "F32" if values.dim() == 1 else kind)
+            return packed_tensor(values.numpy(), "F32" if values.dim() == 1 else kind)
     raise DeltaError(f"the values of {tensor.name} in the base's file are not those of {name}: another file or base")
 
 

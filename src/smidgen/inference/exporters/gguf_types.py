@@ -37,7 +37,7 @@ def written_type(asked: str | None, dtype: torch.dtype) -> str:
     raise DeltaError(f"GGUF has no type {asked!r}{nearest(asked, known | set(WRITTEN))}; written here: {listed}")
 
 
-def packed(values: Any, kind: str) -> tuple[Any, Any]:
+def packed_tensor(values: Any, kind: str) -> tuple[Any, Any]:
     """An array in float32 as the file holds it, and the type's number: bytes of blocks, unless it is F32 or F16."""
     import gguf
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from smidgen.common.errors import DeltaError
-from smidgen.inference.exporters.equality import Equality, Inputs, Outputs, compare, outputs
+from smidgen.inference.exporters.equality import Equality, Inputs, Outputs, compare_outputs, tensor_outputs
 
 FILE = "model.onnx"
 TOLERANCE = 1e-4
@@ -46,8 +47,10 @@ def write_onnx(merged: nn.Module, folder: Path, example: Inputs) -> list[str]:
     Raises:
         DeltaError: torch cannot trace the model; with the first line of what it says.
     """
-    names = list(outputs(merged, [example])[0])
+    names = list(tensor_outputs(merged, [example])[0])
     free = {k: {0: torch.export.Dim.DYNAMIC, **_length(v)} for k, v in example.items()}
+    silenced = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # of packages that torch would know operators of
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own making
@@ -59,6 +62,8 @@ def write_onnx(merged: nn.Module, folder: Path, example: Inputs) -> list[str]:
     except Exception as error:  # whatever tracing says to a model that it cannot follow
         reason = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
         raise DeltaError(f"torch cannot write {type(merged).__name__} as ONNX: {reason[:200]}") from error
+    finally:
+        logging.disable(silenced)
     return names
 
 
@@ -79,4 +84,6 @@ def check_onnx(folder: Path, names: list[str], wanted: list[Outputs], batches: l
         found = session.run(names, {k: v.numpy() for k, v in batch.items()})
         return {name: torch.from_numpy(value).float() for name, value in zip(names, found, strict=True)}
 
-    return compare(run, wanted, batches, f"outputs of the file in ONNX Runtime {onnxruntime.__version__}", TOLERANCE)
+    return compare_outputs(
+        run, wanted, batches, f"outputs of the file in ONNX Runtime {onnxruntime.__version__}", TOLERANCE
+    )

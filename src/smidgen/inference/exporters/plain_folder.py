@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from smidgen.common.errors import DeltaError
 from smidgen.data.processor import Processor
-from smidgen.inference.exporters.equality import ROUNDING, Equality, Inputs, Outputs, compare, outputs
+from smidgen.inference.exporters.equality import ROUNDING, Equality, Inputs, Outputs, compare_outputs, tensor_outputs
 
 TOLERANCE = 1e-3
 
@@ -39,11 +39,11 @@ def write_settings(merged: nn.Module, folder: Path, processor: Processor | None)
         processor.save_pretrained(folder)
 
 
-def check_plain(merged: nn.Module, folder: Path, wanted: list[Outputs], batches: list[Inputs]) -> Equality:
+def check_folder(merged: nn.Module, folder: Path, wanted: list[Outputs], batches: list[Inputs]) -> Equality:
     """Load the folder by transformers alone and compare."""
     dtype = next(merged.parameters()).dtype
     loaded = cast(nn.Module, type(merged).from_pretrained(folder, dtype=dtype))  # type: ignore[attr-defined]
-    return compare(
-        lambda batch: outputs(loaded, [batch])[0], wanted, batches, "outputs of the folder, loaded by transformers",
-        TOLERANCE, ROUNDING.get(str(dtype)[6:], 0.0),
+    return compare_outputs(
+        lambda batch: tensor_outputs(loaded, [batch])[0], wanted, batches,
+        "outputs of the folder, loaded by transformers", TOLERANCE, ROUNDING.get(str(dtype)[6:], 0.0),
     )  # fmt: skip
