@@ -9,7 +9,7 @@ import transformers
 import smidgen as sm
 from smidgen.common.errors import ModelError
 from smidgen.inference import model_shapes
-from smidgen.training.memory.device_fits import HELD, RECIPES
+from smidgen.training.memory.card_sizes import HELD, RECIPES
 from tests import helpers as h
 from tests.test_cli import call
 
@@ -103,7 +103,7 @@ def test_a_folder_that_is_no_model_is_one_line(tmp_path):
 
 
 def test_what_fits_is_what_the_plan_counts(monkeypatch):
-    from smidgen.training.memory import device_fits as module
+    from smidgen.training.memory import card_sizes as module
 
     model = h.bert()
     rows = list(sm.device_fits(model, ["LN()", "Full()", "LN(layers=[99])"], batch_size=2, length=16))

@@ -63,7 +63,7 @@ from smidgen.common.errors import DataError, DeltaError, SmidgenError
 from smidgen.common.folder_lock import folder_lock_held
 from smidgen.common.version import __version__
 from smidgen.inference.model_shapes import needs_shapes_only
-from smidgen.training.memory.device_fits import RECIPES
+from smidgen.training.memory.card_sizes import RECIPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -65,6 +65,7 @@ def needs_shapes_only(name: str) -> bool:
 
 
 def _configured(name: str) -> PreTrainedConfig:
+    """The configuration of a name: smidgen's own, or that of a folder or the hub."""
     if name in known_shapes():
         text = (resources.files("smidgen.inference") / "architectures" / f"{name}.json").read_text(encoding="utf-8")
         return AutoConfig.for_model(**json.loads(text))

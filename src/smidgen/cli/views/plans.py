@@ -10,13 +10,13 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from smidgen.cli.views.results import facts, number, size, table
-from smidgen.training.memory.device_fits import CARDS
+from smidgen.training.memory.card_sizes import CARDS
 from smidgen.training.memory.estimate import TOKENS
 
 if TYPE_CHECKING:
     from smidgen.planning.entry import Entry
     from smidgen.planning.plans import Plan
-    from smidgen.training.memory.device_fits import DeviceFit
+    from smidgen.training.memory.card_sizes import DeviceFit
 
 
 def plan_view(result: Plan, every: bool = False) -> RenderableType:
