@@ -6,7 +6,10 @@ the packages' own tables of contents by `python docs/gen_public.py`.
 
 import lazy_loader
 
+from smidgen.common.quiet_logs import quiet_logs
 from smidgen.common.version import __version__
+
+quiet_logs()
 
 __getattr__, __dir__, _names = lazy_loader.attach_stub(__name__, __file__)
 __all__ = [*_names, "__version__"]

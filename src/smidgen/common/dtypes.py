@@ -16,8 +16,8 @@ def master_dtype(base: torch.dtype) -> torch.dtype:
 
 
 def base_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The dtype that most values of a model have."""
+    """The dtype that most of a model's real numbers have; codes of quantised weights are whole numbers."""
     counts: dict[torch.dtype, int] = {}
-    for tensor in tensors.values():
+    for tensor in (t for t in tensors.values() if t.is_floating_point()):
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
     return max(counts, key=lambda d: counts[d], default=torch.float32)

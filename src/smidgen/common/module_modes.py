@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -48,10 +48,10 @@ def renew_caches(model: nn.Module) -> None:
             _set(modes)
 
 
-def copied(model: Model, memo: dict[int, Tensor] | None = None) -> Model:
+def copied(model: Model, memo: Mapping[int, object] | None = None) -> Model:
     """A deep copy of a model. `memo`: id of an object -> what stands for it in the copy, as deepcopy takes it."""
     renew_caches(model)  # a cache with a graph cannot be copied
-    return copy.deepcopy(model, memo)
+    return copy.deepcopy(model, None if memo is None else dict(memo))
 
 
 def _set(modes: dict[nn.Module, bool]) -> None:

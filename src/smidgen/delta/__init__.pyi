@@ -8,6 +8,7 @@ from .attaching import detach as detach
 from .attaching import disabled as disabled
 from .attaching import print_trainable_parameters as print_trainable_parameters
 from .delta import Delta as Delta
+from .merging import DequantisedWarning as DequantisedWarning
 from .merging import RoundingWarning as RoundingWarning
 from .merging import merge as merge
 from .mixing import attached_rows as attached_rows

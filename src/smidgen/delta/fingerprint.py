@@ -19,6 +19,7 @@ from smidgen.common.wrappers import bare
 from smidgen.delta.content_hash import tensor_bytes, tensor_digests
 from smidgen.ports.attachment_record import base_buffers, base_tensors
 from smidgen.sites.new_tensors import new_names
+from smidgen.sites.quantised.maps import float_maps, logical_shapes, scheme_of, weight_parts
 
 SHA256, XXH3 = "sha256", "xxh3_128"
 KEPT = 64  # SHA-256 digests that are remembered, of old files' contents
@@ -37,6 +38,9 @@ class Fingerprint:
         buffers: digest of the persistent buffers; "" for a model without any, and in some older files.
         name: for people.
         algorithm: of `content` and `buffers`: "xxh3_128", or "sha256" in files from before it.
+        quantised: the scheme of the maps whose weight is stored in few bits ("nf4"); their codes and scales are part
+            of `content`, as they are, whatever `dtype` is. "" for a base of real numbers.
+        kept: paths of the linear maps that such a base keeps in real numbers, parted by spaces.
     """
 
     architecture: str
@@ -46,6 +50,8 @@ class Fingerprint:
     name: str = ""
     buffers: str = ""
     algorithm: str = SHA256
+    quantised: str = ""
+    kept: str = ""
 
     def __post_init__(self) -> None:
         if self.algorithm not in (SHA256, XXH3):
@@ -53,7 +59,7 @@ class Fingerprint:
 
     def to_json(self) -> dict[str, str]:
         """Plain data, as `Fingerprint(**data)` reads it."""
-        absent = {"buffers": "", "algorithm": SHA256}
+        absent = {"buffers": "", "algorithm": SHA256, "quantised": "", "kept": ""}
         return {key: value for key, value in asdict(self).items() if absent.get(key) != value}
 
     @classmethod
@@ -76,24 +82,43 @@ class Fingerprint:
         tensors = {n: t for n, t in sorted(base_tensors(model).items()) if n not in left_out}
         buffers = dict(sorted(base_buffers(model).items()))
         dtype = dtype or base_dtype(tensors)
-        structure = hashlib.sha256("".join(f"{n}{tuple(t.shape)}" for n, t in tensors.items()).encode())
+        shapes = logical_shapes(model)
+        told = (f"{n}{shapes.get(id(t), tuple(t.shape))}" for n, t in tensors.items())
+        structure = hashlib.sha256("".join(told).encode())
+        scheme = scheme_of(model)
         config = getattr(model, "config", None)
         return cls(
             getattr(config, "model_type", type(model).__name__),
             structure.hexdigest()[:32],
-            _content(tensors, dtype, algorithm, named=False),
+            _content(tensors, dtype, algorithm, False, weight_parts(model)),
             str(dtype)[6:],
             str(getattr(config, "_name_or_path", "") or ""),
-            _content(buffers, dtype, algorithm, named=True) if buffers else "",
+            _content(buffers, dtype, algorithm, True, {}) if buffers else "",
             algorithm,
+            scheme,
+            " ".join(float_maps(model)) if scheme else "",
         )
 
 
-def _content(tensors: Mapping[str, Tensor], dtype: torch.dtype, algorithm: str, named: bool) -> str:
-    """128 bits (hex) of what tensors hold; `named`: with names and shapes in SHA-256, as XXH3 always is."""
+def _content(
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    algorithm: str,
+    named: bool,
+    stored: Mapping[int, Mapping[str, Tensor]],
+) -> str:
+    """128 bits (hex) of what tensors hold; `named`: with names and shapes in SHA-256, as XXH3 always is.
+
+    stored: identity of a quantised weight -> the tensors that it is made of, which are taken as they are.
+    """
     whole = xxhash.xxh3_128()
-    for name, digest in tensor_digests(tensors, dtype).items():
+    plain = {name: tensor for name, tensor in tensors.items() if id(tensor) not in stored}
+    for name, digest in tensor_digests(plain, dtype).items():
         whole.update(f"{name}{tuple(tensors[name].shape)}".encode() + digest)
+    for name, tensor in tensors.items():
+        for part, values in stored.get(id(tensor), {}).items():
+            digest = tensor_digests({name: values}, values.dtype)[name]
+            whole.update(f"{name}.{part}{tuple(values.shape)}{values.dtype}".encode() + digest)
     fast = whole.hexdigest()
     if algorithm == XXH3:
         return fast
@@ -115,6 +140,19 @@ def _first_names(model: nn.Module, names: Collection[str]) -> set[str]:
     return {n for n, p in model.named_parameters() if id(p) in named}
 
 
+def _as_then(wanted: Fingerprint) -> str:
+    return f" (codes follow from the dtype that they were made of: {wanted.dtype})" if wanted.quantised else ""
+
+
+def _same_storage(what: str, have: Fingerprint, wanted: Fingerprint) -> None:
+    if have.quantised != wanted.quantised:
+        trained, found = (base.quantised or base.dtype for base in (wanted, have))
+        raise DeltaError(
+            f"{what} in {trained}, but the base is in {found}: load it with quantize={wanted.quantised or 'none'!r}, or "
+            "ask for the other base with smidgen.rebase(delta, model)"
+        )
+
+
 def verify(model: nn.Module, wanted: Fingerprint, head: Collection[str]) -> None:
     """Refuse a model that is not the base of a delta.
 
@@ -134,6 +172,7 @@ def verify(model: nn.Module, wanted: Fingerprint, head: Collection[str]) -> None
             f"load it with dtype={wanted.dtype} (or pass verify=False to go without the check)"
         )
     have = Fingerprint.of(model, head, recorded, wanted.algorithm)
+    _same_storage(what, have, wanted)
     if have.architecture != wanted.architecture:
         raise DeltaError(f"{what} ({wanted.architecture}), but this model is a {have.architecture}")
     if have.structure != wanted.structure:
@@ -141,7 +180,7 @@ def verify(model: nn.Module, wanted: Fingerprint, head: Collection[str]) -> None
     if have.content != wanted.content:
         raise DeltaError(
             f"{what}; this model has the same shapes but other values (fingerprint {have.content[:8]}, "
-            f"wanted {wanted.content[:8]}): another checkpoint, or one that was changed"
+            f"wanted {wanted.content[:8]}): another checkpoint, or one that was changed{_as_then(wanted)}"
         )
     if wanted.buffers and have.buffers != wanted.buffers:
         raise DeltaError(

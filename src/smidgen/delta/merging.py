@@ -19,10 +19,16 @@ from smidgen.ports.attachment_record import Attachment, attachment
 from smidgen.ports.builtin_ports import port_of
 from smidgen.ports.in_place.untying import untie
 from smidgen.sites.new_tensors import keep_note
+from smidgen.sites.quantised.dequantise import dequantise
+from smidgen.sites.quantised.maps import own_weight, quantised_maps, scheme_of, stored_bytes
 
 
 class RoundingWarning(UserWarning):
     """Merging into a low-precision base rounded trained values."""
+
+
+class DequantisedWarning(UserWarning):
+    """Merging changed quantised maps, so the merged model has all of them in real numbers."""
 
 
 def merge(model: nn.Module, delta: Delta | Sum[Delta] | None = None, dtype: torch.dtype | None = None) -> nn.Module:
@@ -31,7 +37,9 @@ def merge(model: nn.Module, delta: Delta | Sum[Delta] | None = None, dtype: torc
     Args:
         model: the base, or what something is attached to; of a wrapper the model inside, which is what comes back.
         delta: what to fold, or a sum of deltas; None for what is attached now.
-        dtype: of the merged model; by default the base's. float32 keeps trained values whole.
+        dtype: of the merged model; by default the base's. float32 keeps trained values whole. With one given, a
+            quantised base is dequantised; without, where a map changes: what changes norms and biases alone leaves the
+            maps as they are stored.
 
     Raises:
         AttachError: a method cannot be folded, a pooling that the class does not have, or a value that is not finite,
@@ -39,6 +47,7 @@ def merge(model: nn.Module, delta: Delta | Sum[Delta] | None = None, dtype: torc
 
     Warns:
         UntiedWarning: a weight that was tied to another got values of its own.
+        DequantisedWarning: the base was quantised, and the merged model is not.
         RoundingWarning: how many trained values a low-precision dtype lost, and the largest error.
     """
     if delta is None:
@@ -54,9 +63,13 @@ def merge(model: nn.Module, delta: Delta | Sum[Delta] | None = None, dtype: torc
         values = {name: value.detach() for name, value in folded(merged).items()}
     if found := not_finite(values):
         raise AttachError(f"not merged: {found}; training diverged, train again with a lower learning rate")
+    stored = {f"{path}.weight": own_weight(module) for path, module, _ in quantised_maps(merged)}
+    values = {n: v for n, v in values.items() if stored.get(n) is None or not torch.equal(v, stored[n])}
     paths = {path for path, _ in record.edits}
     edited = {name for name in values if name.rpartition(".")[0] in paths}
     remove(merged)
+    if stored and (dtype is not None or stored.keys() & values.keys()):
+        _dequantise(merged, dtype or record.dtype)
     before = {name: merged.get_parameter(name).detach() for name in values}
     untie(merged, [n for n, value in values.items() if n in edited and not torch.equal(value, before[n].to(value))])
     if dtype is not None:
@@ -74,6 +87,17 @@ def merge(model: nn.Module, delta: Delta | Sum[Delta] | None = None, dtype: torc
     if worst > 0:
         _warn(values, lost, worst, parameter.dtype)
     return merged
+
+
+def _dequantise(model: nn.Module, dtype: torch.dtype) -> None:
+    scheme, size = scheme_of(model), stored_bytes(model)
+    dequantise(model, dtype)
+    warnings.warn(
+        f"merging into a base in {scheme} gives its maps real numbers: {size:,} bytes become {stored_bytes(model):,} in "
+        f"{str(dtype)[6:]}; keep the delta attached to keep the base small",
+        DequantisedWarning,
+        stacklevel=3,
+    )
 
 
 def _warn(values: Mapping[str, Tensor], lost: int, worst: float, dtype: torch.dtype) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from typing import Protocol, TypedDict, cast
+from typing import Any, Protocol, TypedDict, cast
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from smidgen.common.errors import ModelError
@@ -18,8 +19,17 @@ from smidgen.delta.delta import Delta
 from smidgen.inference.builtin_models import Options, _guarded, _locate
 from smidgen.inference.fastest_dtype import fastest
 from smidgen.inference.processors import load_processor
+from smidgen.inference.quantising import (
+    Scheme,
+    check_stored_form,
+    kept_modules,
+    quantised_copy,
+    scheme_named,
+    settled,
+)
 from smidgen.inference.task_record import TaskRecord
 from smidgen.sites.new_tensors import note_new
+from smidgen.sites.quantised.maps import quantised_maps
 
 DTYPES = {
     "float32": torch.float32,
@@ -50,6 +60,7 @@ def load(
     dtype: str | torch.dtype = torch.float32,
     seed: int = 0,
     revision: str | None = None,
+    quantize: str | None = None,
 ) -> tuple[PreTrainedModel, Processor]:
     """Load a model and its tokenizer, or other processor.
 
@@ -61,10 +72,14 @@ def load(
         delta: shapes the head for a trained delta instead.
         dtype: of the base; trained values are float32 masters in any case. "auto" is bfloat16 where its matrix
             products are measured to be faster (see `smidgen.inference.fastest_dtype`), else float32.
+        quantize: store the linear maps in few bits: "nf4", "nf4-double", "fp4", "fp4-double", "int8" (bitsandbytes),
+            "torchao-int8", "torchao-int4", or "none". The head, output layers, embeddings and norms stay in `dtype`.
+            By default as the delta was trained, and without one as the checkpoint is.
 
     Raises:
         ModelError: no such model, or one that does not load; one line.
     """
+    scheme = scheme_named(quantize if quantize is not None or delta is None else delta.base.quantised)
     kind, labels = _shape(task, delta)
     name_of_class = delta.info.get("model_class") if delta is not None and kind is None else None
     folder, options = _locate(os.fspath(name))
@@ -73,7 +88,7 @@ def load(
         options["revision"] = revision
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _guarded(str(name), lambda: _model(folder, kind, labels, name_of_class, options))
+        model = _guarded(str(name), lambda: _model(folder, kind, labels, name_of_class, options, scheme))
     processor = load_processor(name, kind, model)
     text = model.config.get_text_config()
     if getattr(text, "pad_token_id", None) is None and hasattr(processor, "pad_token_id"):
@@ -92,7 +107,12 @@ def _shape(task: Task | None, delta: Delta | None) -> tuple[TaskKind | None, tup
 
 
 def _model(
-    folder: str, kind: TaskKind | None, labels: tuple[str, ...], named: str | None, options: Options
+    folder: str,
+    kind: TaskKind | None,
+    labels: tuple[str, ...],
+    named: str | None,
+    options: Options,
+    scheme: Scheme | None,
 ) -> PreTrainedModel:
     """By the task's kind, else by a class's name, else as the checkpoint declares."""
     if kind is not None:
@@ -104,10 +124,36 @@ def _model(
         options = {**options, "quantization_config": transformers.GgufConfig(dequantize=True)}
     known = getattr(transformers, kind.model_class if kind else named or "", None)
     model_class = cast(_ModelClass, known or _declared(folder, options))
+    check_stored_form(folder, options, scheme)
+    if scheme is None:
+        return settled(_read(model_class, folder, options)[0])
+    dtype = cast(torch.dtype, options["dtype"])
+    if "gguf_file" in options:
+        return quantised_copy(_read(model_class, folder, options)[0], scheme, dtype)
+    kept = kept_modules(_skeleton(model_class, folder, options))
+    model, lacked = _read(model_class, folder, {**options, "quantization_config": scheme.config(dtype, kept)})
+    if new := [path for path, _, _ in quantised_maps(model) if f"{path}.weight" in lacked]:  # drawn anew, so trained
+        again = {**options, "quantization_config": scheme.config(dtype, [*kept, *new])}
+        model, _ = _read(model_class, folder, again)
+    return settled(model)
+
+
+def _skeleton(model_class: Any, folder: str, options: Options) -> nn.Module:
+    """The model without content."""
+    own = {key: value for key, value in options.items() if key not in ("dtype", "quantization_config")}
+    config = AutoConfig.from_pretrained(folder, **own)
+    with torch.device("meta"):
+        found: nn.Module = model_class.from_config(config) if "Auto" in model_class.__name__ else model_class(config)
+    return found
+
+
+def _read(model_class: _ModelClass, folder: str, options: Options) -> tuple[PreTrainedModel, set[str]]:
+    """The model, and the names of what the checkpoint lacked or had in another shape."""
     model, info = model_class.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
-    note_new(model, set(info["missing_keys"]) | mismatched)
-    return model
+    lacked = set(info["missing_keys"]) | mismatched
+    note_new(model, lacked)
+    return model, lacked
 
 
 def _declared(folder: str, options: Options) -> object:

@@ -21,6 +21,7 @@ from smidgen.sites.discovery import roles_found, shares_layers
 from smidgen.sites.module_calls import without_gradient
 from smidgen.sites.module_kinds import is_norm
 from smidgen.sites.new_tensors import resized
+from smidgen.sites.quantised.maps import quantised_maps
 from smidgen.sites.roles import within
 from smidgen.sites.site import ROLES, InputSite, NormSite, Site
 from smidgen.sites.sublayers import UNKNOWN
@@ -96,11 +97,7 @@ def refuse_unsupported(model: nn.Module, recipe: Recipe) -> None:
     """Raises PlanError unless the model is one that can be edited, and has layers to name if some are named."""
     if not isinstance(model, nn.Module):
         raise PlanError(f"the model is of type {type(model).__name__}, {model!r:.40}; smidgen.load gives one")
-    if getattr(model, "is_quantized", False) or any(not _float(p) for p in model.parameters()):
-        raise PlanError(
-            f"{type(model).__name__} is quantised; load it in float32, bfloat16 or float16 (quantised bases are "
-            "not supported yet)"
-        )
+    _refuse_unknown_storage(model)
     named = [term for term in recipe if getattr(term, "layers", None) is not None]
     if named and shares_layers(model):
         raise PlanError(
@@ -109,8 +106,39 @@ def refuse_unsupported(model: nn.Module, recipe: Recipe) -> None:
         )
 
 
-def _float(parameter: nn.Parameter) -> bool:
-    return parameter.is_floating_point() and parameter.element_size() > 1
+WORKS = "what works: smidgen.load(..., quantize='nf4') and the like, bitsandbytes' and torchao's weight-only maps"
+
+
+def _refuse_unknown_storage(model: nn.Module) -> None:
+    """Raises PlanError for values that are stored in few bits in a way that is not known."""
+    known = {id(module._parameters["weight"]) for _, module, _ in quantised_maps(model)}
+    if getattr(model, "is_quantized", False) and not known:
+        config = getattr(model.config, "quantization_config", None)
+        method = getattr(config, "quant_method", None) or (
+            config.get("quant_method") if isinstance(config, dict) else None
+        )
+        raise PlanError(
+            f"{type(model).__name__} is quantised by {getattr(method, 'value', method)}, unknown here; {WORKS}"
+        )
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in known and not (parameter.is_floating_point() and parameter.element_size() > 1):
+            raise PlanError(
+                f"{name} holds {str(parameter.dtype)[6:]} values of {type(parameter).__name__}, quantised in a way that "
+                f"is unknown here; {WORKS}"
+            )
+
+
+def refuse_quantised(model: nn.Module, entries: Sequence[Entry]) -> None:
+    """Raises PlanError if a method trains a quantised weight itself: codes take no gradient."""
+    schemes = {f"{path}.weight": storage.scheme(module) for path, module, storage in quantised_maps(model)}
+    for entry in entries:
+        for term, _ in entry.terms if not entry.added else ():
+            if scheme := schemes.get(entry.name(term)):
+                raise PlanError(
+                    f"{entry.method} trains {entry.name(term)}, which is stored in {scheme}: codes take no gradient; "
+                    "LN(), BitFit() and methods that add tensors (LoRA, IA3, SSF, Adapter, ...) do, or load the base "
+                    "without quantize="
+                )
 
 
 def refuse_part(recipe: Recipe, index: int, method: Method) -> None:

@@ -16,6 +16,7 @@ from smidgen.planning.compatibility import (
     no_match,
     refuse_headless,
     refuse_part,
+    refuse_quantised,
     refuse_resized,
     refuse_twice,
     refuse_unfoldable,
@@ -32,6 +33,7 @@ from smidgen.planning.stack_choice import in_stack
 from smidgen.recipe.recipe import Recipe, Term, as_recipe
 from smidgen.sites.discovery import find_sites
 from smidgen.sites.module_calls import without_gradient
+from smidgen.sites.quantised.maps import logical_counts
 from smidgen.sites.roles import within
 from smidgen.sites.site import Site
 from smidgen.sites.task_head import check_pooling, head_parts, own_pooling, unused_under
@@ -50,8 +52,8 @@ def resolve(
         head: names of the head's parameters, as a delta has them; by default those of `head_names`.
 
     Raises:
-        PlanError: a method matches nothing, two methods train the same tensor, nothing is trained, the base is
-            quantised, layers are named on a model that shares them, or something random would be left out.
+        PlanError: a method matches nothing, two methods train the same tensor, nothing is trained, a quantised weight
+            would be trained, layers are named on a model that shares them, or something random would be left out.
     """
     model, recipe = bare(model), as_recipe(recipe)
     refuse_unsupported(model, recipe)
@@ -77,12 +79,14 @@ def resolve(
     for rules in all_rules():
         rules.refuse_together(model, entries)
     refuse_twice(entries, parameters)
+    refuse_quantised(model, entries)
     refuse_unfoldable(entries)
     refuse_without_kernel(model, entries)
     refuse_headless(model, recipe, entries, trained)
     refuse_resized(model, recipe)
     outside = {id(parameters[name]) for name in names}
-    pretrained = sum(p.numel() for n, p in model.named_parameters() if id(p) not in outside)
+    counts = logical_counts(model)
+    pretrained = sum(counts.get(id(p), p.numel()) for n, p in model.named_parameters() if id(p) not in outside)
     shapes = tuple((name, tuple(parameters[name].shape)) for name in trained)
     spare = tuple(name for name in trained if name not in own)
     return Plan(
@@ -173,10 +177,11 @@ def _entries(
         prefix = f"{site.path}." if site.path else ""
         owned = {term: parameters[prefix + term] for term, _ in site.terms}
         # one without values (DINOv3's registers, of which there may be none) can neither move nor be rounded
+        shapes = dict(site.terms)
         trained = [t for t in method.trains(site) if owned[t].numel() and id(owned[t]) not in closed | seen]
         seen.update(id(owned[term]) for term in trained)
         if trained:
-            yield Entry(index, method, site, tuple((t, tuple(owned[t].shape)) for t in trained), added=False)
+            yield Entry(index, method, site, tuple((t, shapes[t]) for t in trained), added=False)
         in_head = any(id(p) in closed for p in owned.values())
         if not in_head and method.acts(site):
             check_capable(method, site)

@@ -29,6 +29,7 @@ from smidgen.ports.pooling import place_pooling
 from smidgen.ports.reversible import open_entries
 from smidgen.sites.module_calls import never_called, read_at
 from smidgen.sites.new_tensors import new_names
+from smidgen.sites.quantised.maps import check_stored, read_dtypes
 from smidgen.sites.site import module_at
 
 SAVE_ERROR = (
@@ -50,13 +51,14 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
     held, dtype = Held.of(model), base_dtype(parameters)
     flags = {name: p.requires_grad for name, p in parameters.items()}
     added = [entry for entry in plan.entries if entry.added]
+    check_stored(model)
     for entry in added:
         port_of(entry.site).check(model, entry)
     tensors = [initial(entry, seed, model) if compute else blank(entry) for entry in added]
     partial = {entry.name(t): s.indices for entry in plan.entries if not entry.added for t, s in entry.subsets.items()}
     parts = {name: tuple(owners[id(parameters[name])]) for name in partial}
     _check_parts(model, [owner for found in parts.values() for owner in found])
-    masters = swaps(plan, parameters, owners)
+    masters = swaps(plan, parameters, owners, read_dtypes(model))
     record = Attachment(plan, masters, [], flags, dtype, parts=parts, held=held, new=new_names(model))
     for parameter in parameters.values():
         parameter.requires_grad_(False)

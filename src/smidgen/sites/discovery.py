@@ -17,6 +17,7 @@ from smidgen.sites.architectures import NORM_ROLES
 from smidgen.sites.fused_rows import Rows
 from smidgen.sites.module_calls import never_called
 from smidgen.sites.module_kinds import CONVOLUTIONS, channel_axis, is_norm, is_table, kind_of, norm_form, widths
+from smidgen.sites.quantised.maps import own_shapes
 from smidgen.sites.roles import linear_parts, matching, norm_roles, within
 from smidgen.sites.site import (
     ROLES,
@@ -130,7 +131,7 @@ def _corrected(roles: frozenset[str], model: nn.Module, path: str) -> frozenset[
 
 def _owner(path: str, module: nn.Module, part: _Part, roles: frozenset[str]) -> OwnerSite:
     """The site of a whole module that owns parameters, of the type that its kind asks for."""
-    terms = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+    terms = own_shapes(module)
     kind = kind_of(module)
     bias = next((name for name in ("bias", "in_proj_bias", "beta") if name in terms), None)
     width_in, width_out = widths(module)

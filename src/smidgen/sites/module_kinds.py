@@ -9,6 +9,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from smidgen.sites.module_probe import Affine, affine, is_plain_map
+from smidgen.sites.quantised.maps import storage_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
@@ -58,7 +59,7 @@ def is_linear(module: nn.Module) -> bool:
     """
     if not isinstance(module, nn.Linear | Conv1D) or isinstance(module, NonDynamicallyQuantizableLinear):
         return False
-    return "weight" in module._parameters and is_plain_map(module)
+    return "weight" in module._parameters and (storage_of(module) is not None or is_plain_map(module))
 
 
 def is_table(module: nn.Module) -> bool:

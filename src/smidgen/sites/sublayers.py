@@ -16,6 +16,7 @@ from smidgen.common.errors import PlanError
 from smidgen.sites.architectures import Layout
 from smidgen.sites.discovery import find_blocks, loose_parts
 from smidgen.sites.module_kinds import widths
+from smidgen.sites.quantised.maps import own_shapes
 from smidgen.sites.roles import matching, within
 from smidgen.sites.site import AttentionSublayer, CrossAttentionSublayer, FeedForwardSublayer, Site, Sublayer
 
@@ -99,8 +100,9 @@ def _routed(module: nn.Module) -> int:
     inside = {id(p) for child in (*stacked, *experts) for p in child.parameters()}
     if not inside:
         return 0
-    routers = (p for p in module.parameters() if p.ndim == 2 and id(p) not in inside)
-    return next((p.shape[1] for p in routers if not count or p.shape[0] == count), 0)
+    owned = ((n, p, m) for m in module.modules() for n, p in m.named_parameters(recurse=False))
+    routers = (own_shapes(owner)[name] for name, p, owner in owned if id(p) not in inside)
+    return next((s[1] for s in routers if len(s) == 2 and (not count or s[0] == count)), 0)
 
 
 def _is_stacked(module: nn.Module) -> bool:

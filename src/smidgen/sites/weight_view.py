@@ -1,11 +1,12 @@
 """A module's tensors as its sites see them, and back: Conv1D stores the transpose, slices are some of the rows, a
-convolution's weight has more axes than two and its channels lie before the places of an image."""
+quantised map has codes, a convolution's weight more axes than two and its channels before the places of an image."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from smidgen.common.dtypes import master_dtype
+from smidgen.sites.quantised.maps import own_weight
 from smidgen.sites.site import ConvSite, NormSite, OwnerSite, Site
 
 Pair = tuple[Tensor, Tensor | None]
@@ -13,10 +14,12 @@ Pair = tuple[Tensor, Tensor | None]
 
 def parameters_of(module: nn.Module) -> Pair:
     """Weight and bias of a module with nothing attached, in the dtype of master values, without gradient."""
-    weight, bias = module._parameters["weight"], module._parameters.get("bias")
-    assert weight is not None
-    dtype = master_dtype(weight.dtype)
-    return weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+    weight, bias = own_weight(module), module._parameters.get("bias")
+    if weight is None:
+        stored = module._parameters["weight"]
+        assert stored is not None
+        weight = stored.detach().to(master_dtype(stored.dtype))
+    return weight, None if bias is None else bias.detach().to(weight.dtype)
 
 
 def seen_from(site: Site, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from torch import nn
 
 from smidgen.common.dtypes import master_dtype
 from smidgen.ports.in_place.sparse_values import current, own_tensor
+from smidgen.sites.quantised.maps import own_weight
 from smidgen.sites.weight_view import Pair
 
 
@@ -17,6 +18,8 @@ def stored(module: nn.Module) -> Pair:
 
 def live(module: nn.Module) -> Pair:
     """The same, with gradient to what of them is trained."""
-    dtype = master_dtype(own_tensor(module, "weight").dtype)
-    bias = module._parameters.get("bias")
-    return current(module, "weight").to(dtype), None if bias is None else current(module, "bias").to(dtype)
+    weight = own_weight(module)
+    if weight is None:
+        weight = current(module, "weight").to(master_dtype(own_tensor(module, "weight").dtype))
+    bias, dtype = module._parameters.get("bias"), weight.dtype
+    return weight, None if bias is None else current(module, "bias").to(dtype)

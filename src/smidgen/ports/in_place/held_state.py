@@ -17,6 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from smidgen.common.errors import AttachError
 from smidgen.common.hook_types import Args
 from smidgen.ports.during_call import stand, stand_down
+from smidgen.sites.quantised.maps import quantised_maps
+from smidgen.sites.quantised.storage import WeightStorage
 
 CHANGED = (
     "while {recipe} was attached: a delta says nothing of it; put it back, or detach, change the model, attach again"
@@ -73,6 +75,7 @@ class Held:
     running: bool = False
     in_eval_mode: list[nn.Module] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
+    stored: list[tuple[WeightStorage, nn.Module, object]] = field(default_factory=list)  # with what was before `hold`
 
     @classmethod
     def of(cls, model: nn.Module) -> Held:
@@ -87,11 +90,12 @@ class Held:
         return cls(buffers, modules, parameters)
 
     def hold(self, model: nn.Module) -> None:
-        """Let modules with running statistics compute as in eval mode."""
+        """Let modules with running statistics compute as in eval mode, and quantised weights stay as they are."""
         for module in model.modules():
             if module._buffers.get("running_mean") is not None:
                 self.in_eval_mode.append(module)
                 self.handles += stand(module, to_eval, to_train)
+        self.stored = [(storage, module, storage.hold(module)) for _, module, storage in quantised_maps(model)]
 
     def check_parts(self, recipe: object, expected: dict[str, nn.Parameter]) -> None:
         """Raises AttachError if a module or parameter of the base is not the one that it was.
@@ -137,6 +141,8 @@ class Held:
             handle.remove()
         for module in self.in_eval_mode:
             stand_down(module)
+        for storage, module, before in self.stored:
+            storage.release(module, before)
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -23,14 +23,21 @@ class Swap:
     original: nn.Parameter
     master: nn.Parameter
     trained: bool = True
+    read_dtype: torch.dtype = torch.float32  # in which its module reads it: that of the original, if it has no other
 
 
-def swaps(plan: Plan, parameters: Mapping[str, nn.Parameter], owners: Mapping[int, list[str]]) -> list[Swap]:
+def swaps(
+    plan: Plan,
+    parameters: Mapping[str, nn.Parameter],
+    owners: Mapping[int, list[str]],
+    read: Mapping[str, torch.dtype],
+) -> list[Swap]:
     """A master for each tensor that a plan trains whole, and for the terms of norms that stand beside one.
 
     Args:
         parameters: name -> parameter.
         owners: identity of a parameter -> all of its names.
+        read: name -> dtype in which a module reads a parameter, where that is another than the parameter's.
     """
     names = [
         entry.name(t) for entry in plan.entries if not entry.added for t, _ in entry.terms if t not in entry.subsets
@@ -50,7 +57,8 @@ def swaps(plan: Plan, parameters: Mapping[str, nn.Parameter], owners: Mapping[in
         master = nn.Parameter(
             original.detach().to(master_dtype(original.dtype), copy=True), requires_grad=name in trained
         )
-        found.append(Swap(name, tuple(owners[id(original)]), original, master, name in trained))
+        dtype = read.get(name, original.dtype)
+        found.append(Swap(name, tuple(owners[id(original)]), original, master, name in trained, dtype))
     return found
 
 
@@ -73,10 +81,10 @@ def low_modules(plan: Plan, swaps: Sequence[Swap]) -> list[Low]:
     norms = {entry.site.path for entry in plan.entries if isinstance(entry.site, NormSite)}
     terms: dict[str, dict[str, torch.dtype]] = {}
     for swap in swaps:
-        if swap.original.dtype in LOW:
+        if swap.read_dtype in LOW:
             for owner in swap.owners:
                 path, _, term = owner.rpartition(".")
-                terms.setdefault(path, {})[term] = swap.original.dtype
+                terms.setdefault(path, {})[term] = swap.read_dtype
     return [(path, stored, path in norms) for path, stored in terms.items()]
 
 

@@ -27,6 +27,7 @@ from smidgen.planning.selection.narrowing import settle
 from smidgen.ports.attachment_record import trained_parameters
 from smidgen.ports.placement import place
 from smidgen.recipe.recipe import Recipe, Term
+from smidgen.sites.quantised.maps import counted_maps, logical_counts, stored_bytes
 from smidgen.sites.site import InputSite
 from smidgen.steps.gradient_checks import snapshot
 from smidgen.steps.optimizer_groups import optimizer
@@ -121,7 +122,7 @@ def _costs(model: nn.Module, resolved: Plan, inputs: Inputs, recompute: bool) ->
             own = {name: torch.zeros_like(value) for name, value in inputs.items()}
             saved, *work = _count(ghost, own)
             peak = _peak(ghost, own, live)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = stored_bytes(model)
     shape = next(iter(inputs.values())).shape
     words, sound = "input_ids" in inputs, len(shape) == 2
     unit, units = ("token", shape[:2].numel()) if words else ("example", shape[0])
@@ -140,9 +141,13 @@ def _costs(model: nn.Module, resolved: Plan, inputs: Inputs, recompute: bool) ->
 def _ghost(model: nn.Module) -> tuple[nn.Module, FakeTensorMode]:
     """A copy whose tensors have shapes but no content, placed on the CPU so that its kernels are the ones counted."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # the indices of subsets
-    memo: dict[int, Tensor] = {}
+    memo: dict[int, object] = {}
     with mode:
+        memo |= counted_maps(model)
+        quantised = set(logical_counts(model))
         for tensor in (*model.parameters(), *model.buffers()):
+            if id(tensor) in quantised:
+                continue
             fake = torch.empty(tensor.shape, dtype=tensor.dtype)
             memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
     ghost = copied(model, memo)
