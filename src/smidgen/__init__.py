@@ -6,7 +6,7 @@ the packages' own tables of contents by `python docs/gen_public.py`.
 
 import lazy_loader
 
-from smidgen.common.quiet_logs import quiet_logs
+from smidgen.common.log_notes import quiet_logs
 from smidgen.common.version import __version__
 
 quiet_logs()

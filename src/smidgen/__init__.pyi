@@ -15,6 +15,8 @@ from .data import TaskKind as TaskKind
 from .data import mix_tasks as mix_tasks
 from .delta import Delta as Delta
 from .delta import Deltas as Deltas
+from .delta import DequantisedWarning as DequantisedWarning
+from .delta import RebasedWarning as RebasedWarning
 from .delta import RoundingWarning as RoundingWarning
 from .delta import Selection as Selection
 from .delta import Sum as Sum
@@ -27,6 +29,7 @@ from .delta import detach as detach
 from .delta import disabled as disabled
 from .delta import merge as merge
 from .delta import print_trainable_parameters as print_trainable_parameters
+from .delta import rebase as rebase
 from .delta import ties as ties
 from .efficiency import recomputing as recomputing
 from .importance import fisher as fisher

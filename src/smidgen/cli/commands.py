@@ -45,6 +45,7 @@ from smidgen.cli.options import (  # fmt: skip
     OwnDtype,
     Pooling,
     Precision,
+    Quantize,
     RecipeText,
     SeveralData,
     Text,
@@ -104,7 +105,7 @@ def demo_command(out: Out = Path("smidgen-demo"), as_json: Json = False) -> None
 def plan_command(
     model: Model, recipe: RecipeText = "LN()", data: AnyData = None, text: Text = None, label: Label = None,
     kind: Kind = None, pooling: Pooling = None, batch_size: BatchSize = 32, max_length: Length = None,
-    dtype: Annotated[Dtype, Option("--dtype", help="of the base")] = Dtype.float32,
+    dtype: Annotated[Dtype, Option("--dtype", help="of the base")] = Dtype.float32, quantize: Quantize = None,
     every: Annotated[bool, Option("--all", help="every tensor on its own line")] = False,
     recompute: Annotated[bool, Option("--recompute", help="activations computed twice, not kept")] = False,
     fits: Annotated[bool, Option("--fits", help="which methods and dtypes fit into which card")] = False,
@@ -113,6 +114,8 @@ def plan_command(
     """Show what a recipe would train, and what it costs; nothing is trained."""
     wanted = sm.parse(recipe)
     task = None if data is None else open_task(data, text, label, kind)
+    if quantize and (fits or needs_shapes_only(model)):
+        raise ModelError("quantize= counts the tensors of a base that is loaded: leave it out with --fits and with shapes")
     if fits:
         recipes = list(dict.fromkeys((*RECIPES, str(wanted))))
         rows: list[sm.DeviceFit] = []
@@ -129,7 +132,7 @@ def plan_command(
     if needs_shapes_only(model):
         network = sm.load_shapes(model, task, dtype=dtype.value)
     else:
-        network, _ = sm.load(model, task=task, dtype=dtype.value)
+        network, _ = sm.load(model, task=task, dtype=dtype.value, quantize=quantize)
     result = sm.plan(network, wanted, pooling=pooling, batch_size=batch_size, length=max_length, recompute=recompute)
     results.show(result.to_json(), plans.plan_view(result, every), as_json)
 
@@ -137,12 +140,12 @@ def plan_command(
 @app.command("doctor")
 def doctor_command(
     model: Model, recipe: AnyRecipe = None, data: AnyData = None, text: Text = None, label: Label = None,
-    kind: Kind = None, as_json: Json = False,
+    kind: Kind = None, quantize: Quantize = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Look a model over: sites, norms, buffers, and whether what a recipe (or each method) attaches acts and merges."""
     wanted = None if recipe is None else sm.parse(recipe)
     task = None if data is None else open_task(data, text, label, kind)
-    network, _ = sm.load(model, task=task)
+    network, _ = sm.load(model, task=task, quantize=quantize)
     result = sm.doctor(network, wanted)
     results.show(result.to_json(), diagnoses.diagnosis_view(result, recipe is not None), as_json)
     if wanted is not None and (result.faults or result.findings[0].refused):
@@ -156,7 +159,8 @@ def tune(
     lr: Annotated[float | None, Option(help="default: the method's own")] = None,
     head_lr: Annotated[float | None, Option(help="learning rate of the head")] = None,
     batch_size: BatchSize = 32, batch_tokens: BatchTokens = None, max_length: Length = None,
-    max_new_tokens: NewTokens = None, dtype: Precision = TuneDtype.float32, only_read: OnlyRead = None,
+    max_new_tokens: NewTokens = None, dtype: Precision = TuneDtype.float32, quantize: Quantize = None,
+    only_read: OnlyRead = None,
     max_memory: Annotated[str | None, Option(help="such as 4GB: larger batches are computed in micro-batches")] = None,
     recompute: Annotated[bool, Option("--recompute", help="activations computed twice, not kept: less memory")] = False,
     pooling: Pooling = None, limit: Limit = None, text: Text = None, label: Label = None, kind: Kind = None,
@@ -171,7 +175,7 @@ def tune(
     from smidgen.training.run.run_folder import RunFolder
 
     wanted, task = sm.parse(recipe), open_task(data, text, label, kind, metric, limit, weight)
-    network, processor = sm.load(model, task=task, dtype=dtype_of(dtype, out), seed=seed)
+    network, processor = sm.load(model, task=task, dtype=dtype_of(dtype, out), seed=seed, quantize=quantize)
     kept = open_selection(selection, network) if selection else None
     already = RunFolder(out).finished
     try:
@@ -206,10 +210,10 @@ def evaluate_command(
     split: Annotated[str, Option(help="train, validation or test")] = "test",
     text: Text = None, label: Label = None, kind: Kind = None, metric: Metric = None, limit: Most = None,
     batch_size: BatchSize = 64, max_length: Length = None, max_new_tokens: NewTokens = None, dtype: OwnDtype = None,
-    as_json: Json = False,
+    quantize: Quantize = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Metrics of a delta on a split of a task."""
-    trained, network, processor = open_delta(delta, model, dtype)
+    trained, network, processor = open_delta(delta, model, dtype, quantize)
     task = open_task(data, text, label, kind, metric, limit and {split: limit})
     result = sm.evaluate(
         network, task, delta=trained, split=split, processor=processor, batch_size=batch_size, max_length=max_length,
@@ -228,14 +232,14 @@ def predict_command(
     pair: Annotated[list[str] | None, Option("--pair", help="its second text, for tasks of two")] = None,
     file: Annotated[Path | None, Option("--file", help=".csv, .jsonl, ... of the task's columns, or lines")] = None,
     max_new_tokens: Annotated[int, Option(min=1, help="of a continuation (causal-lm)")] = 64,
-    dtype: OwnDtype = None, as_json: Json = False,
+    dtype: OwnDtype = None, quantize: Quantize = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Labels with probabilities for new texts; continuations for a causal language model."""
     from smidgen.inference.prediction import predict, read_texts
 
     if file and (text or pair):
         raise DataError("give --file, or --text and --pair, not both")
-    trained, network, processor = open_delta(delta, model, dtype)
+    trained, network, processor = open_delta(delta, model, dtype, quantize)
     texts, pairs = read_texts(file, trained) if file else (text or [], pair)
     rows = predict(network, texts, delta=trained, processor=processor, pairs=pairs, max_new_tokens=max_new_tokens)
     results.show({"predictions": [asdict(row) for row in rows]}, results.predictions(rows), as_json)
@@ -245,7 +249,7 @@ def predict_command(
 def merge_command(
     delta: DeltaFolder, out: Out, model: Base = None,
     dtype: Annotated[Dtype | None, Option("--dtype", help="of the merged model; default: the base's")] = None,
-    as_json: Json = False,
+    quantize: Quantize = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Fold a delta into its base: a plain model and its tokenizer, without any cost at inference."""
     import torch
@@ -253,7 +257,7 @@ def merge_command(
     if out.is_file() or (out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir())):
         raise DeltaError(f"{out} is not empty; choose another --out")
     with folder_lock_held(out):
-        trained, network, processor = open_delta(delta, model)
+        trained, network, processor = open_delta(delta, model, quantize=quantize)
         merged = sm.merge(network, trained, dtype=getattr(torch, dtype) if dtype else None)
         cast("PreTrainedModel", merged).save_pretrained(out)
         processor.save_pretrained(out)

@@ -10,7 +10,7 @@ import typer
 
 import smidgen as sm
 from smidgen.cli.views import results
-from smidgen.common.argument_spelling import KINDS
+from smidgen.common.argument_spelling import KINDS, SCHEME_NAMES
 from smidgen.common.errors import DeltaError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ Option = typer.Option
 
 Dtype = StrEnum("Dtype", "float32 bfloat16 float16 float64")
 TuneDtype = StrEnum("TuneDtype", "auto float32 bfloat16 float16 float64")
+Scheme = StrEnum("Scheme", [(name, name) for name in SCHEME_NAMES])  # type: ignore[misc]
 Format = StrEnum("Format", "peft smidgen")
 Exports = StrEnum("Exports", "safetensors peft gguf onnx")
 Batching = StrEnum("Batching", "shuffle length pack")
@@ -51,6 +52,9 @@ Length = Annotated[int | None, Option("--max-length", min=1, help="tokens per te
 Pooling = Annotated[str | None, Option("--pooling", help="first, mean or last; default is the model's own")]
 OwnDtype = Annotated[Dtype | None, Option("--dtype", help="of the base; default as in training")]
 Precision = Annotated[TuneDtype, Option("--dtype", help="of the base, not of what is trained; auto: the faster")]
+Quantize = Annotated[
+    Scheme | None, Option("--quantize", help="store the base's linear maps so; default: as in training, else none")
+]
 OnlyRead = Annotated[
     bool | None, Option("--only-read/--all-rows", help="last block for the token read; default: if exact")
 ]
@@ -107,10 +111,18 @@ def open_selection(source: str, network: PreTrainedModel) -> sm.Selection:
     return sm.Selection.load(source)
 
 
-def open_delta(delta: str, model: str | None, dtype: str | None = None) -> tuple[sm.Delta, PreTrainedModel, Processor]:
-    """A delta with its base, that is where the delta says unless `model` is given, and its processor."""
+def open_delta(
+    delta: str, model: str | None, dtype: str | None = None, quantize: str | None = None
+) -> tuple[sm.Delta, PreTrainedModel, Processor]:
+    """A delta with its base, that is where the delta says unless `model` is given, and its processor.
+
+    With a `quantize` that is not the training's, the delta is put on that base, and a warning says so.
+    """
     trained = sm.Delta.load(delta)
     name = model or trained.base.name
     if not name:
         raise DeltaError("the delta does not say where its base is; give --model")
-    return trained, *sm.load(name, delta=trained, dtype=dtype or trained.base.dtype)
+    asked = trained.base.quantised if quantize is None else quantize
+    found = sm.load(name, delta=trained, dtype=dtype or trained.base.dtype, quantize=asked)
+    other = asked.removeprefix("none") != trained.base.quantised
+    return sm.rebase(trained, found[0]) if other else trained, *found

@@ -26,6 +26,7 @@ from smidgen.cli.options import (  # fmt: skip
     Out,
     Pooling,
     Precision,
+    Quantize,
     RecipeText,
     Text,
     TuneDtype,
@@ -46,7 +47,7 @@ def run_search(
     head_lr: Annotated[float | None, Option(help="learning rate of the head")] = None,
     batch_size: BatchSize = 32, max_length: Length = None,
     max_new_tokens: NewTokens = None,
-    dtype: Precision = TuneDtype.float32, only_read: OnlyRead = None,
+    dtype: Precision = TuneDtype.float32, quantize: Quantize = None, only_read: OnlyRead = None,
     pooling: Pooling = None, limit: Limit = None, text: Text = None, label: Label = None, kind: Kind = None,
     metric: Metric = None,
     batching: Annotated[Batching, Option(help="length: rows of like length meet, less padding")] = Batching.shuffle,
@@ -56,7 +57,7 @@ def run_search(
     """Train a recipe at several learning rates; keep the best. Stopped, the same command goes on from there."""
     wanted, seeds = sm.parse(recipe), seed or [0]
     task = open_task(data, text, label, kind, metric, limit)
-    network, processor = sm.load(model, task=task, dtype=dtype_of(dtype, out), seed=seeds[0])
+    network, processor = sm.load(model, task=task, dtype=dtype_of(dtype, out), seed=seeds[0], quantize=quantize)
     progress = None if sys.stderr.isatty() else False  # a line per trial is enough for a file
     try:
         found = sm.search(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import smidgen as sm
-from smidgen.cli.options import Dtype, Model, Option
+from smidgen.cli.options import Dtype, Model, Option, Quantize
 from smidgen.cli.views import results
 from smidgen.common.errors import SmidgenError
 
@@ -26,6 +26,7 @@ def run_serve(
     batch: Annotated[int, Option(min=1, help="most rows of a pass")] = 32,
     wait: Annotated[float, Option(min=0, help="milliseconds that a request waits for others to share its pass")] = 4.0,
     dtype: Annotated[Dtype, Option("--dtype", help="of the base")] = Dtype.float32,
+    quantize: Quantize = None,
     on: Annotated[str | None, Option(help="ray: replicas on this machine; ray://..., auto: on a cluster")] = None,
     replicas: Annotated[int, Option(min=1, help="processes with the base in memory each, with --on")] = 1,
 ) -> None:
@@ -45,12 +46,12 @@ def run_serve(
     if on is not None:
         if on != "ray" and on != "auto" and not on.startswith("ray://"):
             raise SmidgenError(f"on={on!r}: ray, auto, or the ray:// address of a cluster")
-        each = ReplicaOptions(model, deltas, str(dtype), max_memory, limits, options)
+        each = ReplicaOptions(model, deltas, str(dtype), max_memory, limits, options, quantize=quantize)
         told = f"answers for {len(bank)} deltas of {model} in {replicas} replicas; Ctrl-C stops it"
         address = None if on == "ray" else on
         serve_on_ray(each, replicas, host, port, address, lambda where: results.note(f"{where} {told}"))
         return
-    network, processor = sm.load(model, dtype=str(dtype))
+    network, processor = sm.load(model, dtype=str(dtype), quantize=quantize)
 
     def say(where: str) -> None:
         results.note(f"{where} answers for {len(bank)} deltas of {model} ({type(network).__name__}); Ctrl-C stops it")

@@ -28,6 +28,8 @@ KINDS = (
     "seq2seq",
     "span-qa",
 )
+# Ways to store the linear maps of a base, for `--quantize`; `smidgen.inference.quantising` says what each is.
+SCHEME_NAMES = ("none", "nf4", "nf4-double", "fp4", "fp4-double", "int8", "torchao-int8", "torchao-int4")
 # Options of some command that are called as a field of a method or a selection is: messages mean the field.
 FIELDS = ("examples", "target")
 _ARGUMENT = re.compile(r"(?<![\w.-])([a-z][a-z_]*)=('[^']*'|\"[^\"]*\"|[\[(][^\])]*[\])]|[\w.+-]*[\w+-])?")

@@ -12,5 +12,7 @@ from .merging import DequantisedWarning as DequantisedWarning
 from .merging import RoundingWarning as RoundingWarning
 from .merging import merge as merge
 from .mixing import attached_rows as attached_rows
+from .rebasing import RebasedWarning as RebasedWarning
+from .rebasing import rebase as rebase
 from .saved_selection import Selection as Selection
 from .switcher import Deltas as Deltas

@@ -19,7 +19,7 @@ from smidgen.common.wrappers import bare
 from smidgen.delta.content_hash import tensor_bytes, tensor_digests
 from smidgen.ports.attachment_record import base_buffers, base_tensors
 from smidgen.sites.new_tensors import new_names
-from smidgen.sites.quantised.maps import float_maps, logical_shapes, scheme_of, weight_parts
+from smidgen.sites.quantised.maps import float_maps, logical_shapes, quantised_as, scheme_of, weight_parts
 
 SHA256, XXH3 = "sha256", "xxh3_128"
 KEPT = 64  # SHA-256 digests that are remembered, of old files' contents
@@ -64,7 +64,12 @@ class Fingerprint:
 
     @classmethod
     def of(
-        cls, model: nn.Module, head: Collection[str], dtype: torch.dtype | None = None, algorithm: str = XXH3
+        cls,
+        model: nn.Module,
+        head: Collection[str],
+        dtype: torch.dtype | None = None,
+        algorithm: str = XXH3,
+        stored_as: Fingerprint | None = None,
     ) -> Fingerprint:
         """Digest of all parameters but the head's, in sorted order, taken in `dtype` (default: the base's own).
 
@@ -73,6 +78,8 @@ class Fingerprint:
         Args:
             head: names of what the delta holds whatever stood there before. What the checkpoint lacked is left out too.
             algorithm: "sha256" to compare with a file that has it.
+            stored_as: the fingerprint of a quantised base: that of this model, of real numbers, if its maps were stored
+                in the same way.
 
         Raises:
             DeltaError: values that cannot be read, on the meta device or offloaded.
@@ -85,19 +92,28 @@ class Fingerprint:
         shapes = logical_shapes(model)
         told = (f"{n}{shapes.get(id(t), tuple(t.shape))}" for n, t in tensors.items())
         structure = hashlib.sha256("".join(told).encode())
-        scheme = scheme_of(model)
+        scheme = scheme_of(model) if stored_as is None else stored_as.quantised
+        parts = weight_parts(model) if stored_as is None else _parts_if(model, stored_as, dtype)
         config = getattr(model, "config", None)
         return cls(
             getattr(config, "model_type", type(model).__name__),
             structure.hexdigest()[:32],
-            _content(tensors, dtype, algorithm, False, weight_parts(model)),
+            _content(tensors, dtype, algorithm, False, parts),
             str(dtype)[6:],
             str(getattr(config, "_name_or_path", "") or ""),
             _content(buffers, dtype, algorithm, True, {}) if buffers else "",
             algorithm,
             scheme,
-            " ".join(float_maps(model)) if scheme else "",
+            stored_as.kept if stored_as is not None else " ".join(float_maps(model)) if scheme else "",
         )
+
+
+def _parts_if(model: nn.Module, base: Fingerprint, dtype: torch.dtype) -> dict[int, Mapping[str, Tensor]]:
+    """Identity of each weight that a quantised base stores in parts -> these parts, made of the weight here."""
+    kept = set(base.kept.split())
+    maps = (m for path, m in model.named_modules() if isinstance(m, nn.Linear) and path not in kept)
+    weights = (module._parameters["weight"] for module in maps)
+    return {id(w): quantised_as(base.quantised, w.detach().to(dtype)) for w in weights if w is not None}
 
 
 def _content(
@@ -148,8 +164,8 @@ def _same_storage(what: str, have: Fingerprint, wanted: Fingerprint) -> None:
     if have.quantised != wanted.quantised:
         trained, found = (base.quantised or base.dtype for base in (wanted, have))
         raise DeltaError(
-            f"{what} in {trained}, but the base is in {found}: load it with quantize={wanted.quantised or 'none'!r}, or "
-            "ask for the other base with smidgen.rebase(delta, model)"
+            f"{what} in {trained}, but the base is in {found}: load it with quantize={wanted.quantised or 'none'!r}, "
+            "or ask for the other base with smidgen.rebase(delta, model)"
         )
 
 

@@ -19,8 +19,8 @@ from smidgen.ports.attachment_record import Attachment, attachment
 from smidgen.ports.builtin_ports import port_of
 from smidgen.ports.in_place.untying import untie
 from smidgen.sites.new_tensors import keep_note
-from smidgen.sites.quantised.dequantise import dequantise
 from smidgen.sites.quantised.maps import own_weight, quantised_maps, scheme_of, stored_bytes
+from smidgen.sites.quantised.plain_maps import dequantise
 
 
 class RoundingWarning(UserWarning):
@@ -63,8 +63,8 @@ def merge(model: nn.Module, delta: Delta | Sum[Delta] | None = None, dtype: torc
         values = {name: value.detach() for name, value in folded(merged).items()}
     if found := not_finite(values):
         raise AttachError(f"not merged: {found}; training diverged, train again with a lower learning rate")
-    stored = {f"{path}.weight": own_weight(module) for path, module, _ in quantised_maps(merged)}
-    values = {n: v for n, v in values.items() if stored.get(n) is None or not torch.equal(v, stored[n])}
+    stored = {f"{path}.weight": module for path, module, _ in quantised_maps(merged)}
+    values = {name: value for name, value in values.items() if not _as_stored(stored.get(name), value)}
     paths = {path for path, _ in record.edits}
     edited = {name for name in values if name.rpartition(".")[0] in paths}
     remove(merged)
@@ -89,12 +89,18 @@ def merge(model: nn.Module, delta: Delta | Sum[Delta] | None = None, dtype: torc
     return merged
 
 
+def _as_stored(module: nn.Module | None, value: Tensor) -> bool:
+    """Whether a quantised map's weight is what was folded: only its bias changed."""
+    weight = None if module is None else own_weight(module)
+    return weight is not None and torch.equal(weight, value)
+
+
 def _dequantise(model: nn.Module, dtype: torch.dtype) -> None:
     scheme, size = scheme_of(model), stored_bytes(model)
     dequantise(model, dtype)
     warnings.warn(
-        f"merging into a base in {scheme} gives its maps real numbers: {size:,} bytes become {stored_bytes(model):,} in "
-        f"{str(dtype)[6:]}; keep the delta attached to keep the base small",
+        f"merging into a base in {scheme} gives its maps real numbers: {size:,} bytes become {stored_bytes(model):,} "
+        f"in {str(dtype)[6:]}; keep the delta attached to keep the base small",
         DequantisedWarning,
         stacklevel=3,
     )

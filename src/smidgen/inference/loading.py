@@ -29,7 +29,6 @@ from smidgen.inference.quantising import (
 )
 from smidgen.inference.task_record import TaskRecord
 from smidgen.sites.new_tensors import note_new
-from smidgen.sites.quantised.maps import quantised_maps
 
 DTYPES = {
     "float32": torch.float32,
@@ -132,7 +131,8 @@ def _model(
         return quantised_copy(_read(model_class, folder, options)[0], scheme, dtype)
     kept = kept_modules(_skeleton(model_class, folder, options))
     model, lacked = _read(model_class, folder, {**options, "quantization_config": scheme.config(dtype, kept)})
-    if new := [path for path, _, _ in quantised_maps(model) if f"{path}.weight" in lacked]:  # drawn anew, so trained
+    maps = (path for path, module in model.named_modules() if isinstance(module, nn.Linear))
+    if new := [path for path in maps if f"{path}.weight" in lacked and path not in kept]:  # drawn anew, so trained
         again = {**options, "quantization_config": scheme.config(dtype, [*kept, *new])}
         model, _ = _read(model_class, folder, again)
     return settled(model)

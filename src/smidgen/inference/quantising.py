@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import logging
 import sys
@@ -19,10 +18,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from smidgen.common.errors import ModelError, nearest
 from smidgen.sites.new_tensors import keep_note
 from smidgen.sites.quantised.maps import quantised_maps
+from smidgen.sites.quantised.torchao_storage import GROUP
 from smidgen.sites.task_head import head_names
 
 NONE = "none"
-GROUP = 32  # values of torchao's int4 that share a scale
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,8 @@ class Scheme:
 
 
 def _four_bit(kind: str, double: bool) -> Callable[[torch.dtype, list[str]], Any]:
+    """Products in the dtype of the base."""
+
     def config(dtype: torch.dtype, kept: list[str]) -> Any:
         from transformers import BitsAndBytesConfig
 
@@ -62,6 +63,8 @@ def _eight_bit(dtype: torch.dtype, kept: list[str]) -> Any:
 
 
 def _torchao(bits: int) -> Callable[[torch.dtype, list[str]], Any]:
+    """The packed form of 4 bits needs a GPU's kernels; the other has the same codes."""
+
     def config(dtype: torch.dtype, kept: list[str]) -> Any:
         from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
         from torchao.quantization.granularity import PerGroup
@@ -70,7 +73,7 @@ def _torchao(bits: int) -> Callable[[torch.dtype, list[str]], Any]:
         kind = (
             Int8WeightOnlyConfig()
             if bits == 8
-            else IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))
+            else IntxWeightOnlyConfig(weight_dtype=vars(torch)["int4"], granularity=PerGroup(GROUP))
         )
         return TorchAoConfig(kind, modules_to_not_convert=kept)
 
@@ -98,8 +101,8 @@ def scheme_named(name: str | None) -> Scheme | None:
         return None
     if not isinstance(name, str) or name not in SCHEMES:
         raise ModelError(
-            f"quantize={name!r} is not one of {NONE}, {', '.join(SCHEMES)}{nearest(str(name), SCHEMES)}; a base in another "
-            "form is loaded with transformers and given to smidgen.attach"
+            f"quantize={name!r} is not one of {NONE}, {', '.join(SCHEMES)}{nearest(str(name), SCHEMES)}; a base in "
+            "another form is loaded with transformers and given to smidgen.attach"
         )
     scheme = SCHEMES[name]
     need(scheme.package, f"quantize={name!r}")
@@ -112,10 +115,11 @@ def need(package: str, what: str) -> None:
         return
     if importlib.util.find_spec(package) is None:
         raise ModelError(f"{what} needs {package}, which is not installed: pip install 'smidgen[quant]'")
-    with quiet():
-        importlib.import_module(package)
+    with quiet_imports():
         if package == "torchao":
-            importlib.import_module("torchao.quantization")
+            import torchao.quantization  # noqa: F401
+        else:
+            import bitsandbytes  # noqa: F401
 
 
 STORED = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}  # as a checkpoint says -> package
@@ -134,8 +138,8 @@ def check_stored_form(folder: str, options: Mapping[str, object], scheme: Scheme
     method = str(stored.get("quant_method", "")).lower() if isinstance(stored, dict) else ""
     if method in UNKNOWN:
         raise ModelError(
-            f"{folder} is stored by {method.upper()}, which nothing can be attached to here; take the checkpoint that it "
-            f"was made of, with quantize='nf4' (or {', '.join(name for name in SCHEMES if name != 'nf4')})"
+            f"{folder} is stored by {method.upper()}, which nothing can be attached to here; take the checkpoint that "
+            f"it was made of, with quantize='nf4' (or {', '.join(name for name in SCHEMES if name != 'nf4')})"
         )
     if method and scheme is not None:
         raise ModelError(f"{folder} is stored by {method} already; leave quantize= out")
@@ -150,7 +154,7 @@ def _config(folder: str, options: Mapping[str, object]) -> PreTrainedConfig:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_imports() -> Iterator[None]:
     """Both packages tell of kernels that they lack, and use what torch deprecates, while they are imported."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -106,26 +106,28 @@ def refuse_unsupported(model: nn.Module, recipe: Recipe) -> None:
         )
 
 
-WORKS = "what works: smidgen.load(..., quantize='nf4') and the like, bitsandbytes' and torchao's weight-only maps"
+WORKS = "load it in float32, bfloat16 or float16, or with smidgen.load(..., quantize='nf4') and the like"
 
 
 def _refuse_unknown_storage(model: nn.Module) -> None:
     """Raises PlanError for values that are stored in few bits in a way that is not known."""
     known = {id(module._parameters["weight"]) for _, module, _ in quantised_maps(model)}
     if getattr(model, "is_quantized", False) and not known:
-        config = getattr(model.config, "quantization_config", None)
-        method = getattr(config, "quant_method", None) or (
-            config.get("quant_method") if isinstance(config, dict) else None
-        )
-        raise PlanError(
-            f"{type(model).__name__} is quantised by {getattr(method, 'value', method)}, unknown here; {WORKS}"
-        )
+        by = _quantiser(model)
+        raise PlanError(f"{type(model).__name__} is quantised{f' by {by}, unknown here' if by else ''}; {WORKS}")
     for name, parameter in model.named_parameters():
         if id(parameter) not in known and not (parameter.is_floating_point() and parameter.element_size() > 1):
             raise PlanError(
-                f"{name} holds {str(parameter.dtype)[6:]} values of {type(parameter).__name__}, quantised in a way that "
-                f"is unknown here; {WORKS}"
+                f"{type(model).__name__} is quantised in a way unknown here: {name} holds {str(parameter.dtype)[6:]} "
+                f"values of {type(parameter).__name__}; {WORKS}"
             )
+
+
+def _quantiser(model: nn.Module) -> str:
+    """What transformers calls the method that a model is quantised by; "" if it does not say."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    return str(getattr(method, "value", method) or "")
 
 
 def refuse_quantised(model: nn.Module, entries: Sequence[Entry]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -12,13 +13,14 @@ from smidgen.common.errors import AttachError, ModelError, SmidgenError
 from smidgen.common.module_modes import copied
 from smidgen.common.wrappers import bare
 from smidgen.delta.attaching import attach, remove
-from smidgen.delta.merging import merge
+from smidgen.delta.merging import DequantisedWarning, merge
 from smidgen.inference.sample_inputs import Inputs, fitting_inputs
 from smidgen.methods.base import Method
 from smidgen.planning.stack_choice import stack_advice
 from smidgen.ports.attachment_record import attachment, refuse_attached, trained_parameters
 from smidgen.recipe.recipe import Recipe, Term, as_recipe, registry
 from smidgen.sites.inventory import Part, buffers, left_alone, norms, parts
+from smidgen.sites.quantised.maps import logical_counts, scheme_of
 from smidgen.sites.task_head import head_names
 from smidgen.steps.gradient_checks import floats, idle_by_word, may_stand_still, routed
 
@@ -145,9 +147,10 @@ def doctor(
     model = bare(model)
     recipes = [as_recipe(recipe).whole] if recipe is not None else list(_defaults())
     twin, given, why = _runnable(model, inputs)
+    counts = logical_counts(model)
     return Diagnosis(
         type(model).__name__,
-        sum(p.numel() for p in model.parameters()),
+        sum(counts.get(id(p), p.numel()) for p in model.parameters()),
         parts(model),
         norms(model),
         buffers(model),
@@ -196,6 +199,8 @@ def _runnable(model: nn.Module, inputs: Mapping[str, Tensor] | None) -> tuple[nn
     if any(p.is_meta for p in model.parameters()):
         return copied(model).eval(), None, "its tensors are on the meta device, without content"
     said: ModelError | None = None
+    if scheme_of(model):  # what is stored in few bits stays as it is
+        return _in_its_own_dtype(copied(model).eval(), inputs)
     for dtype in (torch.float64, torch.float32):
         twin = copied(model).eval().to(dtype)
         try:
@@ -207,6 +212,15 @@ def _runnable(model: nn.Module, inputs: Mapping[str, Tensor] | None) -> tuple[nn
     if inputs is not None and said is not None:
         raise said
     return twin, None, str(said)
+
+
+def _in_its_own_dtype(twin: nn.Module, inputs: Mapping[str, Tensor] | None) -> tuple[nn.Module, Inputs | None, str]:
+    try:
+        return twin, fitting_inputs(twin, inputs), ""
+    except ModelError as error:
+        if inputs is not None:
+            raise
+        return twin, None, str(error)
 
 
 def _tried(model: nn.Module, inputs: Inputs) -> tuple[tuple[Place, ...], list[Tensor]]:
@@ -263,7 +277,10 @@ def _worst(said: Sequence[str]) -> str:
 
 def _merged(model: nn.Module, inputs: Inputs, tuned: list[Tensor]) -> tuple[float | None, str]:
     try:
-        return _distance(_outputs(merge(model), inputs), tuned), ""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DequantisedWarning)  # a copy that is looked at and let go
+            plain = merge(model)
+        return _distance(_outputs(plain, inputs), tuned), ""
     except AttachError as error:
         return None, str(error)
 

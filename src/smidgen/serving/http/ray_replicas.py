@@ -33,6 +33,7 @@ class ReplicaOptions:
         max_memory: of each replica's deltas; None for no limit.
         limits, http: as of one server.
         cores: that a replica counts as.
+        quantize: how the base's linear maps are stored, as for `smidgen.load`.
     """
 
     model: str
@@ -42,13 +43,14 @@ class ReplicaOptions:
     limits: Limits = field(default_factory=Limits)
     http: HttpOptions = field(default_factory=HttpOptions)
     cores: float = 1.0
+    quantize: str | None = None
 
     def app(self) -> FastAPI:
         """A replica's app, with a server of its own."""
         from smidgen.inference.loading import load
         from smidgen.serving.http.app import create_app
 
-        model, processor = load(self.model, dtype=self.dtype)
+        model, processor = load(self.model, dtype=self.dtype, quantize=self.quantize)
         bank = Bank(self.deltas, max_memory=self.max_memory)
         return create_app(Server(model, bank, processor=processor, limits=self.limits), self.http)
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from smidgen.common.errors import AttachError
 from smidgen.sites.quantised.storage import Parts, WeightStorage
 
-
 PACKED = (
     "this 4-bit base has been run in eval mode on a CPU with AVX512-BF16, where bitsandbytes rounds its scales to "
     "bfloat16 for good, so it is not the base of the file any more: load it again (smidgen.load keeps it from that)"
@@ -50,18 +49,23 @@ class FourBit(WeightStorage):
     def parts(self, module: nn.Module) -> Parts:
         """Codes, scales and the table of the 16 values; of scales with codes, theirs as well."""
         self.check(module)
-        state = self._state(module)
-        found = {"codes": self._weight(module).data, "absmax": state.absmax, "table": state.code}
-        if state.nested:
-            inner = state.state2
-            found |= {"scale_absmax": inner.absmax, "scale_table": inner.code, "offset": state.offset.reshape(1)}
-        return found
+        return _four_bit_parts(self._weight(module).data, self._state(module))
 
     def dequantised(self, module: nn.Module) -> Tensor:
         """In the dtype of the weight that was quantised."""
         self.check(module)
         found: Tensor = _package().functional.dequantize_4bit(self._weight(module).data, self._state(module))
         return found.view(self.shape(module))
+
+    def quantised(self, weight: Tensor, scheme: str) -> Parts | None:
+        """In blocks of 64, as `smidgen.load` has them."""
+        kind, _, double = scheme.partition("-")
+        if kind not in ("nf4", "fp4"):
+            return None
+        codes, state = _package().functional.quantize_4bit(
+            weight.contiguous(), compress_statistics=double == "double", quant_type=kind
+        )
+        return _four_bit_parts(codes, state)
 
     def write(self, module: nn.Module, weight: Tensor) -> None:
         """By the package's own quantiser, with the block size and type that stand there."""
@@ -76,7 +80,7 @@ class FourBit(WeightStorage):
         )
         stored.data = codes
         stored.quant_state = state
-        module.quant_state = state  # type: ignore[assignment]
+        module.quant_state = state
 
     def share(self, module: nn.Module, memo: dict[int, object]) -> None:
         """Codes and the state of the quantisation."""
@@ -95,15 +99,15 @@ class FourBit(WeightStorage):
 
     def hold(self, module: nn.Module) -> object:
         """On a CPU with AVX512-BF16, an eval pass would rearrange the codes for a kernel that has no gradient."""
-        before = module.__dict__.get("support_avx512bf16_for_cpu")
+        before = getattr(module, "support_avx512bf16_for_cpu", None)
         if before:
-            module.__dict__["support_avx512bf16_for_cpu"] = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         return before
 
     def release(self, module: nn.Module, held: object) -> None:
         """The kernel may be used again."""
         if held:
-            module.__dict__["support_avx512bf16_for_cpu"] = held
+            module.support_avx512bf16_for_cpu = held  # type: ignore[assignment]
 
     def _weight(self, module: nn.Module) -> Any:
         return module._parameters["weight"]
@@ -111,6 +115,14 @@ class FourBit(WeightStorage):
     def _state(self, module: nn.Module) -> Any:
         state = getattr(self._weight(module), "quant_state", None)
         return getattr(module, "quant_state", None) if state is None else state
+
+
+def _four_bit_parts(codes: Tensor, state: Any) -> Parts:
+    found = {"codes": codes, "absmax": state.absmax, "table": state.code}
+    if state.nested:
+        inner = state.state2
+        found |= {"scale_absmax": inner.absmax, "scale_table": inner.code, "offset": state.offset.reshape(1)}
+    return found
 
 
 class EightBit(WeightStorage):
@@ -139,6 +151,13 @@ class EightBit(WeightStorage):
     def dequantised(self, module: nn.Module) -> Tensor:
         """Codes times scales over 127, in float32."""
         return self._codes(module).float() * (self._scales(module).float() / 127)[:, None]
+
+    def quantised(self, weight: Tensor, scheme: str) -> Parts | None:
+        """Through float16, as the package does it."""
+        if scheme != "int8":
+            return None
+        codes, scales, _ = _package().functional.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+        return {"codes": codes, "absmax": scales}
 
     def write(self, module: nn.Module, weight: Tensor) -> None:
         """By the package's own quantiser, from float16 as there."""

@@ -27,9 +27,7 @@ class CountedMap(nn.Linear):
             self.register_buffer(f"part_{name.replace('.', '_')}", parts[name], persistent=False)
         bias = module._parameters.get("bias")
         fake = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype)
-        self.bias = (
-            None if fake is None else nn.Parameter(fake, requires_grad=bool(bias is not None and bias.requires_grad))
-        )
+        self.register_parameter("bias", None if fake is None else nn.Parameter(fake, requires_grad=False))
 
     def forward(self, input: Tensor) -> Tensor:
         """W x + b with a weight that is made for the call."""

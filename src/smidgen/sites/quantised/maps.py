@@ -89,6 +89,12 @@ def weight_parts(model: nn.Module) -> dict[int, Parts]:
     return {id(m._parameters["weight"]): s.parts(m) for _, m, s in quantised_maps(model)}
 
 
+def quantised_as(scheme: str, weight: Tensor) -> Parts:
+    """The parts that a weight of real numbers becomes in a scheme; none if it is not known."""
+    found = (storage.quantised(weight, scheme) for storage in STORAGES)
+    return next((parts for parts in found if parts is not None), {})
+
+
 def counted_maps(model: nn.Module) -> dict[int, object]:
     """Identity of each quantised map -> one without content that stands for it in a copy, as deepcopy's memo has it."""
     return {id(module): CountedMap(module, storage) for _, module, storage in quantised_maps(model)}

@@ -45,6 +45,10 @@ class WeightStorage:
         """The weight that the map multiplies with, (width_out, width_in), in the dtype that the package gives."""
         raise NotImplementedError
 
+    def quantised(self, weight: Tensor, scheme: str) -> Parts | None:
+        """The parts that a weight (width_out, width_in) of real numbers becomes; None for another storage's scheme."""
+        return None
+
     def write(self, module: nn.Module, weight: Tensor) -> None:
         """Quantise another weight of this shape, with the settings of the one that is stored, and store it instead."""
         raise NotImplementedError

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smidgen.common.errors import AttachError
 from smidgen.sites.quantised.storage import Parts, WeightStorage
+
+GROUP = 32  # values of torchao's int4 that share a scale
 
 
 class TensorSubclass(WeightStorage):
@@ -44,22 +47,26 @@ class TensorSubclass(WeightStorage):
         found: Tensor = self._weight(module).detach().dequantize()
         return found
 
+    def quantised(self, weight: Tensor, scheme: str) -> Parts | None:
+        """A scale for each row of 8 bits, or for each 32 values of 4."""
+        if scheme not in ("torchao-int8", "torchao-int4"):
+            return None
+        from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor
+        from torchao.quantization.granularity import PerRow
+
+        if scheme == "torchao-int8":
+            return _inside(Int8Tensor.from_hp(weight, PerRow()))
+        return _inside(IntxUnpackedToInt8Tensor.from_hp(weight, (1, GROUP), vars(torch)["int4"]))
+
     def write(self, module: nn.Module, weight: Tensor) -> None:
-        """By the class's own quantiser, with the block size that stands there."""
-        stored = self._weight(module)
-        fresh = weight.detach().to(stored.device, stored.dtype)
-        cls: Any = type(stored)
-        if cls.__name__ == "Int8Tensor":
-            granularity = _module("torchao.quantization.granularity")
-            per_row = stored.block_size[-1] == stored.shape[-1]
-            made = cls.from_hp(fresh, granularity.PerRow() if per_row else granularity.PerGroup(stored.block_size[-1]))
-        else:
-            mapping = _module("torchao.quantization.quant_primitives").MappingType
-            symmetric = not bool(stored.zero_point.any())
-            kind = mapping.SYMMETRIC if symmetric else mapping.ASYMMETRIC
-            made = cls.from_hp(fresh, tuple(stored.block_size), stored.target_dtype, mapping_type=kind)
-        for name, part in _inside(made).items():
-            _inside(stored.detach())[name].copy_(part)
+        """The scheme's own quantiser, into the tensors that stand there."""
+        stored, scheme = self._weight(module), self.scheme(module)
+        parts = self.quantised(weight.detach().to(stored.device, stored.dtype), scheme) or {}
+        old = self.parts(module)
+        if {name: part.shape for name, part in parts.items()} != {name: part.shape for name, part in old.items()}:
+            raise AttachError(f"a weight in {scheme} of this form cannot be quantised again; load it with smidgen.load")
+        for name, part in parts.items():
+            old[name].copy_(part)
 
     def _weight(self, module: nn.Module) -> Any:
         return module._parameters["weight"]
@@ -68,12 +75,6 @@ class TensorSubclass(WeightStorage):
 def is_torchao(tensor: Tensor) -> bool:
     """Whether a tensor is of a class of torchao, wherever its class is defined there."""
     return any(cls.__module__.partition(".")[0] == "torchao" for cls in type(tensor).__mro__)
-
-
-def _module(name: str) -> Any:
-    import importlib
-
-    return importlib.import_module(name)
 
 
 def _inside(tensor: Any, prefix: str = "") -> dict[str, Tensor]:

@@ -27,7 +27,8 @@ def dequantise(model: nn.Module, dtype: torch.dtype) -> None:
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             for mark in MARKS:
-                part.__dict__.pop(mark, None)
+                if mark in vars(part):
+                    delattr(part, mark)
             for config in (part.config, part.config.get_text_config()):
                 _forget(config)
 

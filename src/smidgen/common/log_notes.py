@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 
-# logger -> how the notes begin: of kernels that are missing, of what torch thinks of the package, of a cast in each call
+# logger -> how its notes begin: of kernels that are missing, of what torch would not do, of a cast in each call
 NOTES = {
     "torchao": "Failed to load",
     "torch.utils._pytree": "%s is an Enum subclass",
