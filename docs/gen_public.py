@@ -19,7 +19,7 @@ def public_names() -> dict[str, list[str]]:
 
 def _order(name: str) -> tuple[bool, bool, str]:
     """As isort sorts: capitals, classes, functions."""
-    return not name.isupper(), name[0].islower(), name
+    return not name.isupper(), name[0].islower(), name.lower()
 
 
 def table() -> str:

@@ -328,6 +328,100 @@ def test_a_doctor_looks_a_quantised_base_over(folder):
     assert found.findings[0].restored
 
 
+@pytest.mark.parametrize("scheme", ["nf4", "nf4-double", "fp4", "int8", "torchao-int8", "torchao-int4"])
+class TestLoftQ:
+    RECIPE = sm.LoftQ(rank=8, target="linear")
+
+    def errors(self, model, plain):
+        """|W - Q|, |W - Q - s B A| of each map with something attached."""
+        found = []
+        for path, module, _ in quantised_maps(model):
+            weight, lost = plain.get_submodule(path).weight, own_weight(module)
+            edit = module.edits["0"]
+            product = edit.method.scale * edit.B @ edit.A
+            found.append(((weight - lost).norm().item(), (weight - lost - product).norm().item()))
+        return found
+
+    def test_it_starts_nearer_to_the_original(self, folder, scheme):
+        model, plain = load(folder, scheme), load(folder, "none")
+        base, wanted = model(X).logits, plain(X).logits
+        before = parts(model)
+        sm.attach(model, self.RECIPE)
+        assert all(near < far for far, near in self.errors(model, plain))
+        assert (model(X).logits - wanted).norm() < (base - wanted).norm()
+        train(model)
+        tuned = model(X).logits
+        delta = sm.detach(model)
+        assert same(parts(model), before)
+        assert str(delta.recipe) == "LoRA(target='linear')"
+        sm.attach(model, delta)
+        assert torch.equal(model(X).logits, tuned)
+
+    def test_it_is_the_best_product_of_its_rank(self, folder, scheme):
+        model, plain = load(folder, scheme), load(folder, "none")
+        sm.attach(model, self.RECIPE)
+        for (_, found), (path, module, _) in zip(self.errors(model, plain), quantised_maps(model), strict=True):
+            values = torch.linalg.svdvals(plain.get_submodule(path).weight - own_weight(module))
+            assert found == pytest.approx(values[8:].norm().item(), rel=1e-3), path
+
+    @pytest.mark.parametrize("start", ["zero", "pissa"])
+    def test_steps_do_not_increase_the_error(self, folder, scheme, start):
+        model, plain = load(folder, scheme), load(folder, "none")
+        errors = sm.requantise(model, self.RECIPE, steps=4, start=start)
+        assert len(errors) == 14
+        for path, each in errors.items():
+            assert len(each) == 5
+            assert list(each) == sorted(each, reverse=True), path
+            assert each[1] < each[0], path
+        sm.attach(model, self.RECIPE)
+        lengths = {path: plain.get_submodule(path).weight.norm() for path in errors}
+        for (_, found), (path, each) in zip(self.errors(model, plain), errors.items(), strict=True):
+            assert found / lengths[path] == pytest.approx(each[-1], rel=2e-3), path
+
+    def test_one_step_leaves_the_codes_alone(self, folder, scheme):
+        model = load(folder, scheme)
+        before = parts(model)
+        sm.requantise(model, self.RECIPE, steps=1)
+        assert same(parts(model), before)
+
+    def test_a_base_with_other_codes_has_another_fingerprint(self, folder, scheme):
+        model = load(folder, scheme)
+        sm.requantise(model, self.RECIPE, steps=3, start="pissa")
+        delta = sm.detach(sm.attach(model, self.RECIPE))
+        with pytest.raises(DeltaError, match="other values"):
+            sm.attach(load(folder, scheme), delta)
+
+
+def test_loftq_on_real_numbers_is_lora(folder):
+    one, other = load(folder, "none"), load(folder, "none")
+    sm.attach(one, "LoftQ()", seed=3)
+    sm.attach(other, "LoRA()", seed=3)
+    first = trained_parameters(one)
+    for name, parameter in trained_parameters(other).items():
+        assert torch.equal(first[name], parameter)
+
+
+def test_loftq_says_what_it_needs(folder):
+    four = T.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = T.LlamaForCausalLM.from_pretrained(folder, quantization_config=four, dtype=torch.float32)
+    with pytest.raises(PlanError, match=r"nothing says where they are: load it with smidgen.load.*note_originals"):
+        sm.attach(model, "LoftQ()")
+    sm.note_originals(model, load(folder, "none"))
+    sm.attach(model, "LoftQ()")
+    sm.detach(model)
+    with pytest.raises(PlanError, match="both start at what was lost"):
+        sm.attach(model, sm.LoftQ(rank=2) + sm.LoftQ(rank=3))
+    sm.note_originals(model, T.LlamaForCausalLM(T.LlamaConfig(**{**model.config.to_dict(), "hidden_size": 32})))
+    with pytest.raises(PlanError, match=r"have \(.*\) at .*, the base \("):
+        sm.attach(model, "LoftQ()")
+    with pytest.raises(PlanError, match="starts nowhere at what was lost"):
+        sm.requantise(model, "LoRA()")
+    with pytest.raises(PlanError, match="steps=0 must be"):
+        sm.requantise(model, "LoftQ()", steps=0)
+    with pytest.raises(PlanError, match="start='svd' is not one of zero, pissa"):
+        sm.requantise(model, "LoftQ()", start="svd")
+
+
 BAD = {
     "no such scheme": (lambda f: load(f, "nf5"), ModelError, "quantize='nf5' is not one of none, nf4.*nf4"),
     "Full": (lambda f: sm.attach(load(f, "nf4"), "Full()"), PlanError, "codes take no gradient; LN"),

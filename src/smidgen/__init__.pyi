@@ -30,6 +30,7 @@ from .delta import disabled as disabled
 from .delta import merge as merge
 from .delta import print_trainable_parameters as print_trainable_parameters
 from .delta import rebase as rebase
+from .delta import requantise as requantise
 from .delta import ties as ties
 from .efficiency import recomputing as recomputing
 from .importance import fisher as fisher
@@ -59,6 +60,7 @@ from .methods import Full as Full
 from .methods import Head as Head
 from .methods import Hydra as Hydra
 from .methods import LoFiT as LoFiT
+from .methods import LoftQ as LoftQ
 from .methods import LoRA as LoRA
 from .methods import Method as Method
 from .methods import MiSS as MiSS
@@ -86,6 +88,7 @@ from .serving import Sampling as Sampling
 from .serving import Server as Server
 from .sites import Site as Site
 from .sites import find_sites as find_sites
+from .sites import note_originals as note_originals
 from .steps import DPO as DPO
 from .steps import Batches as Batches
 from .steps import GradientDifference as GradientDifference

@@ -115,7 +115,9 @@ def plan_command(
     wanted = sm.parse(recipe)
     task = None if data is None else open_task(data, text, label, kind)
     if quantize and (fits or needs_shapes_only(model)):
-        raise ModelError("quantize= counts the tensors of a base that is loaded: leave it out with --fits and with shapes")
+        raise ModelError(
+            "quantize= counts the tensors of a base that is loaded: leave it out with --fits and with shapes"
+        )
     if fits:
         recipes = list(dict.fromkeys((*RECIPES, str(wanted))))
         rows: list[sm.DeviceFit] = []

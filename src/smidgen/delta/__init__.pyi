@@ -14,5 +14,6 @@ from .merging import merge as merge
 from .mixing import attached_rows as attached_rows
 from .rebasing import RebasedWarning as RebasedWarning
 from .rebasing import rebase as rebase
+from .requantising import requantise as requantise
 from .saved_selection import Selection as Selection
 from .switcher import Deltas as Deltas

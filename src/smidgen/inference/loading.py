@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from functools import partial
 from typing import Any, Protocol, TypedDict, cast
 
 import torch
@@ -29,6 +30,7 @@ from smidgen.inference.quantising import (
 )
 from smidgen.inference.task_record import TaskRecord
 from smidgen.sites.new_tensors import note_new
+from smidgen.sites.quantised.originals import note_originals
 
 DTYPES = {
     "float32": torch.float32,
@@ -92,6 +94,8 @@ def load(
     text = model.config.get_text_config()
     if getattr(text, "pad_token_id", None) is None and hasattr(processor, "pad_token_id"):
         text.pad_token_id = processor.pad_token_id
+    if scheme is not None:
+        note_originals(model, partial(_plain, folder, kind, labels, name_of_class, options))
     model.config._name_or_path = os.fspath(name)
     return model.eval(), processor
 
@@ -136,6 +140,14 @@ def _model(
         again = {**options, "quantization_config": scheme.config(dtype, [*kept, *new])}
         model, _ = _read(model_class, folder, again)
     return settled(model)
+
+
+def _plain(
+    folder: str, kind: TaskKind | None, labels: tuple[str, ...], named: str | None, options: Options
+) -> PreTrainedModel:
+    """The base in real numbers; what it lacks is drawn, and the global generator left alone."""
+    with torch.random.fork_rng(devices=[]):
+        return _model(folder, kind, labels, named, options, None)
 
 
 def _skeleton(model_class: Any, folder: str, options: Options) -> nn.Module:

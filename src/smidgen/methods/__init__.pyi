@@ -9,6 +9,7 @@ from .in_place.ln import LN as LN
 from .low_rank.bat import BAT as BAT
 from .low_rank.dora import DoRA as DoRA
 from .low_rank.hydra import Hydra as Hydra
+from .low_rank.loftq import LoftQ as LoftQ
 from .low_rank.lora import LoRA as LoRA
 from .low_rank.miss import MiSS as MiSS
 from .low_rank.mos import MoS as MoS

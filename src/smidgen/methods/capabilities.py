@@ -107,6 +107,19 @@ class Shares(Protocol[At]):
 
 
 @runtime_checkable
+class StartsFromOriginal(Protocol[At]):
+    """Starts from what a base lost when it was quantised; as `init` says where it was not."""
+
+    def from_original(self, p: Tensors, base: Tensors, original: Tensor, site: At) -> dict[str, Tensor]:
+        """The tensors of `init` as they start at a site.
+
+        Args:
+            base: as in `StartsFromBase`, the weight being the one that the codes stand for.
+            original: the weight (width_out, width_in) that was quantised.
+        """
+
+
+@runtime_checkable
 class StartsFromBase(Protocol[At]):
     """Starts from the tensors of the base."""
 
@@ -193,6 +206,7 @@ CAPABILITIES: tuple[type, ...] = (
     RunsBeside,
     Shares,
     StartsFromBase,
+    StartsFromOriginal,
     Grows,
     Penalises,
     Joins,

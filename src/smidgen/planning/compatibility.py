@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from smidgen.common.errors import PlanError
 from smidgen.methods.base import Method, renewed
-from smidgen.methods.capabilities import Grows, ReadsWeight
+from smidgen.methods.capabilities import Grows, ReadsWeight, StartsFromOriginal
 from smidgen.planning.advice import Advice
 from smidgen.planning.entry import Entry
 from smidgen.planning.site_rules import rules_for
@@ -165,6 +165,18 @@ def refuse_twice(entries: Sequence[Entry], parameters: Mapping[str, nn.Parameter
             if other.index != entry.index:
                 raise PlanError(
                     f"{first} would be trained twice: by {other.method} and by {entry.method}; leave one out"
+                )
+
+
+def refuse_two_starts(entries: Sequence[Entry]) -> None:
+    """Raises PlanError if two terms start at what the quantisation of one map lost: they would make up for it twice."""
+    first: dict[str, Entry] = {}
+    for entry in entries:
+        if isinstance(entry.method, StartsFromOriginal):
+            other = first.setdefault(entry.site.name, entry)
+            if other is not entry:
+                raise PlanError(
+                    f"{other.method} and {entry.method} both start at what was lost at {entry.site.name}; leave one out"
                 )
 
 

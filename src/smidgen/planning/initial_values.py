@@ -6,10 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.common.seeding import seeded
-from smidgen.methods.capabilities import StartsFromBase
+from smidgen.methods.capabilities import StartsFromBase, StartsFromOriginal
 from smidgen.planning.entry import Entry
 from smidgen.planning.shared_tensors import fresh_shared
 from smidgen.planning.site_rules import rules_of
+from smidgen.sites.quantised.maps import own_weight
+from smidgen.sites.quantised.originals import originals_of
+from smidgen.sites.weight_view import seen_from
 
 
 def initial(entry: Entry, seed: int, model: nn.Module | None = None) -> dict[str, Tensor]:
@@ -25,6 +28,8 @@ def initial(entry: Entry, seed: int, model: nn.Module | None = None) -> dict[str
             else rules_of(entry.site).fresh(entry.method, entry.site)
         )
         method = entry.method
+        if model is not None and isinstance(method, StartsFromOriginal):
+            return _from_original(entry, fresh, model)
         if model is None or entry.owns_shared or not isinstance(method, StartsFromBase):
             return fresh
         base = rules_of(entry.site).base_tensors(model, entry.site)
@@ -34,6 +39,21 @@ def initial(entry: Entry, seed: int, model: nn.Module | None = None) -> dict[str
         fresh = {k: v.to(like) for k, v in fresh.items()}
         started = method.from_base(fresh, base, entry.site)
         return {k: v.contiguous() for k, v in started.items()}  # another layout would round differently
+
+
+def _from_original(entry: Entry, fresh: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The start from what the site's map lost when it was quantised; `fresh` for one that was not."""
+    method, site = entry.method, entry.site
+    assert isinstance(method, StartsFromOriginal)
+    weight = own_weight(model.get_submodule(site.path))
+    originals = None if weight is None else originals_of(model, method)
+    if weight is None or originals is None:
+        return fresh
+    base = rules_of(site).base_tensors(model, site)
+    assert base is not None
+    whole = originals.weight(site.path, (weight.shape[0], weight.shape[1])).to(weight)
+    started = method.from_original(fresh, base, seen_from(site, whole, None)["weight"], site)
+    return {symbol: tensor.contiguous() for symbol, tensor in started.items()}
 
 
 def shared_indices(entry: Entry, seed: int) -> dict[str, Tensor]:

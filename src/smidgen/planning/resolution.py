@@ -19,6 +19,7 @@ from smidgen.planning.compatibility import (
     refuse_quantised,
     refuse_resized,
     refuse_twice,
+    refuse_two_starts,
     refuse_unfoldable,
     refuse_unsupported,
     refuse_without_kernel,
@@ -80,6 +81,7 @@ def resolve(
         rules.refuse_together(model, entries)
     refuse_twice(entries, parameters)
     refuse_quantised(model, entries)
+    refuse_two_starts(entries)
     refuse_unfoldable(entries)
     refuse_without_kernel(model, entries)
     refuse_headless(model, recipe, entries, trained)

@@ -30,6 +30,7 @@ from smidgen.ports.reversible import open_entries
 from smidgen.sites.module_calls import never_called, read_at
 from smidgen.sites.new_tensors import new_names
 from smidgen.sites.quantised.maps import check_stored, read_dtypes
+from smidgen.sites.quantised.originals import originals_closed
 from smidgen.sites.site import module_at
 
 SAVE_ERROR = (
@@ -54,7 +55,8 @@ def place(model: nn.Module, plan: Plan, seed: int = 0, compute: bool = True) -> 
     check_stored(model)
     for entry in added:
         port_of(entry.site).check(model, entry)
-    tensors = [initial(entry, seed, model) if compute else blank(entry) for entry in added]
+    with originals_closed(model):
+        tensors = [initial(entry, seed, model) if compute else blank(entry) for entry in added]
     partial = {entry.name(t): s.indices for entry in plan.entries if not entry.added for t, s in entry.subsets.items()}
     parts = {name: tuple(owners[id(parameters[name])]) for name in partial}
     _check_parts(model, [owner for found in parts.values() for owner in found])

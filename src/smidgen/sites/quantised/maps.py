@@ -95,6 +95,13 @@ def quantised_as(scheme: str, weight: Tensor) -> Parts:
     return next((parts for parts in found if parts is not None), {})
 
 
+def rewrite(module: nn.Module, weight: Tensor) -> None:
+    """Quantise another weight into a quantised map, with the settings that stand there."""
+    storage = storage_of(module)
+    assert storage is not None
+    storage.write(module, weight)
+
+
 def counted_maps(model: nn.Module) -> dict[int, object]:
     """Identity of each quantised map -> one without content that stands for it in a copy, as deepcopy's memo has it."""
     return {id(module): CountedMap(module, storage) for _, module, storage in quantised_maps(model)}
