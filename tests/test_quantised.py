@@ -374,7 +374,7 @@ class TestLoftQ:
             assert list(each) == sorted(each, reverse=True), path
             assert each[1] < each[0], path
         sm.attach(model, self.RECIPE)
-        lengths = {path: plain.get_submodule(path).weight.norm() for path in errors}
+        lengths = {path: plain.get_submodule(path).weight.norm().item() for path in errors}
         for (_, found), (path, each) in zip(self.errors(model, plain), errors.items(), strict=True):
             assert found / lengths[path] == pytest.approx(each[-1], rel=2e-3), path
 

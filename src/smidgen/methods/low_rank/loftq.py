@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -45,7 +45,17 @@ class LoftQ(LoRA):
         return {"A": root[:, None] * V[: self.rank], "B": U[:, : self.rank] * root}
 
     def settled(self) -> Method:
-        return LoRA(**{field.name: getattr(self, field.name) for field in fields(LoRA)})
+        return LoRA(
+            rank=self.rank,
+            alpha=self.alpha,
+            target=self.target,
+            layers=self.layers,
+            exclude=self.exclude,
+            dropout=self.dropout,
+            scaling=self.scaling,
+            lr_ratio=self.lr_ratio,
+            stack=self.stack,
+        )
 
     def settle(self, p: Tensors, site: MapLike) -> dict[str, Tensor]:
         return dict(p)

@@ -49,7 +49,7 @@ class Originals:
         return {"read": self.read, "_model": None}
 
 
-class Held:
+class InMemory:
     """Gives a model that is in memory already, without being part of the one that it belongs to."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -59,7 +59,7 @@ class Held:
         """The model."""
         return self.model
 
-    def __deepcopy__(self, memo: object) -> Held:
+    def __deepcopy__(self, memo: object) -> InMemory:
         return self
 
 
@@ -68,7 +68,7 @@ def note_originals(model: nn.Module, source: nn.Module | Callable[[], nn.Module]
 
     `smidgen.load(..., quantize=)` has done so.
     """
-    read = Held(source) if isinstance(source, nn.Module) else source
+    read = InMemory(source) if isinstance(source, nn.Module) else source
     model._smidgen_originals = Originals(read)  # type: ignore[assignment]
 
 
