@@ -115,8 +115,8 @@ def plan_command(
     wanted = sm.parse(recipe)
     task = None if data is None else open_task(data, text, label, kind)
     if quantize and (fits or needs_shapes_only(model)):
-        raise ModelError(
-            "quantize= counts the tensors of a base that is loaded: leave it out with --fits and with shapes"
+        raise SmidgenError(
+            "--quantize counts the tensors of a base that is loaded: not with --fits, nor by shapes alone"
         )
     if fits:
         recipes = list(dict.fromkeys((*RECIPES, str(wanted))))
