@@ -104,16 +104,14 @@ def apart(**job):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def memory(arms):
-    """Shape -> arm -> bytes."""
-    found = {f"{size}x{length}": {} for size, length in SHAPES}
+def memory(arms, found):
+    """Shape -> arm -> bytes, beside those that were found before."""
     for arm in arms:
         row = apart(what="memory", arm=arm)
         for shape, grown in row.pop("grown").items():
-            found[shape][arm] = {**row, "grown": grown, "peak": row["weights"] + grown}
-            print(
-                f"{shape} {arm:28} weights {row['weights'] / 1e6:7.1f} peak {found[shape][arm]['peak'] / 1e6:7.1f} MB"
-            )
+            here = {**row, "grown": grown, "peak": row["weights"] + grown}
+            found.setdefault(shape, {})[arm] = here
+            print(f"{shape} {arm:28} weights {row['weights'] / 1e6:7.1f} peak {here['peak'] / 1e6:7.1f} MB", flush=True)
     return found
 
 
@@ -233,6 +231,7 @@ def main():
     parser.add_argument("--data", default="../shared/data/lm/tinyshakespeare.txt")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quantised.json"))
     parser.add_argument("--parts", nargs="+", default=["memory", "planned", "speed", "moved", "starts"])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     options = parser.parse_args()
@@ -242,8 +241,10 @@ def main():
     done = json.loads(options.out.read_text()) if options.out.is_file() else {}
     for part in options.parts:
         if part == "memory":
-            rows = memory(list(ARMS))
-            done["memory"], done["ratios"] = rows, ratios(rows)
+            for arm in options.arms:
+                done["memory"] = memory([arm], done.get("memory", {}))
+                done["ratios"] = ratios(done["memory"])
+                write(options.out, {**done, **describe()})
         elif part == "planned":
             done["planned"] = planned(("none", "nf4"), SHAPES)
         elif part == "speed":
