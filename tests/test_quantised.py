@@ -328,6 +328,20 @@ def test_a_doctor_looks_a_quantised_base_over(folder):
     assert found.findings[0].restored
 
 
+@pytest.mark.parametrize("scheme", ["nf4-double", "int8", "torchao-int4"])
+def test_norms_merged_into_codes_are_saved_and_read_with_them(folder, scheme, tmp_path):
+    model = load(folder, scheme)
+    sm.attach(model, "LN()")
+    shake(model)
+    tuned = model(X).logits
+    sm.merge(model).save_pretrained(tmp_path)
+    h.tokenizer().save_pretrained(tmp_path)
+    again, _ = sm.load(tmp_path)
+    assert scheme_of(again) == scheme
+    assert torch.equal(again(X).logits, tuned)
+    sm.attach(again, "LN()")
+
+
 @pytest.mark.parametrize("scheme", ["nf4", "nf4-double", "fp4", "int8", "torchao-int8", "torchao-int4"])
 class TestLoftQ:
     RECIPE = sm.LoftQ(rank=8, target="linear")
