@@ -226,7 +226,7 @@ def test_a_base_alone_can_be_talked_with(monkeypatch, capsys, trained):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], "give --delta, the folder of a run, or --model to talk with a base alone"),
+        ([], "give --delta, the folder of a run, or --model for a base alone"),
         (["--delta", "nowhere"], "nowhere"),
         (["--delta", "RUN", "--temperature", "-1"], "temperature"),
         (["--delta", "RUN", "--top-p", "0"], "--top-p 0.0: above 0, at most 1"),
@@ -272,6 +272,25 @@ def test_a_chat_file_that_is_wrong_is_one_line(capsys, tmp_path, trained):
     line[2], line[6] = str(plain), str(tmp_path / "good.jsonl")
     assert main(line) == 2
     assert "error: the tokenizer has no chat template" in capsys.readouterr().err
+
+
+def test_a_base_alone_is_scored(capsys, trained):
+    line = ["--data", str(trained / "chats.jsonl"), "--kind", "chat", "--split", "validation", "--json"]
+    assert main(["evaluate", "--model", str(trained / "model"), *line]) == 0
+    base = json.loads(capsys.readouterr().out)
+    assert base["delta"] is None
+    before = json.loads((trained / "run" / "report.json").read_text())["data"]["before"]
+    assert base["scores"]["loss"] == pytest.approx(before["loss"], abs=1e-5)
+    assert main(["evaluate", "--delta", str(trained / "run"), *line]) == 0
+    assert json.loads(capsys.readouterr().out)["scores"]["loss"] != pytest.approx(base["scores"]["loss"], abs=1e-3)
+
+
+def test_a_base_with_a_random_head_is_not_scored(capsys, tmp_path):
+    h.bert().base_model.save_pretrained(tmp_path / "bert")
+    h.tokenizer().save_pretrained(tmp_path / "bert")
+    h.task(tmp_path / "data")
+    assert main(["evaluate", "--model", str(tmp_path / "bert"), "--data", str(tmp_path / "data")]) == 2
+    assert "has no head for classification but a random one" in capsys.readouterr().err
 
 
 # The report of a run

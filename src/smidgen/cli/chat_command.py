@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Annotated
 
 import smidgen as sm
-from smidgen.cli.options import Base, Json, Option, OwnDtype, open_delta
+from smidgen.cli.options import AnyDelta, Base, Json, Option, OwnDtype, open_base_or_delta
 from smidgen.cli.views import results
-from smidgen.common.errors import DeltaError
 
 NAME = "delta"
 
 
 def run_chat(
-    delta: Annotated[str | None, Option("--delta", help="folder of a delta, or hub id; without it the base")] = None,
+    delta: AnyDelta = None,
     model: Base = None,
     system: Annotated[str | None, Option(help="what the conversation begins with")] = None,
     base_only: Annotated[bool, Option("--base-only", help="the delta's base without it, to compare")] = False,
@@ -30,14 +29,8 @@ def run_chat(
     from smidgen.serving.chat_session import ChatSession
 
     sampling = sm.Sampling(max_new_tokens, temperature, top_p, top_k, (), seed)
-    if delta is not None:
-        trained, network, processor = open_delta(delta, model, dtype)
-        label = str(trained.recipe)
-    elif model is not None:
-        trained, label = None, "base"
-        network, processor = sm.load(model, dtype=dtype or "float32")
-    else:
-        raise DeltaError("give --delta, the folder of a run, or --model to talk with a base alone")
+    trained, network, processor = open_base_or_delta(delta, model, dtype)
+    label = "base" if trained is None else str(trained.recipe)
     with sm.Server(network, processor=processor) as server:
         if trained is not None:
             server.add(NAME, trained)

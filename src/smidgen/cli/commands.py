@@ -22,6 +22,7 @@ from smidgen.cli import (
 )
 from smidgen.cli.options import (  # fmt: skip
     AnyData,
+    AnyDelta,
     AnyRecipe,
     Base,
     Batching,
@@ -53,6 +54,7 @@ from smidgen.cli.options import (  # fmt: skip
     Weights,
     data_options,
     dtype_of,
+    open_base_or_delta,
     open_delta,
     open_selection,
     open_task,
@@ -208,15 +210,15 @@ app.command("report")(compare_command.run_report)
 
 @app.command("evaluate")
 def evaluate_command(
-    delta: DeltaFolder, data: SeveralData, model: Base = None,
+    data: SeveralData, delta: AnyDelta = None, model: Base = None,
     split: Annotated[str, Option(help="train, validation or test")] = "test",
     text: Text = None, label: Label = None, kind: Kind = None, metric: Metric = None, limit: Most = None,
     batch_size: BatchSize = 64, max_length: Length = None, max_new_tokens: NewTokens = None, dtype: OwnDtype = None,
     quantize: Quantize = None, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Metrics of a delta on a split of a task."""
-    trained, network, processor = open_delta(delta, model, dtype, quantize)
+    """Metrics of a delta, or of a base alone, on a split of a task."""
     task = open_task(data, text, label, kind, metric, limit and {split: limit})
+    trained, network, processor = open_base_or_delta(delta, model, dtype, task, quantize)
     result = sm.evaluate(
         network, task, delta=trained, split=split, processor=processor, batch_size=batch_size, max_length=max_length,
         max_new_tokens=max_new_tokens,
@@ -224,7 +226,9 @@ def evaluate_command(
     named: object = data[0] if len(data) == 1 else data
     report = {"delta": delta, "data": named, "split": split, "metric": result.metric, "scores": result.values,
               "examples": len(result.references), "truncated": result.truncated}  # fmt: skip
-    results.show(report, results.evaluated(result, trained, task.name, split), as_json)
+    results.show(
+        report, results.evaluated(result, str(trained.recipe) if trained else "base", task.name, split), as_json
+    )
 
 
 @app.command("predict")

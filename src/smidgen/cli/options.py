@@ -36,6 +36,7 @@ SeveralData = Annotated[list[str], Option("--data", help="as above; given again,
 Weights = Annotated[list[float] | None, Option("--weight", help="proportion of each --data, in their order")]
 AnyData = Annotated[str | None, Option("--data", help="data that shapes the head")]
 DeltaFolder = Annotated[str, Option("--delta", help="folder of a delta, or hub id")]
+AnyDelta = Annotated[str | None, Option("--delta", help="folder of a delta, or hub id; without it the base alone")]
 Out = Annotated[Path, Option("--out", help="folder to write")]
 Text = Annotated[list[str] | None, Option("--text", help="text column; twice for two texts")]
 Label = Annotated[str | None, Option("--label", help="label column")]
@@ -109,6 +110,28 @@ def open_selection(source: str, network: PreTrainedModel) -> sm.Selection:
     if (Path(source) / "delta.json").is_file():
         return sm.selection_of(network, sm.Delta.load(source))
     return sm.Selection.load(source)
+
+
+def open_base_or_delta(
+    delta: str | None, model: str | None, dtype: str | None = None, task: sm.Task | None = None,
+    quantize: str | None = None,
+) -> tuple[sm.Delta | None, PreTrainedModel, Processor]:  # fmt: skip
+    """A delta with its base and processor; without a delta the base alone, as a task takes it.
+
+    Raises:
+        DeltaError: neither is named, or the base has no head for the task but a random one.
+    """
+    from smidgen.sites.task_head import head_names
+
+    if delta is not None:
+        return open_delta(delta, model, dtype, quantize)
+    if model is None:
+        raise DeltaError("give --delta, the folder of a run, or --model for a base alone")
+    network, processor = sm.load(model, task=task, dtype=dtype or "float32", quantize=quantize)
+    if task is not None and head_names(network):
+        raise DeltaError(f"{model} has no head for {task.kind} but a random one, so the base alone says nothing; "
+                         "give --delta")  # fmt: skip
+    return None, network, processor
 
 
 def open_delta(

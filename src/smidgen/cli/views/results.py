@@ -116,9 +116,9 @@ def scores_view(values: Mapping[str, float]) -> Table:
     return table(("metric", "#value"), values.items())
 
 
-def evaluated(result: Scores, delta: Delta, data: str, split: str) -> RenderableType:
+def evaluated(result: Scores, what: str, data: str, split: str) -> RenderableType:
     """Metrics with where they come from."""
-    title = Text(f"{delta.recipe} on {data}, {split}: {len(result.references):,} examples", style="bold")
+    title = Text(f"{what} on {data}, {split}: {len(result.references):,} examples", style="bold")
     cut = f"{result.truncated:,} examples were cut to max_length" if result.truncated else ""
     return Group(title, scores_view(result.values), Text(cut))
 
