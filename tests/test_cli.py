@@ -294,6 +294,16 @@ def test_predict_keeps_a_text_whole_at_odd_characters(world: World, tmp_path: Pa
         assert [row["text"] for row in call(*ask, tmp_path / name).json["predictions"]] == expected
 
 
+@pytest.mark.parametrize("command", ["tune", "search"])
+def test_both_splits_of_training_can_be_limited(world: World, tmp_path: Path, command: str) -> None:
+    typed = [command, *world.tune[1:5], "--out", tmp_path / "run", "--epochs", 1]
+    more = ["--lr", 0.01] if command == "search" else []
+    said = call(*typed, *more, "--limit", 8, "--limit-validation", 5)
+    assert said.code == 0, said.err
+    assert "8 train, 5 validation, 16 test" in said.err
+    assert call(*typed, "--limit-validation", 0).code == 2
+
+
 def test_predict_tags_words_of_a_file(world: World, tmp_path: Path) -> None:
     """The words of a file of tags are those that training saw, white space in them or not."""
     lines = "the O\nfilm B-X\n\nwas O\ngood O\n\n" * 8

@@ -36,6 +36,7 @@ from smidgen.cli.options import (  # fmt: skip
     Label,
     Length,
     Limit,
+    LimitValidation,
     Metric,
     Model,
     Most,
@@ -54,6 +55,7 @@ from smidgen.cli.options import (  # fmt: skip
     Weights,
     data_options,
     dtype_of,
+    limits_of,
     open_base_or_delta,
     open_delta,
     open_selection,
@@ -65,8 +67,6 @@ from smidgen.common.argument_spelling import FIELDS, as_options
 from smidgen.common.errors import DataError, DeltaError, SmidgenError
 from smidgen.common.folder_lock import folder_lock_held
 from smidgen.common.version import __version__
-from smidgen.inference.model_shapes import needs_shapes_only
-from smidgen.training.memory.card_sizes import RECIPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,6 +114,9 @@ def plan_command(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Show what a recipe would train, and what it costs; nothing is trained."""
+    from smidgen.inference.model_shapes import needs_shapes_only
+    from smidgen.training.memory.card_sizes import RECIPES
+
     wanted = sm.parse(recipe)
     task = None if data is None else open_task(data, text, label, kind)
     if quantize and (fits or needs_shapes_only(model)):
@@ -167,7 +170,8 @@ def tune(
     only_read: OnlyRead = None,
     max_memory: Annotated[str | None, Option(help="such as 4GB: larger batches are computed in micro-batches")] = None,
     recompute: Annotated[bool, Option("--recompute", help="activations computed twice, not kept: less memory")] = False,
-    pooling: Pooling = None, limit: Limit = None, text: Text = None, label: Label = None, kind: Kind = None,
+    pooling: Pooling = None, limit: Limit = None, limit_validation: LimitValidation = None, text: Text = None,
+    label: Label = None, kind: Kind = None,
     metric: Metric = None, as_json: Json = False,
     batching: Annotated[Batching, Option(help="less padding: rows of like length, or packed")] = Batching.shuffle,
     cache: Annotated[bool | None, Option("--cache/--no-cache", help="of what lies below; default: if it pays")] = None,
@@ -178,7 +182,10 @@ def tune(
     from smidgen.delta.mergeable import folds
     from smidgen.training.run.run_folder import RunFolder
 
-    wanted, task = sm.parse(recipe), open_task(data, text, label, kind, metric, limit, weight)
+    wanted, task = (
+        sm.parse(recipe),
+        open_task(data, text, label, kind, metric, limits_of(limit, limit_validation), weight),
+    )
     network, processor = sm.load(model, task=task, dtype=dtype_of(dtype, out), seed=seed, quantize=quantize)
     kept = open_selection(selection, network) if selection else None
     already = RunFolder(out).finished

@@ -43,6 +43,7 @@ Label = Annotated[str | None, Option("--label", help="label column")]
 Kind = Annotated[str | None, Option("--kind", help=", ".join(KINDS))]
 Metric = Annotated[str | None, Option("--metric", help="metric that counts")]
 Limit = Annotated[int | None, Option("--limit", min=1, help="use so many training examples")]
+LimitValidation = Annotated[int | None, Option("--limit-validation", min=1, help="validate on so many examples")]
 Most = Annotated[int | None, Option("--limit", min=1, help="use so many examples of the split")]
 BatchSize = Annotated[int, Option("--batch-size", min=1)]
 BatchTokens = Annotated[int | None, Option("--batch-tokens", min=1, help="fill batches to so many tokens, not rows")]
@@ -76,6 +77,12 @@ def open_task(
         task = sm.mix_tasks(each, weights or None, limit=limit)
     results.note(results.described(task))
     return task
+
+
+def limits_of(train: int | None, validation: int | None) -> DataLimit:
+    """What --limit and --limit-validation leave of the splits."""
+    given = {"train": train, "validation": validation}
+    return {split: most for split, most in given.items() if most is not None} or None
 
 
 def data_options(

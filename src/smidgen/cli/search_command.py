@@ -17,6 +17,7 @@ from smidgen.cli.options import (  # fmt: skip
     Label,
     Length,
     Limit,
+    LimitValidation,
     Metric,
     Model,
     NewTokens,
@@ -31,6 +32,7 @@ from smidgen.cli.options import (  # fmt: skip
     Text,
     TuneDtype,
     dtype_of,
+    limits_of,
     open_task,
 )
 from smidgen.cli.views import results, searches
@@ -48,7 +50,8 @@ def run_search(
     batch_size: BatchSize = 32, max_length: Length = None,
     max_new_tokens: NewTokens = None,
     dtype: Precision = TuneDtype.float32, quantize: Quantize = None, only_read: OnlyRead = None,
-    pooling: Pooling = None, limit: Limit = None, text: Text = None, label: Label = None, kind: Kind = None,
+    pooling: Pooling = None, limit: Limit = None, limit_validation: LimitValidation = None, text: Text = None,
+    label: Label = None, kind: Kind = None,
     metric: Metric = None,
     batching: Annotated[Batching, Option(help="length: rows of like length meet, less padding")] = Batching.shuffle,
     cache: Annotated[bool | None, Option("--cache/--no-cache", help="of what lies below; default: if it pays")] = None,
@@ -56,7 +59,7 @@ def run_search(
 ) -> None:  # fmt: skip
     """Train a recipe at several learning rates; keep the best. Stopped, the same command goes on from there."""
     wanted, seeds = sm.parse(recipe), seed or [0]
-    task = open_task(data, text, label, kind, metric, limit)
+    task = open_task(data, text, label, kind, metric, limits_of(limit, limit_validation))
     network, processor = sm.load(model, task=task, dtype=dtype_of(dtype, out), seed=seeds[0], quantize=quantize)
     progress = None if sys.stderr.isatty() else False  # a line per trial is enough for a file
     try:

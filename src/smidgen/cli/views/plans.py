@@ -10,8 +10,6 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from smidgen.cli.views.results import facts, number, size, table
-from smidgen.training.memory.card_sizes import CARDS
-from smidgen.training.memory.estimate import TOKENS
 
 if TYPE_CHECKING:
     from smidgen.planning.entry import Entry
@@ -49,6 +47,9 @@ def fit_line(row: DeviceFit) -> str:
 
 def fits_view(model: str, rows: Sequence[DeviceFit], batch_size: int, length: int | None) -> RenderableType:
     """Peak memory of a step for each recipe and dtype, and the smallest card that holds it."""
+    from smidgen.training.memory.card_sizes import CARDS
+    from smidgen.training.memory.estimate import TOKENS
+
     cells = [
         (
             row.recipe,
