@@ -31,7 +31,7 @@ def tuning_report(
     best, settings = delta.info.get("best_epoch"), delta.info.get("settings", {})
     rows = ", ".join(f"{len(split):,} {name}" for name, split in task.splits.items())
     facts = {
-        "base": f"{delta.base.name or delta.base.architecture} ({delta.base.dtype})",
+        "base": f"{delta.base.name or delta.base.architecture} ({delta.base.quantised or delta.base.dtype})",
         "trained values": f"{delta.trained:,}",
         "data": f"{task.name}: {rows}",
         **{f"from {s.name}": _taken(s.weight, s.rows) for s in task.sources},
@@ -61,5 +61,5 @@ def _validations(history: Sequence[Validation], before: Mapping[str, float]) -> 
 
 
 def _sample(number: int, sample: WrittenSample) -> Quotes:
-    quotes = {"read": sample.asked, "right": sample.right, "before": sample.before, "after": sample.after}
+    quotes = {"prompt": sample.asked, "reference": sample.right, "before": sample.before, "after": sample.after}
     return Quotes(f"Sample {number}", quotes)
