@@ -83,17 +83,16 @@ def test_finished_runs_are_read_not_repeated(carried, folder, tasks, monkeypatch
         measure_transfer(folder / "tiny", tasks, RECIPE, seeds=2, out=folder / "out", **{**FAST, "epochs": 2})
 
 
-def test_a_run_of_another_base_is_another_run(folder, tasks):
+def test_a_run_of_another_base_is_another_run(folder, tasks, monkeypatch):
     """The name of a base is not what it is."""
-    recipe, out = sm.parse("LN()"), folder / "bases"
-    values = []
+    recipe, out, train, made = sm.parse("LN()"), folder / "bases", Bench._train, []
+    monkeypatch.setattr(Bench, "_train", lambda self, *args: made.append(self) or train(self, *args))
     for shift in (0.0, 0.5, 0.0):
         model, processor = sm.load(folder / "tiny", task=tasks[0], seed=0)
         with torch.no_grad():
             model.get_input_embeddings().weight.add_(shift * torch.arange(model.config.hidden_size))
-        run = Bench(model, processor, tasks[0], 0, FAST, folder=out).run("all", recipe)
-        values.append(run["seconds"])
-    assert values[0] == values[2] != values[1]  # the third was read
+        Bench(model, processor, tasks[0], 0, FAST, folder=out).run("all", recipe)
+    assert len(made) == 2  # the third was read
     assert len(list((out / "runs").glob("*/result.json"))) == 2
 
 

@@ -22,6 +22,7 @@ from smidgen.testing.cases import shake
 from tests import helpers as h
 
 RECIPE = "LN() + LoRA(rank=2)"
+MAP = "bert.encoder.layer.0.attention.self.query"
 WRAPPERS = {
     "compile": lambda model: torch.compile(model, backend="eager"),
     "parallel": nn.DataParallel,
@@ -123,6 +124,26 @@ def _rows(model, delta):
         return h.logits(model)
 
 
+def _refused(call):
+    """What a call is refused with."""
+    with pytest.raises(sm.SmidgenError) as error:
+        call()
+    return str(error.value)
+
+
+def _noted(model):
+    """Whether a model has been told what it was quantised from."""
+    sm.note_originals(model, h.bert(seed=1))
+    return vars(bare(model)).pop("_smidgen_originals").weight(MAP, (16, 16))
+
+
+def _shared(model):
+    """The logits of the reference that TRL's trainers get."""
+    pytest.importorskip("trl")
+    with sm.shared_reference(model) as reference:
+        return h.logits(reference)
+
+
 USES = {
     "attach": _attached(lambda m: h.logits(m)),
     "attached": _attached(lambda m: h.logits(m)),
@@ -159,6 +180,16 @@ USES = {
         sm.selection_of(m, sm.detach(sm.attach(m, "LN() | Select('magnitude', keep=0.5)"))).indices
     ),
     "ties": lambda m, d, task, folder: sm.ties([_norms()] * 2, density=0.5, model=m).tensors,
+    "device_fits": lambda m, d, task, folder: [
+        fit.to_json() for fit in sm.device_fits(m, ["LN()"], batch_size=2, length=16)
+    ],
+    "export": lambda m, d, task, folder: sorted(sm.export(m, folder, delta=d, processor=h.tokenizer()).files),
+    "note_originals": lambda m, d, task, folder: _noted(m),
+    "rebase": lambda m, d, task, folder: _refused(lambda: sm.rebase(d, m)),
+    "reference_model": _attached(lambda m: h.logits(sm.reference_model(m))),
+    "requantise": lambda m, d, task, folder: _refused(lambda: sm.requantise(m, "LoftQ(rank=2)")),
+    "shared_reference": _attached(_shared),
+    "write_samples": lambda m, d, task, folder: _refused(lambda: sm.write_samples(m, task, d)),
     # what stands in modules of its own
     "doctor": lambda m, d, task, folder: sm.doctor(m, "LN()").to_json(),
     "TrainerCallback": _callback,
@@ -181,6 +212,7 @@ def test_every_public_function_of_a_model_is_in_the_table():
     assert wanted - set(USES) == set()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # TRL's own, at import
 @pytest.mark.parametrize("name", USES)
 def test_a_wrapped_model_gives_what_the_plain_one_gives(name, tmp_path):
     task = h.task(tmp_path / "data", train=8, held=4)

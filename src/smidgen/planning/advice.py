@@ -21,18 +21,20 @@ def without_numbers(path: str) -> str:
     return re.sub(r"(^|[._])\d+(?=\.|$)", r"\1*", path)
 
 
-def first_targeted() -> Method | None:
-    """The first registered method, at its defaults, that takes targets by name and folds into what it finds there."""
+def widest_targeted() -> Method | None:
+    """The registered method, at its defaults, that takes targets by name, folds into what it finds there, and does so
+    at the most kinds of places; the first of several."""
     classes = (cls for cls in Term.registry.values() if issubclass(cls, Method))
     methods = (cls() for cls in classes if "target" in {field.name for field in fields(cls)})
-    return next((method for method in methods if isinstance(method, Merges)), None)
+    folding = [method for method in methods if isinstance(method, Merges)]
+    return max(folding, key=lambda method: len(getattr(method, "beyond_maps", ())), default=None)
 
 
 class Advice:
     """How a method may reach what it leaves out, by its own `target=` or else by another's."""
 
     def __init__(self, method: Method, sites: Sequence[Site]) -> None:
-        other = first_targeted()
+        other = widest_targeted()
         self.methods = (("", method), *([(f"{type(other).__name__} with ", other)] if other is not None else []))
         self.sites = [s for s in sites if isinstance(s, LinearSite | WeightSite) and s.rows is None]
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from smidgen.common.errors import PlanError
+from smidgen.common.wrappers import bare
 from smidgen.sites.quantised.maps import scheme_of
 
 UNKNOWN = (
@@ -69,7 +70,7 @@ def note_originals(model: nn.Module, source: nn.Module | Callable[[], nn.Module]
     `smidgen.load(..., quantize=)` has done so.
     """
     read = InMemory(source) if isinstance(source, nn.Module) else source
-    model._smidgen_originals = Originals(read)  # type: ignore[assignment]
+    bare(model)._smidgen_originals = Originals(read)  # type: ignore[assignment]
 
 
 def originals_of(model: nn.Module, who: object) -> Originals | None:
@@ -81,7 +82,7 @@ def originals_of(model: nn.Module, who: object) -> Originals | None:
     scheme = scheme_of(model)
     if not scheme:
         return None
-    found = vars(model).get("_smidgen_originals")
+    found = vars(bare(model)).get("_smidgen_originals")
     if not isinstance(found, Originals):
         raise PlanError(f"{who} {UNKNOWN.format(scheme=scheme)}")
     return found

@@ -74,6 +74,8 @@ class TensorSubclass(WeightStorage):
 
 def is_torchao(tensor: Tensor) -> bool:
     """Whether a tensor is of a class of torchao, wherever its class is defined there."""
+    if type(tensor) in (Tensor, nn.Parameter):  # nearly all, and what torch.compile can follow
+        return False
     return any(cls.__module__.partition(".")[0] == "torchao" for cls in type(tensor).__mro__)
 
 
