@@ -115,33 +115,41 @@ def plan_command(
 ) -> None:  # fmt: skip
     """Show what a recipe would train, and what it costs; nothing is trained."""
     from smidgen.inference.model_shapes import needs_shapes_only
-    from smidgen.training.memory.card_sizes import RECIPES
 
     wanted = sm.parse(recipe)
     task = None if data is None else open_task(data, text, label, kind)
-    if quantize and (fits or needs_shapes_only(model)):
+    shapes_only = fits or needs_shapes_only(model)
+    if quantize and shapes_only:
         raise SmidgenError(
             "--quantize counts the tensors of a base that is loaded: not with --fits, nor by shapes alone"
         )
     if fits:
-        recipes = list(dict.fromkeys((*RECIPES, str(wanted))))
-        rows: list[sm.DeviceFit] = []
-        for precision in (Dtype.float32, Dtype.bfloat16):
-            network = sm.load_shapes(model, task, dtype=precision.value)
-            counted = sm.device_fits(network, recipes, batch_size=batch_size, length=max_length, recompute=recompute)
-            for row in counted:
-                results.note(plans.fit_line(row))
-                rows.append(row)
-        report = {"model": model, "batch_size": batch_size, "length": max_length, "recompute": recompute,
-                  "fits": [row.to_json() for row in rows]}  # fmt: skip
-        results.show(report, plans.fits_view(model, rows, batch_size, max_length), as_json)
+        _show_fits(model, task, wanted, (batch_size, max_length, recompute), as_json)
         return
-    if needs_shapes_only(model):
+    if shapes_only:
         network = sm.load_shapes(model, task, dtype=dtype.value)
     else:
         network, _ = sm.load(model, task=task, dtype=dtype.value, quantize=quantize)
     result = sm.plan(network, wanted, pooling=pooling, batch_size=batch_size, length=max_length, recompute=recompute)
     results.show(result.to_json(), plans.plan_view(result, every), as_json)
+
+
+def _show_fits(
+    model: str, task: sm.Task | None, wanted: sm.Recipe, step: tuple[int, int | None, bool], as_json: bool
+) -> None:
+    """A step of several recipes in two dtypes, and the cards that hold it. step: rows, tokens, recompute."""
+    from smidgen.training.memory.card_sizes import RECIPES
+
+    (batch_size, length, recompute), rows = step, list[sm.DeviceFit]()
+    recipes = list(dict.fromkeys((*RECIPES, str(wanted))))
+    for dtype in (Dtype.float32, Dtype.bfloat16):
+        network = sm.load_shapes(model, task, dtype=dtype.value)
+        for row in sm.device_fits(network, recipes, batch_size=batch_size, length=length, recompute=recompute):
+            results.note(plans.fit_line(row))
+            rows.append(row)
+    report = {"model": model, "batch_size": batch_size, "length": length, "recompute": recompute}
+    report["fits"] = [row.to_json() for row in rows]
+    results.show(report, plans.fits_view(model, rows, batch_size, length), as_json)
 
 
 @app.command("doctor")
@@ -182,10 +190,8 @@ def tune(
     from smidgen.delta.mergeable import folds
     from smidgen.training.run.run_folder import RunFolder
 
-    wanted, task = (
-        sm.parse(recipe),
-        open_task(data, text, label, kind, metric, limits_of(limit, limit_validation), weight),
-    )
+    wanted, limits = sm.parse(recipe), limits_of(limit, limit_validation)
+    task = open_task(data, text, label, kind, metric, limits, weight)
     network, processor = sm.load(model, task=task, dtype=dtype_of(dtype, out), seed=seed, quantize=quantize)
     kept = open_selection(selection, network) if selection else None
     already = RunFolder(out).finished

@@ -43,6 +43,12 @@ def kronecker_sum(left: Tensor, right: Tensor) -> Tensor:
     return torch.einsum("nab,ncd->acbd", left, right).reshape(a * right.shape[1], b * right.shape[2])
 
 
+def fan_in_uniform(rows: int, columns: int) -> Tensor:
+    """(rows, columns), uniform in +-1/sqrt(columns), which is how torch starts a linear map."""
+    bound = 1 / math.sqrt(columns)
+    return torch.empty(rows, columns).uniform_(-bound, bound)
+
+
 def glorot(*shape: int, gain: float = 1.0) -> Tensor:
     """Uniform in +-gain * sqrt(6 / (rows + columns)), for stacked matrices (..., rows, columns).
 

@@ -39,9 +39,7 @@ class StudyPlace:
 
         try:
             self._remote, self._root = fsspec.core.url_to_fs(self.said)
-        except ImportError as error:  # the message names the package
-            raise StudyError(f"{self.said} cannot be opened: {error}") from None
-        except (ValueError, OSError) as error:
+        except (ImportError, ValueError, OSError) as error:  # of what is missing, fsspec's message names the package
             raise StudyError(f"{self.said} cannot be opened: {error}") from None
         self._root = self._root.rstrip("/")
         self.folder = _cache() / hashlib.sha256(self.said.rstrip("/").encode()).hexdigest()[:16]
@@ -96,8 +94,11 @@ class StudyPlace:
 
     def remove(self, name: str) -> None:
         """A folder that is gone from the working copy."""
-        if self._remote is not None and self._remote.exists(f"{self._root}/{name}"):
-            self._remote.rm(f"{self._root}/{name}", recursive=True)
+        try:
+            if self._remote is not None and self._remote.exists(f"{self._root}/{name}"):
+                self._remote.rm(f"{self._root}/{name}", recursive=True)
+        except OSError as error:
+            raise WriteError(f"cannot write to {self.said}: {error}") from None
 
 
 def _cache() -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from smidgen.methods.base import Method, Tensors
 from smidgen.methods.field_checks import above, at_least, layers_field, names_field, one_of
-from smidgen.methods.functional import ACTIVATIONS
+from smidgen.methods.functional import ACTIVATIONS, fan_in_uniform
 from smidgen.sites.site import Site, Sublayer
 from smidgen.sites.sublayers import SUBLAYERS, check_sublayers
 from smidgen.sites.targeting import Layers, as_names, in_layers
@@ -81,8 +80,7 @@ class Adapter(Method[Sublayer]):
 
     def init(self, site: Sublayer) -> dict[str, Tensor]:
         columns = site.width_in if self.form == "parallel" else site.width_out
-        bound = 1 / math.sqrt(columns)
-        D = torch.empty(self.width, columns).uniform_(-bound, bound)
+        D = fan_in_uniform(self.width, columns)
         U = torch.zeros(site.width_out, self.width)
         return {"D": D, "d": torch.zeros(self.width), "U": U, "u": torch.zeros(site.width_out)}
 

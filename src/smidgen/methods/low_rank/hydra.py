@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from smidgen.common.errors import RecipeError
 from smidgen.methods.base import Tensors
 from smidgen.methods.field_checks import at_least
+from smidgen.methods.functional import fan_in_uniform
 from smidgen.methods.low_rank.base import LowRank, MapLike
 
 
@@ -73,9 +73,12 @@ class Hydra(LowRank):
             )
         found: dict[str, Tensor] = {}
         if self.rank:
-            found |= {"A": _spread(self.rank, site.width_in), "B": torch.zeros(site.width_out, self.rank)}
+            found |= {"A": fan_in_uniform(self.rank, site.width_in), "B": torch.zeros(site.width_out, self.rank)}
         if self.sequential:
-            found |= {"C": _spread(self.sequential, site.width_out), "D": torch.zeros(site.width_out, self.sequential)}
+            found |= {
+                "C": fan_in_uniform(self.sequential, site.width_out),
+                "D": torch.zeros(site.width_out, self.sequential),
+            }
         return found
 
     def after(self, p: Tensors, x: Tensor, y: Tensor, site: MapLike) -> Tensor:
@@ -91,9 +94,3 @@ class Hydra(LowRank):
             merged = merged + self.scale * (p["D"] @ (p["C"] @ weight))
             moved = None if bias is None else bias + self.scale * (p["D"] @ (p["C"] @ bias))
         return merged, moved
-
-
-def _spread(rank: int, width: int) -> Tensor:
-    """(rank, width), uniform in +-1/sqrt(width)."""
-    bound = 1 / math.sqrt(width)
-    return torch.empty(rank, width).uniform_(-bound, bound)

@@ -57,8 +57,5 @@ class LoftQ(LoRA):
             stack=self.stack,
         )
 
-    def settle(self, p: Tensors, site: MapLike) -> dict[str, Tensor]:
-        return dict(p)
-
     def joined(self, methods: Sequence[Method]) -> Method | None:
         return None  # what is saved is a LoRA, and that adds up

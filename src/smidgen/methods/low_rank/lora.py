@@ -14,7 +14,7 @@ from torch import Tensor
 from smidgen.common.errors import RecipeError
 from smidgen.methods.base import Method, Tensors
 from smidgen.methods.field_checks import above, named, one_of
-from smidgen.methods.functional import convolve
+from smidgen.methods.functional import convolve, fan_in_uniform
 from smidgen.methods.low_rank.base import LowRank, MapLike
 from smidgen.sites.site import ConvSite, Site, TableSite, WeightSite
 from smidgen.sites.targeting import as_names, check_targets, in_layers, names_weight
@@ -107,9 +107,7 @@ class LoRA(LowRank):
                 f"leave it out with exclude={site.path.rpartition('.')[2]!r}"
             )
         wide, groups = (site.fan_in, site.groups) if isinstance(site, ConvSite) else (site.width_in, 1)
-        bound = 1 / math.sqrt(wide)
-        A = torch.empty(self.rank, wide).uniform_(-bound, bound)
-        return {"A": A, "B": torch.zeros(site.width_out, self.rank // groups)}
+        return {"A": fan_in_uniform(self.rank, wide), "B": torch.zeros(site.width_out, self.rank // groups)}
 
     def after(self, p: Tensors, x: Tensor, y: Tensor, site: MapLike) -> Tensor:
         if isinstance(site, ConvSite):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from smidgen.common.errors import AttachError
+
 Parts = Mapping[str, Tensor]
 
 
-class WeightStorage:
+class WeightStorage(ABC):
     """Base of the ways to store a weight; each is one class, registered in `maps`.
 
     A module that it holds is called as an nn.Linear is, owns a parameter `weight` of whatever shape and dtype, and
@@ -25,33 +28,37 @@ class WeightStorage:
     keeps_input: ClassVar[bool] = False
     keeps_weight: ClassVar[bool] = False
 
+    @abstractmethod
     def holds(self, module: nn.Module) -> bool:
         """Whether a module's weight is stored so."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scheme(self, module: nn.Module) -> str:
         """What `smidgen.load(quantize=)` calls it: "nf4"."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shape(self, module: nn.Module) -> tuple[int, int]:
         """(width_out, width_in) of the weight that the stored values stand for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parts(self, module: nn.Module) -> Parts:
         """Name -> each tensor that the weight is made of: the codes, scales and tables."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dequantised(self, module: nn.Module) -> Tensor:
         """The weight that the map multiplies with, (width_out, width_in), in the dtype that the package gives."""
-        raise NotImplementedError
 
     def quantised(self, weight: Tensor, scheme: str) -> Parts | None:
         """The parts that a weight (width_out, width_in) of real numbers becomes; None for another storage's scheme."""
         return None
 
     def write(self, module: nn.Module, weight: Tensor) -> None:
-        """Quantise another weight of this shape, with the settings of the one that is stored, and store it instead."""
-        raise NotImplementedError
+        """Quantise another weight of this shape, with the settings of the one that is stored, and store it instead.
+
+        Raises:
+            AttachError: this storage cannot.
+        """
+        raise AttachError(f"a weight in {self.scheme(module)} cannot be quantised again")
 
     def bias_dtype(self, module: nn.Module) -> torch.dtype | None:
         """The dtype that the module casts its bias to, in place; None where it leaves it alone."""
@@ -63,12 +70,12 @@ class WeightStorage:
         assert weight is not None
         memo[id(weight)] = nn.Parameter(weight.detach(), requires_grad=False)
 
-    def check(self, module: nn.Module) -> None:
+    def check(self, module: nn.Module) -> None:  # noqa: B027 - nothing, unless a storage needs it
         """Raises AttachError if the stored values are not those of the file any more."""
 
     def hold(self, module: nn.Module) -> object:
         """Let forward passes neither move the stored values nor lose a gradient; returns what `release` takes."""
         return None
 
-    def release(self, module: nn.Module, held: object) -> None:
+    def release(self, module: nn.Module, held: object) -> None:  # noqa: B027 - nothing to give back
         """As it was before `hold`."""
