@@ -57,6 +57,11 @@ class Fingerprint:
         if self.algorithm not in (SHA256, XXH3):
             raise DeltaError(f"the base's content is told by {self.algorithm!r}; known are {XXH3} and {SHA256}")
 
+    @property
+    def values(self) -> str:
+        """Digest of parameters and buffers together."""
+        return self.content + self.buffers
+
     def to_json(self) -> dict[str, str]:
         """Plain data, as `Fingerprint(**data)` reads it."""
         absent = {"buffers": "", "algorithm": SHA256, "quantised": "", "kept": ""}

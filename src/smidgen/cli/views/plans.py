@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from smidgen.cli.views.results import facts, number, size, table
+from smidgen.cli.views.results import facts, number, table
+from smidgen.common.byte_sizes import format_bytes
 
 if TYPE_CHECKING:
     from smidgen.planning.entry import Entry
@@ -31,7 +32,7 @@ def plan_view(result: Plan, every: bool = False) -> RenderableType:
         "head": f"{result.head_values:,} values, always trained, counted apart" if result.head else "none",
         "never read": f"{', '.join(result.unread)} (left out)" if result.unread else None,
         "pooling": result.pooling or result.reads,
-        "file": size(result.file_bytes) + (" before choosing" if result.pending else ""),
+        "file": format_bytes(result.file_bytes) + (" before choosing" if result.pending else ""),
         "lowest edit": f"{result.lowest} (no gradient below)",
         "left out": "\n".join(_left_out(result)) or None,
         **{name.replace("_", " "): text for name, text in _costs(result.costs or {})},
@@ -42,7 +43,7 @@ def plan_view(result: Plan, every: bool = False) -> RenderableType:
 
 def fit_line(row: DeviceFit) -> str:
     """One recipe, as it is counted."""
-    return f"{row.recipe}, {row.dtype}: {row.why or size(row.peak_bytes or 0)}"
+    return f"{row.recipe}, {row.dtype}: {row.why or format_bytes(row.peak_bytes or 0)}"
 
 
 def fits_view(model: str, rows: Sequence[DeviceFit], batch_size: int, length: int | None) -> RenderableType:
@@ -55,7 +56,7 @@ def fits_view(model: str, rows: Sequence[DeviceFit], batch_size: int, length: in
             row.recipe,
             row.dtype,
             f"{row.trained:,}" if row.trained else "–",
-            "–" if row.peak_bytes is None else size(row.peak_bytes),
+            "–" if row.peak_bytes is None else format_bytes(row.peak_bytes),
             row.why or ("none of these" if row.card is None else f"{row.card} GB"),
         )
         for row in rows
@@ -107,7 +108,7 @@ def _costs(costs: Mapping[str, float | str]) -> Iterator[tuple[str, str]]:
         if key == "unknown":
             yield "memory", f"not estimated ({value})"
         elif key.endswith("_bytes") and isinstance(value, int | float):
-            yield f"{key[:-6]} memory", size(value)
+            yield f"{key[:-6]} memory", format_bytes(value)
         elif "flops" in key and isinstance(value, int | float):
             yield key, f"{value / 1e6:,.1f} M"
         else:

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from smidgen.common.argument_spelling import spelled
+from smidgen.common.byte_sizes import format_bytes
 from smidgen.common.json_numbers import plain
 
 if TYPE_CHECKING:
@@ -66,14 +67,6 @@ def one_line_warnings() -> Iterator[None]:
             warnings.simplefilter("ignore", category)
         warnings.showwarning = line
         yield
-
-
-def size(count: float) -> str:
-    """A number of bytes: `55,432 bytes`, `91.2 MB`."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if count >= factor:
-            return f"{count / factor:,.1f} {unit}"
-    return f"{count:,.0f} bytes"
 
 
 def number(value: object) -> str:
@@ -157,7 +150,7 @@ def sizes(folder: Path) -> dict[str, int]:
 
 def listing(folder: Path) -> Table:
     """The files of a folder."""
-    rows = [(name, size(count)) for name, count in sizes(folder).items()]
+    rows = [(name, format_bytes(count)) for name, count in sizes(folder).items()]
     return table((f"files in {folder}", "#size"), rows)
 
 
@@ -204,7 +197,8 @@ def demonstrated(result: Demonstration, out: Path) -> RenderableType:
     """The demo's comparison, its predictions and what to try next."""
     columns = ("arm", "#test accuracy", "#trained values", "#head values", "#file", "#seconds")
     arms = [
-        (a.name, a.accuracy, a.trained, a.head, size(a.file_bytes), round(a.seconds or 0) or "-") for a in result.arms
+        (a.name, a.accuracy, a.trained, a.head, format_bytes(a.file_bytes), round(a.seconds or 0) or "-")
+        for a in result.arms
     ]
     return Group(
         table(columns, arms),

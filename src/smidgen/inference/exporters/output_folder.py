@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from smidgen.common.byte_sizes import format_bytes
 from smidgen.common.errors import DeltaError, WriteError
 
 RECORD = "export.json"  # says what an export is, and that the folder is one
@@ -69,13 +70,9 @@ def _check_room(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out.parent).free
     if free < needed + SPARE:
         raise WriteError(
-            f"not enough disk for the export: it takes {_megabytes(needed + SPARE)}, and {out.parent} has "
-            f"{_megabytes(free)} free"
+            f"not enough disk for the export: it takes {format_bytes(needed + SPARE)}, and {out.parent} has "
+            f"{format_bytes(free)} free"
         )
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
 
 
 def _put(staging: Path, out: Path) -> None:

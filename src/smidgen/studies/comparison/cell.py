@@ -69,8 +69,7 @@ class StudyCell:
     def content(self) -> str:
         """Digest of the base, head apart."""
         model, _ = self.loaded
-        found = Fingerprint.of(model, head_names(model))
-        return found.content + found.buffers
+        return Fingerprint.of(model, head_names(model)).values
 
     @cached_property
     def settings(self) -> Settings:

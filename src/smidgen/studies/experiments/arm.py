@@ -69,8 +69,7 @@ class Bench:
     @cached_property
     def _base(self) -> str:
         """Digest of all weights, those of a fresh head too."""
-        found = Fingerprint.of(self.model, ())
-        return found.content + found.buffers
+        return Fingerprint.of(self.model, ()).values
 
     def _key(self, recipe: Recipe, selection: Selection | None) -> str:
         chosen = None if selection is None else selection.digest

@@ -105,8 +105,7 @@ def _run(
 ) -> Changes:
     """One run, or its numbers where they are kept already."""
     model, processor = load(name, task=task, seed=settings["seed"])
-    base = Fingerprint.of(model, ())
-    said = {"base": base.content + base.buffers, "model": os.fspath(name), "recipe": recipe.to_json()}
+    said = {"base": Fingerprint.of(model, ()).values, "model": os.fspath(name), "recipe": recipe.to_json()}
     key = key_of({**said, "task": task.name, "data": task.fingerprint, "settings": dict(settings)})
     record = None if out is None else out.read(key, RESULT)
     if record is not None:

@@ -29,7 +29,7 @@ def asked(run: RunSpec, algorithm: str = XXH3) -> dict[str, object]:
     base = Fingerprint.of(model, (*head_names(model), *renewed(recipe, model)), algorithm=algorithm)
     return {
         "model": base.name,
-        "base": base.content + base.buffers,
+        "base": base.values,
         "dtype": base.dtype,
         "recipe": recipe.to_json(),
         "task": run.task.name,
